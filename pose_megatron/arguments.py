@@ -1,0 +1,522 @@
+"""Flags and run.yaml in, frozen dataclasses out, every value checked once.
+
+Each dataclass below is one group of flags. A field `seq_length` is the flag `--seq-length` and the
+YAML key `seq-length` (or `seq_length`); names and meanings are Megatron-LM's wherever it has one:
+`--seq-length` is the training window L, `--max-position-embeddings` the target window T.
+
+`parse()` reads the words. `resolve_model()` then settles the model's shape, which comes from the
+checkpoint when there is one, and `Arguments.check()` holds what the layout demands.
+"""
+
+import argparse
+import dataclasses
+import math
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pose_megatron.positions import CONTENTS
+from pose_megatron.rope import METHODS, RopeScaling
+
+
+LR_DECAY_STYLES = ("constant", "linear", "cosine", "inverse-square-root")
+
+
+def _flag(default, help: str, choices=None, nargs=None):
+    if isinstance(default, list):
+        options = {"default_factory": lambda: list(default)}
+    else:
+        options = {"default": default}
+    return field(**options, metadata={"help": help, "choices": choices, "nargs": nargs})
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a LLaMA-architecture model: RMSNorm, SwiGLU, no biases, rotary positions.
+
+    `rotary_base` and `rope_scaling` say how positions turn into angles; the model accepts position
+    ids in [0, max_position_embeddings). `vocab_size` is the tokenizer's; the embedding has
+    `padded_vocab_size` rows, padded by a divisor that does not depend on the layout of ranks.
+    """
+
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    kv_channels: int
+    vocab_size: int
+    max_position_embeddings: int
+    make_vocab_size_divisible_by: int = 128
+    untie_embeddings_and_output_weights: bool = False
+    norm_epsilon: float = 1e-5
+    rotary_base: float = 10000.0
+    rotary_percent: float = 1.0
+    rope_scaling: RopeScaling = RopeScaling()
+
+    def __post_init__(self):
+        heads, groups = self.num_attention_heads, self.num_query_groups
+        for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads",
+                     "num_query_groups", "kv_channels", "vocab_size", "max_position_embeddings",
+                     "make_vocab_size_divisible_by"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{_spell(name)} must be at least 1, not {getattr(self, name)}")
+        if heads % groups:
+            raise ValueError(
+                f"--num-attention-heads {heads} is not a multiple of --num-query-groups {groups}"
+            )
+        if not 0 < self.rotary_percent <= 1:
+            raise ValueError(f"--rotary-percent must be in (0, 1], not {self.rotary_percent}")
+        if self.rotary_dim < 2 or self.rotary_dim % 2:
+            raise ValueError(
+                f"--kv-channels {self.kv_channels} x --rotary-percent {self.rotary_percent} gives "
+                f"{self.rotary_dim} rotary dimensions; they must be even"
+            )
+
+    @property
+    def rotary_dim(self) -> int:
+        return int(self.kv_channels * self.rotary_percent)
+
+    @property
+    def padded_vocab_size(self) -> int:
+        divisor = self.make_vocab_size_divisible_by
+        return math.ceil(self.vocab_size / divisor) * divisor
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of trainable values, vocabulary padding included."""
+        h, d = self.hidden_size, self.kv_channels
+        attention = h * d * (2 * self.num_attention_heads + 2 * self.num_query_groups)
+        layer = attention + 3 * h * self.ffn_hidden_size + 2 * h
+        tables = 2 if self.untie_embeddings_and_output_weights else 1
+        return self.num_layers * layer + tables * self.padded_vocab_size * h + h
+
+    def to_dict(self) -> dict:
+        """Plain values only, for a checkpoint."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "ModelConfig":
+        known = {f.name for f in dataclasses.fields(cls)}
+        values = {k: v for k, v in values.items() if k in known}
+        return cls(**values | {"rope_scaling": RopeScaling(**values.get("rope_scaling", {}))})
+
+
+@dataclass(frozen=True)
+class ModelFlags:
+    """Model; with --load the shape is the checkpoint's, and a flag that contradicts it an error"""
+
+    num_layers: int | None = _flag(None, "transformer layers")
+    hidden_size: int | None = _flag(None, "width of the residual stream")
+    ffn_hidden_size: int | None = _flag(None, "width of the SwiGLU MLP (default: 8/3 hidden, /64)")
+    num_attention_heads: int | None = _flag(None, "query heads")
+    group_query_attention: bool = _flag(False, "share keys and values between query heads")
+    num_query_groups: int | None = _flag(None, "key-value heads, with --group-query-attention")
+    kv_channels: int | None = _flag(None, "width of a head (default: hidden / heads)")
+    vocab_size: int | None = _flag(None, "tokens (default: the tokenizer's)")
+    make_vocab_size_divisible_by: int | None = _flag(None, "pad the vocabulary to it (128)")
+    untie_embeddings_and_output_weights: bool = _flag(False, "separate output layer, as in LLaMA")
+    norm_epsilon: float | None = _flag(None, "RMSNorm epsilon (default: 1e-5)")
+    init_method_std: float = _flag(0.02, "standard deviation of fresh weights")
+    max_position_embeddings: int | None = _flag(
+        None, "target window T in tokens (default: the checkpoint's, else --seq-length)")
+    original_max_position_embeddings: int | None = _flag(
+        None, "window before extension (default: the checkpoint's T, else --seq-length)")
+    rotary_base: float | None = _flag(None, "RoPE theta (default: 10000)")
+    rotary_percent: float | None = _flag(None, "share of a head that rotates (default: 1.0)")
+    rope_scaling: str | None = _flag(None, "interpolation of the rotary frequencies", METHODS)
+    rope_scaling_factor: float | None = _flag(None, "default: T / original window")
+    transformer_impl: str = _flag(
+        "torch", "torch runs everywhere; transformer_engine needs a GPU and the package",
+        ("torch", "transformer_engine"))
+
+
+@dataclass(frozen=True)
+class PositionFlags:
+    """Positions of the training samples; validation always uses plain ones"""
+
+    position_sampler: str | None = _flag(
+        None, "pose, randpos, full (plain) (default: pose when T > L, else full)")
+    pose_num_chunks: int = _flag(2, "chunks N that a window is cut into")
+    pose_content: str = _flag(
+        "uniform", "where a chunk's text comes from: v uniform, v = 0, or v = u", CONTENTS)
+
+
+@dataclass(frozen=True)
+class DataFlags:
+    """Data"""
+
+    data_path: list[str] = _flag(
+        [], "corpus prefixes, or 'weight prefix weight prefix ...'", nargs="+")
+    split: str = _flag("969,30,1", "train,valid,test shares of the documents")
+    seq_length: int = _flag(2048, "training window L in tokens")
+    short_documents: str = _flag(
+        "drop", "documents below L + 1 tokens: drop them, or pack them end to end",
+        ("drop", "pack"))
+    tokenizer_type: str = _flag(
+        "HuggingFaceTokenizer", "", ("SentencePieceTokenizer", "HuggingFaceTokenizer"))
+    tokenizer_model: str | None = _flag(
+        None, "tokenizer file or folder; copied into checkpoints")
+    num_workers: int = _flag(2, "loader processes of a rank; 0 loads in the training process")
+
+
+@dataclass(frozen=True)
+class TrainingFlags:
+    """Training"""
+
+    micro_batch_size: int = _flag(1, "samples in one forward pass of a rank")
+    global_batch_size: int | None = _flag(None, "samples in a step (default: micro x data ranks)")
+    train_iters: int | None = _flag(None, "steps")
+    lr: float = _flag(1e-4, "peak learning rate")
+    min_lr: float = _flag(0.0, "final learning rate")
+    lr_decay_style: str = _flag("cosine", "", LR_DECAY_STYLES)
+    lr_decay_iters: int | None = _flag(None, "steps of decay (default: --train-iters)")
+    lr_warmup_iters: int = _flag(0, "steps of linear warm-up")
+    weight_decay: float = _flag(0.01, "decoupled; not for norms")
+    clip_grad: float = _flag(1.0, "largest gradient norm; 0 never clips")
+    adam_beta1: float = _flag(0.9, "")
+    adam_beta2: float = _flag(0.95, "")
+    adam_eps: float = _flag(1e-8, "")
+    bf16: bool = _flag(False, "bfloat16 weights and activations, float32 main copies and gradients")
+    seed: int = _flag(1234, "of weights, sample order and positions")
+
+
+@dataclass(frozen=True)
+class ParallelFlags:
+    """Layout of the ranks; what is left over is data parallel"""
+
+    tensor_model_parallel_size: int = _flag(1, "")
+    pipeline_model_parallel_size: int = _flag(1, "")
+    sequence_parallel: bool = _flag(False, "split activations between layers over the tensor ranks")
+    use_distributed_optimizer: bool = _flag(False, "shard optimizer state over the data ranks")
+    distributed_timeout_minutes: int = _flag(10, "of a collective before the run gives up")
+
+
+@dataclass(frozen=True)
+class CheckpointFlags:
+    """Checkpoints, in Megatron-LM's directory layout"""
+
+    load: str | None = _flag(None, "folder with latest_checkpointed_iteration.txt")
+    save: str | None = _flag(None, "folder to write iter_0000000/ into")
+    save_interval: int | None = _flag(None, "steps between saves (default: only at the end)")
+    finetune: bool = _flag(False, "take only the weights of --load and start at step 0")
+
+
+@dataclass(frozen=True)
+class LoggingFlags:
+    """Evaluation and log"""
+
+    log_interval: int = _flag(10, "steps between log lines")
+    eval_interval: int | None = _flag(None, "steps between validations (default: never)")
+    eval_iters: int = _flag(10, "batches of a validation")
+    tensorboard_dir: str | None = _flag(None, "write scalars for TensorBoard here")
+    log_file: str | None = _flag(None, "append one JSON object per log line here")
+    dry_run: bool = _flag(False, "print the resolved run and exit")
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Everything a run is a function of. `model` is final only after `resolve_model`."""
+
+    model: ModelFlags
+    position: PositionFlags
+    data: DataFlags
+    training: TrainingFlags
+    parallel: ParallelFlags
+    checkpoint: CheckpointFlags
+    logging: LoggingFlags
+
+    def check(self, model: ModelConfig, world_size: int) -> "Layout":
+        """Hold the run to its layout.
+
+        Args:
+            model: the resolved shape.
+            world_size: ranks of the job.
+
+        Returns:
+            The sizes that follow.
+
+        Raises:
+            ValueError: naming the flag, its value and the way out.
+        """
+        p, t, d = self.parallel, self.training, self.data
+        tp, pp = p.tensor_model_parallel_size, p.pipeline_model_parallel_size
+        if world_size % (tp * pp):
+            raise ValueError(
+                f"{world_size} ranks do not divide into --tensor-model-parallel-size {tp} x "
+                f"--pipeline-model-parallel-size {pp}; start a multiple of {tp * pp} ranks"
+            )
+        dp = world_size // (tp * pp)
+        gbs = t.global_batch_size or t.micro_batch_size * dp
+        if gbs % (t.micro_batch_size * dp):
+            raise ValueError(
+                f"--global-batch-size {gbs} is not a multiple of --micro-batch-size "
+                f"{t.micro_batch_size} x {dp} data-parallel ranks"
+            )
+        for name in ("num_attention_heads", "ffn_hidden_size", "padded_vocab_size"):
+            if getattr(model, name) % tp:
+                raise ValueError(
+                    f"{name} {getattr(model, name)} is not a multiple of "
+                    f"--tensor-model-parallel-size {tp}"
+                )
+        if model.num_query_groups % tp and tp % model.num_query_groups:
+            raise ValueError(
+                f"--num-query-groups {model.num_query_groups} and --tensor-model-parallel-size "
+                f"{tp}: one must divide the other"
+            )
+        if model.num_layers % pp:
+            raise ValueError(
+                f"--num-layers {model.num_layers} is not a multiple of "
+                f"--pipeline-model-parallel-size {pp}"
+            )
+        if p.sequence_parallel and d.seq_length % tp:
+            raise ValueError(
+                f"--sequence-parallel needs --seq-length {d.seq_length} to be a multiple of "
+                f"--tensor-model-parallel-size {tp}"
+            )
+        if d.seq_length > model.max_position_embeddings:
+            raise ValueError(
+                f"--seq-length {d.seq_length} (the window L) is greater than "
+                f"--max-position-embeddings {model.max_position_embeddings} (the target T); "
+                "raise the latter or shorten the former"
+            )
+        return Layout(dp, gbs, gbs // (t.micro_batch_size * dp))
+
+
+@dataclass(frozen=True)
+class Layout:
+    data_parallel_size: int
+    global_batch_size: int  # samples
+    num_microbatches: int  # per rank and step
+
+
+def _spell(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _groups() -> dict[str, type]:
+    return {f.name: f.type for f in dataclasses.fields(Arguments)}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="pretrain_pose.py",
+        description="Train a RoPE language model on windows of --seq-length tokens whose position "
+        "ids reach --max-position-embeddings (PoSE), on megatron-core.",
+        epilog="example: torchrun --nproc-per-node 8 pretrain_pose.py --load llama --finetune "
+        "--save out --data-path books_text_document --seq-length 2048 "
+        "--max-position-embeddings 131072 --rope-scaling yarn --train-iters 1000 "
+        "--global-batch-size 64 --lr 2e-5 --lr-warmup-iters 10 --bf16",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", help="a YAML file of the same names; flags win over it")
+    for name, group in _groups().items():
+        section = parser.add_argument_group(group.__doc__)
+        for f in dataclasses.fields(group):
+            options = {"help": f.metadata["help"] or " ", "default": argparse.SUPPRESS}
+            if f.type is bool:
+                options["action"] = argparse.BooleanOptionalAction
+            else:
+                kind = _scalar(f.type)
+                options |= {"type": kind, "choices": f.metadata["choices"],
+                            "nargs": f.metadata["nargs"]}
+                if not f.metadata["choices"]:
+                    options["metavar"] = kind.__name__.upper()
+                if f.default not in (None, dataclasses.MISSING) and "default" not in f.metadata[
+                        "help"]:
+                    options["help"] += f" (default: {f.default})"
+            section.add_argument(_spell(f.name), dest=f"{name}.{f.name}", **options)
+    return parser
+
+
+def _scalar(annotation) -> type:
+    """int from `int | None`, str from `list[str]`."""
+    if isinstance(annotation, types.UnionType):
+        return next(a for a in typing.get_args(annotation) if a is not types.NoneType)
+    return typing.get_args(annotation)[0] if typing.get_origin(annotation) is list else annotation
+
+
+def parse(argv: list[str] | None = None) -> Arguments:
+    """Read flags, over those of a --config file.
+
+    Raises:
+        ValueError: the file is unreadable, names an unknown flag, or a value is out of range.
+        SystemExit: argparse's, for an unknown flag or `--help`.
+    """
+    parser = _parser()
+    config = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    config.add_argument("--config")
+    path = config.parse_known_args(argv)[0].config
+    words = _words_of_config(Path(path)) if path else []
+    given = vars(parser.parse_args(words, argparse.Namespace()))
+    given |= vars(parser.parse_args(argv, argparse.Namespace()))
+    groups = {
+        name: group(**{f.name: given[f"{name}.{f.name}"] for f in dataclasses.fields(group)
+                       if f"{name}.{f.name}" in given})
+        for name, group in _groups().items()
+    }
+    args = Arguments(**groups)
+    _check_ranges(args)
+    return args
+
+
+def _words_of_config(path: Path) -> list[str]:
+    import yaml
+
+    if not path.is_file():
+        raise ValueError(f"--config {path}: no such file")
+    try:
+        values = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"--config {path} is not YAML: {str(error).splitlines()[0]}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"--config {path} must be a mapping of flag names to values")
+    flags = {f.name for group in _groups().values() for f in dataclasses.fields(group)}
+    words = []
+    for key, value in values.items():
+        name = str(key).replace("-", "_")
+        if name not in flags:
+            raise ValueError(f"--config {path}: unknown name '{key}'; see --help for the flags")
+        if isinstance(value, bool):
+            words.append(_spell(name) if value else _spell("no_" + name))
+        elif value is not None:
+            words += [_spell(name), *map(str, value if isinstance(value, list) else [value])]
+    return words
+
+
+def _check_ranges(args: Arguments) -> None:
+    t = args.training
+    for group, names in (
+        (args.data, ("seq_length",)),
+        (t, ("micro_batch_size", "global_batch_size", "train_iters", "lr_decay_iters")),
+        (args.position, ("pose_num_chunks",)),
+        (args.parallel, ("tensor_model_parallel_size", "pipeline_model_parallel_size")),
+        (args.checkpoint, ("save_interval",)),
+        (args.logging, ("log_interval", "eval_interval", "eval_iters")),
+    ):
+        for name in names:
+            value = getattr(group, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{_spell(name)} must be at least 1, not {value}")
+    if args.data.num_workers < 0:
+        raise ValueError(f"--num-workers must be at least 0, not {args.data.num_workers}")
+    if not args.logging.dry_run and t.train_iters is None:
+        raise ValueError("--train-iters is missing: say how many steps to train")
+    if t.lr_warmup_iters and t.train_iters and t.lr_warmup_iters >= t.train_iters:
+        raise ValueError(
+            f"--lr-warmup-iters {t.lr_warmup_iters} leaves nothing of --train-iters {t.train_iters}"
+        )
+    if t.min_lr > t.lr:
+        raise ValueError(f"--min-lr {t.min_lr} is greater than --lr {t.lr}")
+    if args.checkpoint.finetune and not args.checkpoint.load:
+        raise ValueError("--finetune takes the weights of a checkpoint: name it with --load")
+    if args.checkpoint.save_interval and not args.checkpoint.save:
+        raise ValueError("--save-interval needs a folder: name it with --save")
+
+
+def resolve_model(
+    flags: ModelFlags, seq_length: int, loaded: ModelConfig | None, tokenizer_vocab: int | None
+) -> ModelConfig:
+    """The model that flags, checkpoint and tokenizer agree on.
+
+    Args:
+        flags: what the user wrote; None where nothing was written.
+        seq_length: the window L, in tokens.
+        loaded: the shape in the checkpoint, None without `--load`.
+        tokenizer_vocab: size of the tokenizer, None without one.
+
+    Raises:
+        ValueError: a needed flag is missing, or a flag contradicts the checkpoint.
+    """
+    shape = _shape_of_flags(flags) if loaded is None else _shape_of_checkpoint(flags, loaded)
+    shape.setdefault("vocab_size", tokenizer_vocab)
+    if shape["vocab_size"] is None:
+        raise ValueError("--vocab-size is missing: give it, or --tokenizer-model")
+    if tokenizer_vocab and tokenizer_vocab > shape["vocab_size"]:
+        raise ValueError(
+            f"--tokenizer-model has {tokenizer_vocab} tokens, the model only "
+            f"{shape['vocab_size']}: they do not belong together"
+        )
+    target = flags.max_position_embeddings
+    if target is None:
+        target = loaded.max_position_embeddings if loaded else seq_length
+    shape["max_position_embeddings"] = target
+    shape["rope_scaling"] = _resolve_scaling(flags, target, seq_length, loaded)
+    return ModelConfig(**shape)
+
+
+def _shape_of_flags(flags: ModelFlags) -> dict:
+    for name in ("num_layers", "hidden_size", "num_attention_heads"):
+        if getattr(flags, name) is None:
+            raise ValueError(f"{_spell(name)} is missing: give it, or --load a checkpoint")
+    hidden, heads = flags.hidden_size, flags.num_attention_heads
+    if flags.kv_channels is None and hidden % heads:
+        raise ValueError(
+            f"--hidden-size {hidden} is not a multiple of --num-attention-heads {heads}; "
+            "give --kv-channels"
+        )
+    if flags.num_query_groups and not flags.group_query_attention:
+        raise ValueError("--num-query-groups has no effect without --group-query-attention")
+    shape = {
+        "num_layers": flags.num_layers,
+        "hidden_size": hidden,
+        # Megatron-LM's width for SwiGLU: 2/3 of 4h, in whole multiples of 64.
+        "ffn_hidden_size": flags.ffn_hidden_size or max(int(hidden * 4 * 2 / 3) // 64, 1) * 64,
+        "num_attention_heads": heads,
+        "num_query_groups": flags.num_query_groups if flags.group_query_attention else heads,
+        "kv_channels": flags.kv_channels or hidden // heads,
+        "untie_embeddings_and_output_weights": flags.untie_embeddings_and_output_weights,
+    }
+    if shape["num_query_groups"] is None:
+        raise ValueError("--group-query-attention needs --num-query-groups")
+    for name in ("vocab_size", "make_vocab_size_divisible_by", "norm_epsilon", "rotary_base",
+                 "rotary_percent"):
+        if getattr(flags, name) is not None:
+            shape[name] = getattr(flags, name)
+    return shape
+
+
+def _shape_of_checkpoint(flags: ModelFlags, loaded: ModelConfig) -> dict:
+    shape = {f.name: getattr(loaded, f.name) for f in dataclasses.fields(loaded)}
+    for name, value in shape.items():
+        if name in ("max_position_embeddings", "rope_scaling"):
+            continue
+        wanted = getattr(flags, name)
+        if wanted not in (None, False) and wanted != value:
+            raise ValueError(
+                f"{_spell(name)} {wanted} contradicts the checkpoint, which has {value}; "
+                "leave the flag out"
+            )
+    return shape
+
+
+def _resolve_scaling(
+    flags: ModelFlags, target: int, seq_length: int, loaded: ModelConfig | None
+) -> RopeScaling:
+    before = loaded.rope_scaling if loaded else RopeScaling()
+    original = flags.original_max_position_embeddings
+    asked = (flags.rope_scaling, flags.rope_scaling_factor, original)
+    if before.method != "none":
+        now = (before.method, before.factor, before.original_max_position_embeddings)
+        if any(a is not None and a != b for a, b in zip(asked, now, strict=True)):
+            raise ValueError(
+                f"the checkpoint is interpolated already (--rope-scaling {now[0]} "
+                f"--rope-scaling-factor {now[1]}); leave the rope flags out to train it further, "
+                "or extend the checkpoint it came from"
+            )
+        if target != loaded.max_position_embeddings:
+            raise ValueError(
+                f"--max-position-embeddings {target} contradicts the checkpoint, already "
+                f"interpolated to {loaded.max_position_embeddings}; extend the one it came from"
+            )
+        return before
+    original = original or (loaded.max_position_embeddings if loaded else seq_length)
+    factor = flags.rope_scaling_factor
+    method = flags.rope_scaling or "none"
+    if method == "none":
+        if factor not in (None, 1.0):
+            raise ValueError(f"--rope-scaling-factor {factor} needs a --rope-scaling method")
+        return RopeScaling()
+    factor = max(target / original, 1.0) if factor is None else factor
+    return RopeScaling(method, factor=factor, original_max_position_embeddings=original)

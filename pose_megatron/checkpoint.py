@@ -1,0 +1,381 @@
+"""Checkpoints in Megatron-LM's directory layout, for any layout of ranks.
+
+    <dir>/latest_checkpointed_iteration.txt    an iteration, or `release` (converted weights)
+    <dir>/iter_0000100/                        torch_dist: __R_N.distcp, .metadata, common.pt,
+                                               metadata.json (written last)
+    <dir>/tokenizer/                           the tokenizer's files, for export
+
+Weights are stored under layout-free names with the layer as a leading axis, so what was saved by
+one layout loads under any other. The tracker file is written, atomically, only once everything it
+points at is complete; a directory that a killed run left unfinished is never pointed at.
+"""
+
+import argparse
+import os
+import random
+import re
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+from megatron.core.safe_globals import register_safe_globals
+
+from pose_megatron.arguments import ModelConfig
+from pose_megatron.optimizer import prime
+
+TRACKER = "latest_checkpointed_iteration.txt"
+_LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
+
+register_safe_globals()
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One complete checkpoint on disk.
+
+    Attributes:
+        root: the --load folder.
+        iteration: steps trained, 0 for converted weights.
+        path: its iter_ or release directory.
+        model: shape and rope.
+        common: everything in common.pt.
+    """
+
+    root: Path
+    iteration: int
+    path: Path
+    model: ModelConfig
+    common: dict
+
+    @property
+    def consumed_samples(self) -> int:
+        return self.common["args"].consumed_train_samples
+
+    @property
+    def is_release(self) -> bool:
+        return self.path.name == "release"
+
+    @property
+    def tokenizer_files(self) -> list[Path]:
+        folder = self.root / "tokenizer"
+        return sorted(p for p in folder.iterdir()) if folder.is_dir() else []
+
+
+def find(root: str | Path, iteration: int | None = None) -> Checkpoint:
+    """The latest checkpoint of a folder, or that of `iteration`.
+
+    Raises:
+        ValueError: there is none, or it is damaged; names the file.
+    """
+    root = Path(root)
+    tracker = root / TRACKER
+    if not tracker.is_file():
+        raise ValueError(f"{root} is not a checkpoint folder: it has no {TRACKER}")
+    word = tracker.read_text().strip()
+    if iteration is not None:
+        word = str(iteration)
+    if word != "release" and not word.isdecimal():
+        raise ValueError(f"{tracker} says '{word}': neither an iteration nor 'release'")
+    path = _path(root, word)
+    for name in ("metadata.json", "common.pt", ".metadata"):
+        if not (path / name).is_file():
+            raise ValueError(f"checkpoint {path} is incomplete: {name} is missing")
+    try:
+        common = dist_checkpointing.load_common_state_dict(str(path))
+    except Exception as error:  # unpickling fails in many ways on damaged bytes
+        raise ValueError(
+            f"checkpoint {path}: common.pt cannot be read ({str(error).splitlines()[0]})"
+        ) from None
+    if "args" not in common:
+        raise ValueError(f"checkpoint {path}: common.pt holds no 'args' to take the model from")
+    steps = 0 if word == "release" else int(word)
+    return Checkpoint(root, steps, path, _model_of(common, path), common)
+
+
+def _path(root: Path, word: str | int) -> Path:
+    return root / (word if word == "release" else f"iter_{int(word):07d}")
+
+
+def _model_of(common: dict, path: Path) -> ModelConfig:
+    if "pose_megatron" in common:
+        return ModelConfig.from_dict(common["pose_megatron"]["model"])
+    args = vars(common["args"])
+    if args.get("normalization") != "RMSNorm" or not args.get("swiglu") or args.get(
+            "position_embedding_type") != "rope" or args.get("use_rope_scaling"):
+        raise ValueError(
+            f"checkpoint {path} is no LLaMA with plain RoPE: normalization "
+            f"{args.get('normalization')}, swiglu {args.get('swiglu')}, position_embedding_type "
+            f"{args.get('position_embedding_type')}, use_rope_scaling "
+            f"{args.get('use_rope_scaling')}"
+        )
+    grouped = args.get("group_query_attention")
+    names = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels",
+             "max_position_embeddings", "make_vocab_size_divisible_by",
+             "untie_embeddings_and_output_weights", "norm_epsilon", "rotary_base", "rotary_percent")
+    return ModelConfig(
+        num_query_groups=args["num_query_groups"] if grouped else args["num_attention_heads"],
+        vocab_size=args.get("vocab_size") or args["padded_vocab_size"],
+        **{name: args[name] for name in names if args.get(name) is not None},
+    )
+
+
+def _common(model: ModelConfig, iteration: int, consumed_samples: int, **more) -> dict:
+    """What Megatron-LM keeps in common.pt, and our own key."""
+    scaling = model.rope_scaling
+    args = argparse.Namespace(
+        **{k: v for k, v in model.to_dict().items() if k != "rope_scaling"},
+        padded_vocab_size=model.padded_vocab_size,
+        group_query_attention=model.num_query_groups != model.num_attention_heads,
+        swiglu=True, normalization="RMSNorm", add_bias_linear=False, add_qkv_bias=False,
+        position_embedding_type="rope", use_rope_scaling=False,
+        rotary_seq_len_interpolation_factor=(
+            scaling.factor if scaling.method == "linear" else None),
+        seq_length=model.max_position_embeddings, iteration=iteration,
+        consumed_train_samples=consumed_samples, consumed_valid_samples=0,
+        ckpt_format="torch_dist", **more,
+    )
+    return {
+        "args": args, "checkpoint_version": 3.0, "iteration": iteration,
+        "num_floating_point_operations_so_far": 0,
+        "pose_megatron": {"model": model.to_dict()},
+    }
+
+
+def _metadata() -> dict:
+    return {
+        # The one form of optimizer state that every other layout of ranks can read back.
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "singleton_local_shards": False,
+        "chained_optim_avoid_prefix": True,
+    }
+
+
+def save(
+    root: str | Path, iteration: int, consumed_samples: int, model: ModelConfig, stage, optimizer,
+    scheduler, tokenizer_files: Iterable[Path] = (),
+) -> Path:
+    """Writes a whole training state; every rank calls it.
+
+    Args:
+        iteration: steps done.
+        stage: this rank's unwrapped GPTModel.
+        tokenizer_files: copied to <root>/tokenizer.
+    """
+    p = parallel_state
+    state = _common(
+        model, iteration, consumed_samples,
+        world_size=dist.get_world_size(),
+        tensor_model_parallel_size=p.get_tensor_model_parallel_world_size(),
+        pipeline_model_parallel_size=p.get_pipeline_model_parallel_world_size(),
+        data_parallel_size=p.get_data_parallel_world_size(),
+        no_save_optim=False, no_save_rng=False,
+    )
+    metadata = _metadata()
+    with_group = metadata | {"dp_cp_group": p.get_data_parallel_group(with_context_parallel=True)}
+    state["model"] = stage.sharded_state_dict(metadata=with_group)
+    state["optimizer"] = optimizer.sharded_state_dict(state["model"], metadata=with_group)
+    state["opt_param_scheduler"] = scheduler.state_dict()
+    state["rng_state"] = _random_state()
+    return _write(Path(root), iteration, state, metadata, tokenizer_files)
+
+
+def _write(root: Path, word, state: dict, metadata: dict, tokenizer_files) -> Path:
+    path = _path(root, word)
+    if dist.get_rank() == 0:
+        root.mkdir(parents=True, exist_ok=True)
+        if path.exists():  # what a killed save left, or what this run overwrites
+            _forget(root, word)
+            shutil.rmtree(path)
+        path.mkdir()
+        _copy_tokenizer(root, tokenizer_files)
+    dist.barrier()
+    dist_checkpointing.save(state, str(path), content_metadata=metadata)
+    if dist.get_rank() == 0:
+        for file in path.iterdir():
+            _fsync(file)
+        _fsync(path)
+        _write_atomically(root / TRACKER, str(word))
+    dist.barrier()
+    return path
+
+
+def _forget(root: Path, word) -> None:
+    tracker = root / TRACKER
+    if tracker.is_file() and tracker.read_text().strip() == str(word):
+        tracker.unlink()
+
+
+def _copy_tokenizer(root: Path, files: Iterable[Path]) -> None:
+    folder = root / "tokenizer"
+    for file in map(Path, files):
+        folder.mkdir(exist_ok=True)
+        if file.parent.resolve() != folder.resolve():
+            shutil.copy2(file, folder / file.name)
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    _fsync(temporary)
+    temporary.replace(path)
+    _fsync(path.parent)
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def load(checkpoint: Checkpoint, stage, optimizer=None, scheduler=None) -> None:
+    """Reads weights into this rank's stage and, when given, the rest of the training state.
+
+    Raises:
+        ValueError: the checkpoint is damaged or holds other tensors than the model.
+    """
+    p = parallel_state
+    metadata = _metadata() | {"dp_cp_group": p.get_data_parallel_group(with_context_parallel=True)}
+    sharded = {"model": _without_extra_state(stage.sharded_state_dict(metadata=metadata))}
+    if optimizer is not None:
+        if checkpoint.is_release:
+            raise ValueError(
+                f"checkpoint {checkpoint.path} holds weights only: add --finetune to start "
+                "training from them"
+            )
+        prime(optimizer)
+        sharded["optimizer"] = optimizer.sharded_state_dict(
+            sharded["model"], is_loading=True, metadata=metadata
+        )
+        saved = checkpoint.common["args"]
+        if (saved.tensor_model_parallel_size, saved.pipeline_model_parallel_size) == (
+                p.get_tensor_model_parallel_world_size(),
+                p.get_pipeline_model_parallel_world_size()):
+            sharded["rng_state"] = _random_state()
+    try:
+        state = dist_checkpointing.load(sharded, str(checkpoint.path))
+    except Exception as error:  # the library has no error of its own for damaged files
+        raise ValueError(
+            f"checkpoint {checkpoint.path} cannot be loaded: {_gist(error)}"
+        ) from error
+    missing, _ = stage.load_state_dict(state["model"], strict=False)
+    missing = [name for name in missing if not name.endswith("_extra_state")]
+    assert not missing, missing
+    if optimizer is not None:
+        optimizer.load_state_dict(state["optimizer"])
+        scheduler.load_state_dict(state["opt_param_scheduler"])
+        if "rng_state" in state:
+            _restore_random_state(state["rng_state"])
+
+
+def _gist(error: Exception) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def _without_extra_state(sharded: dict) -> dict:
+    """Transformer Engine's FP8 state: absent from converted and from `torch` checkpoints."""
+    return {name: v for name, v in sharded.items() if not name.endswith("_extra_state")}
+
+
+def _random_state() -> ShardedObject:
+    """Generators of this tensor and pipeline rank, under Megatron-LM's names."""
+    p = parallel_state
+    state = [{
+        "random_rng_state": random.getstate(),
+        "np_rng_state": np.random.get_state(),
+        "torch_rng_state": torch.get_rng_state(),
+        "cuda_rng_state": torch.cuda.get_rng_state(),
+        "rng_tracker_states": tensor_parallel.get_cuda_rng_tracker().get_states(),
+    }]
+    return ShardedObject(
+        "rng_state", state,
+        (p.get_pipeline_model_parallel_world_size(), p.get_tensor_model_parallel_world_size()),
+        (p.get_pipeline_model_parallel_rank(), p.get_tensor_model_parallel_rank()),
+        replica_id=p.get_data_parallel_rank(with_context_parallel=True),
+    )
+
+
+def _restore_random_state(states: list[dict]) -> None:
+    state = states[0]
+    random.setstate(state["random_rng_state"])
+    np.random.set_state(state["np_rng_state"])
+    torch.set_rng_state(state["torch_rng_state"])
+    torch.cuda.set_rng_state(state["cuda_rng_state"])
+    tensor_parallel.get_cuda_rng_tracker().set_states(state["rng_tracker_states"])
+
+
+def write_weights(
+    root: str | Path, tensors: dict[str, torch.Tensor], model: ModelConfig,
+    tokenizer_files: Iterable[Path] = (),
+) -> Path:
+    """Writes whole tensors as the `release` checkpoint of a folder, in one process.
+
+    Args:
+        tensors: by the names of an undivided model, as pose_megatron.convert makes them
+            (`decoder.layers.3.mlp.linear_fc2.weight`).
+    """
+    state = _common(model, 0, 0, tensor_model_parallel_size=1, pipeline_model_parallel_size=1,
+                    world_size=1, data_parallel_size=1, no_save_optim=True, no_save_rng=True)
+    state["model"] = {}
+    for name, tensor in tensors.items():
+        key, layer = _key(name)
+        offsets = () if layer is None else ((0, layer, model.num_layers),)
+        state["model"][name] = ShardedTensor.from_rank_offsets(
+            key, tensor.contiguous(), *offsets, prepend_axis_num=len(offsets)
+        )
+    _alone()
+    return _write(Path(root), "release", state, _metadata(), tokenizer_files)
+
+
+def read_weights(
+    root: str | Path, iteration: int | None = None
+) -> tuple[dict[str, torch.Tensor], ModelConfig]:
+    """Whole tensors by the names of an undivided model, in one process, whatever layout saved them.
+
+    Raises:
+        ValueError: there is no such checkpoint, or it is damaged.
+    """
+    checkpoint = find(root, iteration)
+    _alone()
+    wanted = {
+        key: tensor
+        for key, tensor in dist_checkpointing.load_tensors_metadata(str(checkpoint.path)).items()
+        if not key.startswith("optimizer.")
+    }
+    try:
+        stored = dist_checkpointing.load(
+            wanted, str(checkpoint.path), validate_access_integrity=False
+        )
+    except Exception as error:
+        raise ValueError(
+            f"checkpoint {checkpoint.path} cannot be loaded: {_gist(error)}"
+        ) from error
+    tensors = {}
+    for key in wanted:
+        if key.startswith("decoder.layers."):
+            for layer, tensor in enumerate(stored[key]):
+                tensors[key.replace("layers.", f"layers.{layer}.", 1)] = tensor
+        else:
+            tensors[key] = stored[key]
+    return tensors, checkpoint.model
+
+
+def _key(name: str) -> tuple[str, int | None]:
+    match = _LAYER.match(name)
+    if not match:
+        return name, None
+    return _LAYER.sub("decoder.layers.", name), int(match[1])
+
+
+def _alone() -> None:
+    """dist_checkpointing wants a process group, also for one process."""
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)

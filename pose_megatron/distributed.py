@@ -1,0 +1,87 @@
+"""Ranks: process groups, device, seeds, and who may print."""
+
+import datetime
+import functools
+import os
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+
+from pose_megatron.arguments import ParallelFlags
+
+
+def initialize(parallel: ParallelFlags, seed: int) -> None:
+    """Joins the job that torchrun started, or makes one of a single rank.
+
+    Raises:
+        ValueError: the environment names a rank without an address to meet at.
+    """
+    timeout = datetime.timedelta(minutes=parallel.distributed_timeout_minutes)
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        distributed_timeout_minutes=parallel.distributed_timeout_minutes,
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def print_rank_0(text: str) -> None:
+    if rank() == 0:
+        print(text, flush=True)
+
+
+def one_sentence_errors(main: Callable[[], None]) -> Callable[[], None]:
+    """Ends a user's mistake in one sentence from one rank and exit code 1.
+
+    What is not a user's mistake (anything but ValueError and OSError) keeps its traceback.
+    """
+
+    @functools.wraps(main)
+    def guarded() -> None:
+        try:
+            main()
+        except (ValueError, OSError) as error:
+            if os.environ.get("POSE_TRACEBACK"):
+                raise
+            if _first_to_fail():
+                print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
+                sys.stderr.flush()
+            else:
+                time.sleep(2)  # let the sentence out before torchrun ends the job
+            os._exit(1)  # the other ranks may be inside a collective: nothing to wait for
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+
+    return guarded
+
+
+def _first_to_fail() -> bool:
+    if world_size() == 1:
+        return True
+    if not dist.is_initialized():  # before the ranks have met all of them see the same mistake
+        return rank() == 0
+    return dist.distributed_c10d._get_default_store().add("pose_megatron/failed", 1) == 1

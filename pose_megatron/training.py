@@ -1,0 +1,272 @@
+"""The loop: megatron-core's schedules, optimizer and gradient reduction, over skip-wise batches."""
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.module import Float16Module
+
+from pose_megatron import checkpoint
+from pose_megatron.arguments import Arguments, Layout, ModelConfig
+from pose_megatron.batch import batches, get_batch
+from pose_megatron.checkpoint import Checkpoint
+from pose_megatron.dataset import PoseDataset
+from pose_megatron.distributed import device, print_rank_0, rank, world_size
+from pose_megatron.model import PoseGPTModel, build_model, transformer_config
+from pose_megatron.optimizer import build_optimizer, build_scheduler, learning_rate
+
+
+@dataclass
+class Trainer:
+    """What a step needs; `setup` makes it."""
+
+    args: Arguments
+    config: ModelConfig
+    layout: Layout
+    stage: PoseGPTModel  # this rank's pipeline stage, unwrapped
+    model: DistributedDataParallel  # the same, wrapped
+    optimizer: object
+    scheduler: object
+    iteration: int = 0  # steps done
+
+    @property
+    def consumed_samples(self) -> int:
+        return self.iteration * self.layout.global_batch_size
+
+
+def setup(args: Arguments, config: ModelConfig, layout: Layout, loaded: Checkpoint | None):
+    """Model, optimizer and schedule of this rank, with what `loaded` holds."""
+    core = transformer_config(config, args)
+    stage = build_model(core, config, args).to(device())
+    finetune = args.checkpoint.finetune or loaded is None
+    if loaded and finetune:
+        checkpoint.load(loaded, stage)
+    module = Float16Module(core, stage) if args.training.bf16 else stage
+    model = DistributedDataParallel(
+        core,
+        DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            use_distributed_optimizer=args.parallel.use_distributed_optimizer,
+        ),
+        module,
+    )
+    model.broadcast_params()
+    optimizer = build_optimizer(args.training, args.parallel, [model])
+    scheduler = build_scheduler(args.training, layout, optimizer)
+    core.grad_scale_func = optimizer.scale_loss
+    trainer = Trainer(args, config, layout, stage, model, optimizer, scheduler)
+    if not finetune:
+        checkpoint.load(loaded, stage, optimizer, scheduler)
+        optimizer.reload_model_params() if not args.training.bf16 else None
+        trainer.iteration = loaded.iteration
+        if loaded.consumed_samples != trainer.consumed_samples:
+            raise ValueError(
+                f"checkpoint {loaded.path} was trained on {loaded.consumed_samples} samples in "
+                f"{loaded.iteration} steps; --global-batch-size {layout.global_batch_size} "
+                "contradicts that: resume with the same, or start anew with --finetune"
+            )
+    return trainer
+
+
+def train(trainer: Trainer, train_set: PoseDataset | None, valid_set: PoseDataset | None) -> None:
+    """Trains to --train-iters, with validations and checkpoints on the way and at the end."""
+    args, t = trainer.args, trainer.args.training
+    data = batches(train_set, trainer.consumed_samples, t.micro_batch_size, args.data.num_workers)
+    log = Log(trainer)
+    saved = trainer.iteration
+    trainer.model.train()
+    while trainer.iteration < t.train_iters:
+        loss, grad_norm = train_step(trainer, data)
+        log.step(loss, grad_norm)
+        at = trainer.iteration
+        last = at == t.train_iters
+        if args.logging.eval_interval and (at % args.logging.eval_interval == 0 or last):
+            log.validation(evaluate(trainer, valid_set))
+        every = args.checkpoint.save_interval
+        if args.checkpoint.save and (last or every and at % every == 0):
+            log.saved(save(trainer))
+            saved = at
+    if args.checkpoint.save and saved != trainer.iteration:
+        log.saved(save(trainer))
+    log.close()
+
+
+def save(trainer: Trainer) -> Path:
+    args = trainer.args
+    return checkpoint.save(
+        args.checkpoint.save, trainer.iteration, trainer.consumed_samples, trainer.config,
+        trainer.stage, trainer.optimizer, trainer.scheduler, tokenizer_files(args),
+    )
+
+
+def tokenizer_files(args: Arguments) -> list[Path]:
+    """Of --tokenizer-model, else those that the loaded checkpoint carries."""
+    if args.data.tokenizer_model:
+        from pose_megatron.tokenizer import build_tokenizer
+
+        return build_tokenizer(args.data.tokenizer_type, args.data.tokenizer_model).files
+    if args.checkpoint.load:
+        return checkpoint.find(args.checkpoint.load).tokenizer_files
+    return []
+
+
+def train_step(trainer: Trainer, data: Iterator | None) -> tuple[torch.Tensor, float]:
+    """One step. Returns ([loss sum, tokens] over the whole batch, gradient norm before clipping).
+
+    The sum is complete on the last pipeline stage and zero on the others.
+    """
+    trainer.model.zero_grad_buffer()
+    trainer.optimizer.zero_grad()
+    loss = _forward_backward(trainer, data, forward_only=False)
+    ok, grad_norm, _ = trainer.optimizer.step()
+    if ok:
+        trainer.scheduler.step(increment=trainer.layout.global_batch_size)
+    trainer.iteration += 1
+    return loss, float(grad_norm or 0.0)
+
+
+@torch.no_grad()
+def evaluate(trainer: Trainer, valid_set: PoseDataset | None) -> float:
+    """Mean loss per token over --eval-iters batches of plain positions; on every rank."""
+    t = trainer.args.training
+    data = batches(valid_set, 0, t.micro_batch_size, num_workers=0)
+    trainer.model.eval()
+    total = sum(
+        _forward_backward(trainer, data, forward_only=True)
+        for _ in range(trainer.args.logging.eval_iters)
+    )
+    trainer.model.train()
+    total = _from_last_stage(total)
+    return (total[0] / total[1]).item()
+
+
+def _forward_backward(trainer: Trainer, data, forward_only: bool) -> torch.Tensor:
+    t, length = trainer.args.training, trainer.args.data.seq_length
+    reports = get_forward_backward_func()(
+        forward_step_func=_forward_step(t.micro_batch_size, length),
+        data_iterator=data,
+        model=trainer.model,
+        num_microbatches=trainer.layout.num_microbatches,
+        seq_length=length,
+        micro_batch_size=t.micro_batch_size,
+        forward_only=forward_only,
+    )
+    total = torch.zeros(2, dtype=torch.float64, device=device())
+    for report in reports:
+        total += report["loss"]
+    if reports:
+        dist.all_reduce(
+            total, group=parallel_state.get_data_parallel_group(with_context_parallel=True)
+        )
+    return total
+
+
+def _forward_step(micro_batch_size: int, seq_length: int):
+    def loss_of(mask, losses):
+        mask = mask.to(losses.dtype)
+        loss = (losses.float() * mask).sum()
+        tokens = mask.sum()
+        # Three values: megatron-core sums both and divides once, by the tokens of the whole batch.
+        return loss, tokens.int(), {"loss": torch.stack([loss.detach(), tokens.float()])}
+
+    def forward_step(data, model):
+        batch = get_batch(data, micro_batch_size, seq_length)
+        # No attention mask: causal by token index is what the kernels do without one.
+        out = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+        return out, lambda losses: loss_of(batch["loss_mask"], losses)
+
+    return forward_step
+
+
+def _from_last_stage(total: torch.Tensor) -> torch.Tensor:
+    """Hands [loss sum, tokens] to all pipeline stages."""
+    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+        dist.broadcast(
+            total, parallel_state.get_pipeline_model_parallel_last_rank(),
+            group=parallel_state.get_pipeline_model_parallel_group(),
+        )
+    return total
+
+
+class Log:
+    """Rank 0's log lines, their JSON twins, and TensorBoard scalars."""
+
+    def __init__(self, trainer: Trainer):
+        self.trainer = trainer
+        flags = trainer.args.logging
+        self.interval = flags.log_interval
+        self.sum = torch.zeros(2, dtype=torch.float64, device=device())
+        self.since, self.steps = time.perf_counter(), 0
+        self.json = self.board = None
+        if rank() == 0 and flags.log_file:
+            Path(flags.log_file).parent.mkdir(parents=True, exist_ok=True)
+            self.json = open(flags.log_file, "a", buffering=1)
+        if rank() == 0 and flags.tensorboard_dir:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(flags.tensorboard_dir)
+
+    def step(self, loss: torch.Tensor, grad_norm: float) -> None:
+        self.sum += loss
+        self.steps += 1
+        trainer, t = self.trainer, self.trainer.args.training
+        at = trainer.iteration
+        if at % self.interval and at != t.train_iters:
+            return
+        total = _from_last_stage(self.sum)
+        mean = (total[0] / total[1]).item()
+        seconds = (time.perf_counter() - self.since) / self.steps
+        tokens = trainer.layout.global_batch_size * trainer.args.data.seq_length
+        rate = tokens / seconds / world_size()
+        lr = learning_rate(trainer.optimizer)
+        left = seconds * (t.train_iters - at)
+        width = len(str(t.train_iters))
+        print_rank_0(
+            f"iteration {at:{width}d}/{t.train_iters} | samples {trainer.consumed_samples} | "
+            f"{rate:,.0f} tokens/s per rank | loss {mean:.4f} | grad norm {grad_norm:.3f} | "
+            f"lr {lr:.3e} | left {_clock(left)}"
+        )
+        self._record(iteration=at, consumed_samples=trainer.consumed_samples, loss=mean,
+                     grad_norm=grad_norm, lr=lr, tokens_per_second_per_rank=rate,
+                     seconds_per_step=seconds)
+        self.sum.zero_()
+        self.since, self.steps = time.perf_counter(), 0
+
+    def validation(self, loss: float) -> None:
+        at = self.trainer.iteration
+        # exp() of a fresh model's loss can overflow; infinity is then the honest figure.
+        perplexity = math.exp(loss) if loss < 700 else math.inf
+        print_rank_0(f"validation at {at} | loss {loss:.4f} | perplexity {perplexity:.3f}")
+        self._record(iteration=at, valid_loss=loss)
+        self.since = time.perf_counter()
+
+    def saved(self, path: Path) -> None:
+        print_rank_0(f"saved {path}")
+        self.since = time.perf_counter()
+
+    def _record(self, **values) -> None:
+        if self.json:
+            self.json.write(json.dumps(values) + "\n")
+        if self.board:
+            for name, value in values.items():
+                if name not in ("iteration", "consumed_samples"):
+                    self.board.add_scalar(name, value, values["iteration"])
+
+    def close(self) -> None:
+        for sink in (self.json, self.board):
+            if sink:
+                sink.close()
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -1,0 +1,105 @@
+"""Trains a RoPE language model on L tokens at a time, with positions up to T.
+
+    torchrun --nproc-per-node 2 pretrain_pose.py --help
+"""
+
+import logging
+import os
+
+os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # orders tensor-parallel overlap
+
+from pose_megatron import cpu
+
+cpu.install()
+
+from pose_megatron import checkpoint, distributed, training
+from pose_megatron.arguments import ModelConfig, parse, resolve_model
+from pose_megatron.batch import fields_here
+from pose_megatron.dataset import build_datasets
+from pose_megatron.distributed import one_sentence_errors, print_rank_0
+from pose_megatron.positions import PoseSampler
+
+
+@one_sentence_errors
+def main() -> None:
+    args = parse()
+    logging.basicConfig(level=logging.INFO if distributed.rank() == 0 else logging.ERROR,
+                        format="%(message)s")
+
+    # The model: its shape is the checkpoint's, where there is one.
+    resume = args.checkpoint.load is not None
+    loaded = checkpoint.find(args.checkpoint.load) if resume else None
+    config = resolve_model(
+        args.model, args.data.seq_length, loaded and loaded.model, tokenizer_vocab(args)
+    )
+    layout = args.check(config, distributed.world_size())
+    sampler = position_sampler(args, config)
+    describe(args, config, layout, sampler)
+    if args.logging.dry_run:
+        return
+
+    distributed.initialize(args.parallel, args.training.seed)
+
+    # The corpus: skip-wise positions for training, plain ones for validation.
+    samples = args.training.train_iters * layout.global_batch_size
+    validations = args.logging.eval_iters if args.logging.eval_interval else 0
+    positions_only = "tokens" not in fields_here()
+    train_set, valid_set = build_datasets(
+        args.data, sampler, config.vocab_size, samples, validations * layout.global_batch_size,
+        positions_only,
+    )
+
+    trainer = training.setup(args, config, layout, loaded)
+    training.train(trainer, train_set, valid_set)
+
+
+def tokenizer_vocab(args) -> int | None:
+    if args.data.tokenizer_model is None:
+        return None
+    from pose_megatron.tokenizer import build_tokenizer
+
+    return build_tokenizer(args.data.tokenizer_type, args.data.tokenizer_model).vocab_size
+
+
+def position_sampler(args, config: ModelConfig) -> PoseSampler:
+    window, target = args.data.seq_length, config.max_position_embeddings
+    return PoseSampler(
+        window, target,
+        name=args.position.position_sampler or ("pose" if target > window else "full"),
+        num_chunks=args.position.pose_num_chunks,
+        content=args.position.pose_content,
+        seed=args.training.seed,
+    )
+
+
+def describe(args, config: ModelConfig, layout, sampler: PoseSampler) -> None:
+    """What this run is, in one look."""
+    p, t = args.parallel, args.training
+    scaling = config.rope_scaling
+    tokens = (t.train_iters or 0) * layout.global_batch_size * sampler.window
+    print_rank_0(
+        f"model      {config.num_parameters:,} parameters: {config.num_layers} layers, hidden "
+        f"{config.hidden_size}, ffn {config.ffn_hidden_size}, {config.num_attention_heads} heads, "
+        f"{config.num_query_groups} groups, vocabulary {config.vocab_size} "
+        f"(padded {config.padded_vocab_size}), {'bf16' if t.bf16 else 'float32'}\n"
+        f"rope       theta {config.rotary_base:g}, {scaling.method} x{scaling.factor:g}"
+        f"{f' from {scaling.original_max_position_embeddings}' if scaling.factor > 1 else ''}\n"
+        f"positions  {sampler.name}, window L = {sampler.window}, target T = {sampler.target}"
+        f"{f', {sampler.num_chunks} chunks, {sampler.content} text' * (sampler.name == 'pose')}\n"
+        f"layout     tensor {p.tensor_model_parallel_size} x pipeline "
+        f"{p.pipeline_model_parallel_size} x data {layout.data_parallel_size}, batch "
+        f"{layout.global_batch_size} = {t.micro_batch_size} x {layout.num_microbatches} "
+        f"micro-batches x {layout.data_parallel_size}\n"
+        f"training   {t.train_iters} steps, {tokens:,} tokens, seed {t.seed}"
+    )
+    if args.logging.dry_run:
+        print_rank_0("plans, over a source of 4 L tokens (length @ position <- text):")
+        for index in range(3):
+            plan = sampler.plan(index, 4 * sampler.window)
+            chunks = list(zip(plan.lengths, plan.position_starts, plan.text_starts, strict=True))
+            shown = ", ".join(f"{n} @ {u} <- {v}" for n, u, v in chunks[:8])
+            print_rank_0(f"  sample {index}: {shown}{', ...' if len(chunks) > 8 else ''}")
+
+
+if __name__ == "__main__":
+    main()
