@@ -23,8 +23,9 @@ from pose_megatron.positions import PoseSampler
 @one_sentence_errors
 def main() -> None:
     args = parse()
-    logging.basicConfig(level=logging.INFO if distributed.rank() == 0 else logging.ERROR,
-                        format="%(message)s")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    if distributed.rank() == 0:
+        logging.getLogger("pose_megatron").setLevel(logging.INFO)
 
     # The model: its shape is the checkpoint's, where there is one.
     resume = args.checkpoint.load is not None

@@ -1,0 +1,30 @@
+"""PoSE context extension on megatron-core. What another program needs is named here.
+
+    PoseSampler, SkipPlan       numpy: which tokens and positions a sample has
+    RopeScaling                 torch: how rotary frequencies are interpolated
+    PoseGPTModel, install_pose  megatron-core: a GPTModel that honours position ids
+    PoseDataset, build_datasets samples over indexed corpora
+"""
+
+import importlib
+import warnings
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "PoseSampler": "positions", "SkipPlan": "positions", "RopeScaling": "rope",
+    "PoseGPTModel": "model", "install_pose": "model",
+    "PoseDataset": "dataset", "build_datasets": "dataset",
+}
+__all__ = list(_HOMES)
+
+# megatron-core says so on every import, of packages that are optional.
+warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed")
+
+
+def __getattr__(name: str):
+    """Imports on first use: the samplers need numpy only, and importing megatron-core takes
+    seconds."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -11,6 +11,7 @@ points at is complete; a directory that a killed run left unfinished is never po
 """
 
 import argparse
+import multiprocessing
 import os
 import random
 import re
@@ -24,6 +25,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.safe_globals import register_safe_globals
 
 from pose_megatron.arguments import ModelConfig
@@ -195,6 +197,7 @@ def _write(root: Path, word, state: dict, metadata: dict, tokenizer_files) -> Pa
         path.mkdir()
         _copy_tokenizer(root, tokenizer_files)
     dist.barrier()
+    _quick_results_queue()
     dist_checkpointing.save(state, str(path), content_metadata=metadata)
     if dist.get_rank() == 0:
         for file in path.iterdir():
@@ -203,6 +206,14 @@ def _write(root: Path, word, state: dict, metadata: dict, tokenizer_files) -> Pa
         _write_atomically(root / TRACKER, str(word))
     dist.barrier()
     return path
+
+
+def _quick_results_queue() -> None:
+    """The writer reports through a manager process that it would spawn, importing everything anew
+    (seconds, and the memory of a whole rank); a forked one is there at once."""
+    if filesystem_async._results_queue is None:
+        manager = multiprocessing.get_context("fork").Manager()
+        filesystem_async._results_queue = manager.Queue()
 
 
 def _forget(root: Path, word) -> None:

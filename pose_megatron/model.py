@@ -202,8 +202,6 @@ def transformer_config(model: ModelConfig, args: Arguments) -> TransformerConfig
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=t.bf16,
-        # Weights come from a checkpoint or from `initialize`, the same under every layout.
-        perform_initialization=False,
         use_cpu_initialization=not torch.cuda.is_available(),
         # Sum over tokens, divided once by the tokens of the whole batch: the only form in which
         # every layout has the same gradient.

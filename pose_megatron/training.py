@@ -84,8 +84,9 @@ def train(trainer: Trainer, train_set: PoseDataset | None, valid_set: PoseDatase
     saved = trainer.iteration
     trainer.model.train()
     while trainer.iteration < t.train_iters:
+        lr = learning_rate(trainer.optimizer)
         loss, grad_norm = train_step(trainer, data)
-        log.step(loss, grad_norm)
+        log.step(loss, grad_norm, lr)
         at = trainer.iteration
         last = at == t.train_iters
         if args.logging.eval_interval and (at % args.logging.eval_interval == 0 or last):
@@ -214,7 +215,7 @@ class Log:
 
             self.board = SummaryWriter(flags.tensorboard_dir)
 
-    def step(self, loss: torch.Tensor, grad_norm: float) -> None:
+    def step(self, loss: torch.Tensor, grad_norm: float, lr: float) -> None:
         self.sum += loss
         self.steps += 1
         trainer, t = self.trainer, self.trainer.args.training
@@ -226,7 +227,6 @@ class Log:
         seconds = (time.perf_counter() - self.since) / self.steps
         tokens = trainer.layout.global_batch_size * trainer.args.data.seq_length
         rate = tokens / seconds / world_size()
-        lr = learning_rate(trainer.optimizer)
         left = seconds * (t.train_iters - at)
         width = len(str(t.train_iters))
         print_rank_0(
