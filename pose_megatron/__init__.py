@@ -18,8 +18,11 @@ _HOMES = {
 }
 __all__ = list(_HOMES)
 
-# megatron-core says so on every import, of packages that are optional.
-warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed")
+# Said on every start by megatron-core and torch, about packages that are optional and names that
+# only they can change.
+for _message in (".*Apex (is|are) not installed", "full scope is deprecated",
+                 r"`torch.distributed.\w+` is deprecated"):
+    warnings.filterwarnings("ignore", message=_message)
 
 
 def __getattr__(name: str):

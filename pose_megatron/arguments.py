@@ -361,6 +361,12 @@ def parse(argv: list[str] | None = None) -> Arguments:
     return args
 
 
+def defaults(**training) -> Arguments:
+    """Every flag at its default, for tools that run a model without training it."""
+    groups = {name: group() for name, group in _groups().items()}
+    return Arguments(**groups | {"training": TrainingFlags(**training)})
+
+
 def _words_of_config(path: Path) -> list[str]:
     import yaml
 

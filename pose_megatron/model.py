@@ -23,6 +23,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from pose_megatron.arguments import Arguments, ModelConfig
 from pose_megatron.attention import layer_spec
+from pose_megatron.distributed import device
 from pose_megatron.rope import RopeScaling, angles, attention_factor, inverse_frequencies
 
 
@@ -217,8 +218,9 @@ def transformer_config(model: ModelConfig, args: Arguments) -> TransformerConfig
 
 
 def build_model(config: TransformerConfig, model: ModelConfig, args: Arguments) -> PoseGPTModel:
-    """This rank's pipeline stage, on its device, with fresh weights."""
-    stage = PoseGPTModel(
+    """This rank's pipeline stage, on its device. Its weights are `initialize`'s or a
+    checkpoint's to set."""
+    return PoseGPTModel(
         config,
         layer_spec(config, args.model.transformer_impl),
         vocab_size=model.padded_vocab_size,
@@ -229,9 +231,29 @@ def build_model(config: TransformerConfig, model: ModelConfig, args: Arguments) 
         rotary_percent=model.rotary_percent,
         rotary_base=model.rotary_base,
         rope_scaling=model.rope_scaling,
-    )
-    initialize(stage, args.training.seed, args.model.init_method_std, model.num_layers)
-    return stage
+    ).to(device())
+
+
+def logits_function(stage: PoseGPTModel, vocab_size: int):
+    """`logits(tokens [b, s], last, position_ids [b, s]) -> float32 [b, last, vocab_size]`.
+
+    Positions are plain when not given. Only the last positions pass the output layer, so memory stays small at long contexts. For an
+    undivided model (one pipeline stage, one tensor rank).
+    """
+
+    @torch.no_grad()
+    def logits(tokens, last: int, position_ids=None):
+        if position_ids is None:
+            position_ids = torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)
+        hook = stage.output_layer.register_forward_pre_hook(
+            lambda _, args: (args[0][-last:], *args[1:])  # hidden states are [s, b, h]
+        )
+        try:
+            return stage(tokens, position_ids, None)[..., :vocab_size].float()
+        finally:
+            hook.remove()
+
+    return logits
 
 
 @torch.no_grad()

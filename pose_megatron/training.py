@@ -20,7 +20,7 @@ from pose_megatron.batch import batches, get_batch
 from pose_megatron.checkpoint import Checkpoint
 from pose_megatron.dataset import PoseDataset
 from pose_megatron.distributed import device, print_rank_0, rank, world_size
-from pose_megatron.model import PoseGPTModel, build_model, transformer_config
+from pose_megatron.model import PoseGPTModel, build_model, initialize, transformer_config
 from pose_megatron.optimizer import build_optimizer, build_scheduler, learning_rate
 
 
@@ -45,9 +45,11 @@ class Trainer:
 def setup(args: Arguments, config: ModelConfig, layout: Layout, loaded: Checkpoint | None):
     """Model, optimizer and schedule of this rank, with what `loaded` holds."""
     core = transformer_config(config, args)
-    stage = build_model(core, config, args).to(device())
+    stage = build_model(core, config, args)
     finetune = args.checkpoint.finetune or loaded is None
-    if loaded and finetune:
+    if loaded is None:
+        initialize(stage, args.training.seed, args.model.init_method_std, config.num_layers)
+    elif finetune:
         checkpoint.load(loaded, stage)
     module = Float16Module(core, stage) if args.training.bf16 else stage
     model = DistributedDataParallel(
@@ -65,7 +67,6 @@ def setup(args: Arguments, config: ModelConfig, layout: Layout, loaded: Checkpoi
     trainer = Trainer(args, config, layout, stage, model, optimizer, scheduler)
     if not finetune:
         checkpoint.load(loaded, stage, optimizer, scheduler)
-        optimizer.reload_model_params() if not args.training.bf16 else None
         trainer.iteration = loaded.iteration
         if loaded.consumed_samples != trainer.consumed_samples:
             raise ValueError(

@@ -11,7 +11,6 @@ import json
 import os
 import re
 import shutil
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -391,9 +390,10 @@ def _write_tokenizer(folder: Path, sidecars: dict[str, Path], window: int) -> No
         tokens = SentencePieceProcessor(model_file=str(sidecars["tokenizer.model"]))
         special = {"bos": tokens.bos_id(), "eos": tokens.eos_id(), "unk": tokens.unk_id()}
         config = {
-            # Megatron's preprocessing prepends no <s>, and sentencepiece is not patched by `legacy`
-            **{"tokenizer_class": "LlamaTokenizer", "add_bos_token": False, "legacy": False},
-            **{f"{k}_token": tokens.id_to_piece(i) for k, i in special.items() if i >= 0},
+            "tokenizer_class": "LlamaTokenizer",
+            "add_bos_token": False,  # as tools/preprocess_data.py
+            "add_prefix_space": tokens.encode("a", out_type=str)[0].startswith("\u2581"),
+            **{f"{name}_token": tokens.id_to_piece(i) for name, i in special.items() if i >= 0},
         }
     else:
         print("note: no tokenizer to copy; name one with --tokenizer-model", flush=True)

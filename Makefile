@@ -1,0 +1,37 @@
+# make quickstart   the whole job on a laptop: text in, PoSE training, a longer window out
+# make test         all tests          make unit   the ones that take seconds
+# make lint         ruff               make clean  removes .venv and quickstart/
+# Each sets up .venv when it is missing.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+# Installed first. On a machine without a GPU whose index offers only CUDA builds, say
+#   make TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu" ...
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+
+export OMP_NUM_THREADS ?= 1
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: quickstart test unit lint clean
+
+quickstart: $(BIN)/.ready
+	bash examples/quickstart.sh
+
+test: $(BIN)/.ready
+	python -m pytest
+
+unit: $(BIN)/.ready
+	python -m pytest tests/unit_tests
+
+lint: $(BIN)/.ready
+	ruff check .
+
+clean:
+	rm -rf .venv quickstart
+
+$(BIN)/.ready: setup.py constraints.txt
+	$(PYTHON) -c 'import sys; assert sys.version_info[:2] == (3, 11), f"needs Python 3.11, not {sys.version}: make PYTHON=/path/to/python3.11"'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@

@@ -1,0 +1,40 @@
+"""The one place for package metadata and dependencies; `constraints.txt` pins what CI passes with."""
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+here = Path(__file__).parent
+version = re.search(r'__version__ = "(.+)"', (here / "pose_megatron/__init__.py").read_text())[1]
+
+setup(
+    name="pose-megatron",
+    version=version,
+    description="PoSE context-window extension of RoPE language models on megatron-core",
+    long_description=(here / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11,<3.12",
+    packages=["pose_megatron"],
+    install_requires=[
+        "torch>=2.6",
+        "megatron-core==0.16.1",
+        "numpy",
+        "sentencepiece",
+        "transformers>=5",
+        "tokenizers",
+        "safetensors",
+        "psutil",  # megatron-core's checkpoint writer imports it and does not say so
+        "pyyaml",
+        "tqdm",
+        "zstandard",
+        "matplotlib",
+    ],
+    extras_require={
+        # The range that megatron-core 0.16.1 itself declares.
+        "gpu": ["transformer-engine[pytorch]>=2.9,<2.12"],
+        "track": ["tensorboard"],
+        "dev": ["pytest", "hypothesis", "ruff", "tensorboard"],
+    },
+)

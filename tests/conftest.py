@@ -1,0 +1,83 @@
+"""Shared by all tests: the CPU words first, then a one-rank world and small real corpora."""
+
+import os
+import sys
+import sysconfig
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from pose_megatron import cpu
+
+cpu.install()  # before anything imports megatron.core
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+EOD = 256  # bytes are tokens 0 to 255
+STDLIB = ("bisect", "colorsys", "contextlib", "fnmatch", "heapq", "keyword", "operator", "queue",
+          "sched", "shlex", "stat", "textwrap", "this", "token", "tokenize", "types")
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The repository."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def world():
+    """A process group of one rank, with megatron-core's groups in it."""
+    from megatron.core import parallel_state, tensor_parallel
+
+    from pose_megatron import distributed
+    from pose_megatron.arguments import ParallelFlags
+
+    if not dist.is_initialized():
+        distributed.initialize(ParallelFlags(), seed=1234)
+    elif not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel()
+        tensor_parallel.model_parallel_cuda_manual_seed(1234)
+    yield
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+
+
+def write_corpus(prefix: Path, documents, dtype=np.uint16) -> str:
+    """Writes token lists with stock megatron-core's builder; returns the prefix."""
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
+    for document in documents:
+        builder.add_document(torch.tensor(document, dtype=torch.int64), [len(document)])
+    builder.finalize(f"{prefix}.idx")
+    return str(prefix)
+
+
+@pytest.fixture
+def make_corpus(tmp_path):
+    """make_corpus(documents, name="corpus", dtype=np.uint16) -> prefix"""
+
+    def make(documents, name="corpus", dtype=np.uint16) -> str:
+        return write_corpus(tmp_path / name, documents, dtype)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def stdlib_documents() -> list[list[int]]:
+    """Source files of the Python that runs, as bytes and an end-of-document token; vocabulary 257.
+
+    """
+    folder = Path(sysconfig.get_path("stdlib"))
+    return [[*(folder / f"{name}.py").read_bytes(), EOD] for name in STDLIB]
+
+
+@pytest.fixture(scope="session")
+def stdlib_corpus(stdlib_documents, tmp_path_factory) -> str:
+    """Their corpus; returns the prefix."""
+    return write_corpus(tmp_path_factory.mktemp("stdlib") / "text_document", stdlib_documents)

@@ -1,0 +1,369 @@
+"""arguments.py: what the words mean, and what each mistake is answered with."""
+
+import dataclasses
+
+import pytest
+
+from pose_megatron.arguments import LR_DECAY_STYLES, ModelConfig, ModelFlags, parse, resolve_model
+from pose_megatron.rope import RopeScaling
+
+SHAPE = ["--num-layers", "4", "--hidden-size", "64", "--num-attention-heads", "4"]
+RUN = ["--train-iters", "10"]
+VOCAB = ["--vocab-size", "257"]
+
+
+def resolve(words, loaded=None, tokenizer=None):
+    args = parse([*words, *RUN])
+    return resolve_model(args.model, args.data.seq_length, loaded, tokenizer)
+
+
+def check(words, world_size=1):
+    args = parse([*SHAPE, *VOCAB, *RUN, *words])
+    return args.check(resolve_model(args.model, args.data.seq_length, None, None), world_size)
+
+
+LOADED = ModelConfig(
+    num_layers=4, hidden_size=64, ffn_hidden_size=128, num_attention_heads=4, num_query_groups=2,
+    kv_channels=16, vocab_size=257, max_position_embeddings=2048, norm_epsilon=1e-6,
+    rotary_base=50000.0, untie_embeddings_and_output_weights=True,
+)
+
+
+def extended(method="yarn", factor=16.0, target=32768):
+    return dataclasses.replace(
+        LOADED, max_position_embeddings=target,
+        rope_scaling=RopeScaling(method, factor, original_max_position_embeddings=2048))
+
+
+# Flags and files.
+
+
+def test_defaults_that_a_run_is_made_of():
+    args = parse(RUN)
+    assert args.data.seq_length == 2048 and args.data.split == "969,30,1"
+    assert args.training.micro_batch_size == 1 and args.training.train_iters == 10
+    assert (args.training.lr, args.training.adam_beta1, args.training.adam_beta2) == (
+        1e-4, 0.9, 0.95)
+    assert args.position.pose_num_chunks == 2 and args.position.pose_content == "uniform"
+    assert args.position.position_sampler is None
+    assert not args.training.bf16 and not args.parallel.sequence_parallel
+    assert args.checkpoint.load is None and args.logging.eval_interval is None
+
+
+def test_every_flag_of_the_issue_is_understood():
+    args = parse("""
+        --num-layers 2 --hidden-size 64 --num-attention-heads 4 --group-query-attention
+        --num-query-groups 2 --ffn-hidden-size 128 --seq-length 32 --max-position-embeddings 256
+        --micro-batch-size 2 --global-batch-size 8 --train-iters 7 --lr 1e-3 --min-lr 1e-5
+        --lr-decay-style linear --lr-warmup-iters 2 --weight-decay 0.1 --clip-grad 0.5
+        --adam-beta1 0.8 --adam-beta2 0.99 --bf16 --tensor-model-parallel-size 2
+        --pipeline-model-parallel-size 2 --sequence-parallel --load a --save b --save-interval 3
+        --eval-interval 5 --eval-iters 4 --log-interval 1 --data-path 0.3 x 0.7 y --split 8,1,1
+        --seed 7 --tensorboard-dir t --position-sampler randpos --pose-num-chunks 3
+        --pose-content aligned --rope-scaling yarn --rope-scaling-factor 8
+        --original-max-position-embeddings 32 --dry-run
+        """.split())
+    assert args.model.group_query_attention and args.model.num_query_groups == 2
+    assert args.data.data_path == ["0.3", "x", "0.7", "y"] and args.data.split == "8,1,1"
+    assert args.training.lr == 1e-3 and args.training.lr_decay_style == "linear"
+    assert args.training.bf16 and args.parallel.sequence_parallel and args.logging.dry_run
+    assert args.position.pose_content == "aligned" and args.position.position_sampler == "randpos"
+    assert args.model.rope_scaling_factor == 8.0
+    assert args.model.original_max_position_embeddings == 32
+
+
+def write(tmp_path, text):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_a_config_file_says_the_same_as_flags(tmp_path):
+    path = write(tmp_path, """
+seq-length: 64
+max_position_embeddings: 512
+data-path: [0.3, x, 0.7, y]
+lr: 1.0e-3
+bf16: true
+sequence-parallel: false
+split: "8,1,1"
+load:
+train-iters: 5
+""")
+    flags = "--seq-length 64 --max-position-embeddings 512 --data-path 0.3 x 0.7 y --lr 1e-3 " \
+            "--bf16 --no-sequence-parallel --split 8,1,1 --train-iters 5"
+    assert parse(["--config", path]) == parse(flags.split())
+
+
+def test_flags_win_over_the_file(tmp_path):
+    path = write(tmp_path, "seq-length: 64\nbf16: true\ndata-path: [a, b]\ntrain-iters: 5\n")
+    args = parse(["--config", path, "--seq-length", "32", "--no-bf16", "--data-path", "c"])
+    assert args.data.seq_length == 32 and not args.training.bf16
+    assert args.data.data_path == ["c"] and args.training.train_iters == 5
+
+
+@pytest.mark.parametrize("text, message", [
+    ("sequence_length: 64\n", "unknown name 'sequence_length'"),
+    ("seq-length: [1\n", "is not YAML"),
+    ("- seq-length\n", "must be a mapping"),
+    ("just words\n", "must be a mapping"),
+])
+def test_a_bad_config_file_is_named(tmp_path, text, message):
+    path = write(tmp_path, text)
+    with pytest.raises(ValueError) as error:
+        parse(["--config", path])
+    assert message in str(error.value) and path in str(error.value)
+
+
+def test_a_missing_config_file_is_named():
+    with pytest.raises(ValueError, match="--config nowhere.yaml: no such file"):
+        parse(["--config", "nowhere.yaml"])
+
+
+def test_unknown_and_abbreviated_flags_are_refused(capsys):
+    for words in (["--sequence-length", "3"], ["--seq", "3"], ["--lr-decay-style", "step"]):
+        with pytest.raises(SystemExit) as stop:
+            parse([*RUN, *words])
+        assert stop.value.code == 2
+        assert words[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--seq-length", "0"], "--seq-length must be at least 1, not 0"),
+    (["--micro-batch-size", "0"], "--micro-batch-size must be at least 1, not 0"),
+    (["--global-batch-size", "-4"], "--global-batch-size must be at least 1, not -4"),
+    (["--train-iters", "0"], "--train-iters must be at least 1, not 0"),
+    (["--lr-decay-iters", "0"], "--lr-decay-iters must be at least 1"),
+    (["--pose-num-chunks", "0"], "--pose-num-chunks must be at least 1"),
+    (["--tensor-model-parallel-size", "0"], "--tensor-model-parallel-size must be at least 1"),
+    (["--pipeline-model-parallel-size", "0"], "--pipeline-model-parallel-size must be at least"),
+    (["--save", "x", "--save-interval", "0"], "--save-interval must be at least 1"),
+    (["--log-interval", "0"], "--log-interval must be at least 1"),
+    (["--eval-interval", "0"], "--eval-interval must be at least 1"),
+    (["--eval-iters", "0"], "--eval-iters must be at least 1"),
+    (["--num-workers", "-1"], "--num-workers must be at least 0, not -1"),
+    (["--lr-warmup-iters", "10"], "--lr-warmup-iters 10 leaves nothing of --train-iters 10"),
+    (["--lr", "1e-5", "--min-lr", "1e-4"], "--min-lr 0.0001 is greater than --lr 1e-05"),
+    (["--finetune"], "--finetune .*--load"),
+    (["--save-interval", "5"], "--save-interval .*--save"),
+])
+def test_values_out_of_range_name_flag_and_value(words, message):
+    with pytest.raises(ValueError, match=message):
+        parse([*RUN, *words])
+
+
+def test_train_iters_is_needed_except_for_a_dry_run():
+    with pytest.raises(ValueError, match="--train-iters is missing"):
+        parse([])
+    assert parse(["--dry-run"]).training.train_iters is None
+
+
+def test_the_schedules_are_those_of_megatron_core():
+    for style in LR_DECAY_STYLES:
+        assert parse([*RUN, "--lr-decay-style", style]).training.lr_decay_style == style
+
+
+# The model.
+
+
+def test_a_shape_from_flags_alone():
+    config = resolve([*SHAPE, *VOCAB, "--seq-length", "128"])
+    assert config == ModelConfig(
+        num_layers=4, hidden_size=64, ffn_hidden_size=128, num_attention_heads=4,
+        num_query_groups=4, kv_channels=16, vocab_size=257, max_position_embeddings=128)
+    assert config.padded_vocab_size == 384 and config.rotary_dim == 16
+    # LLaMA-2 7B: 11008 is what its authors publish; Megatron-LM's rule gives 10880.
+    big = resolve("--num-layers 32 --hidden-size 4096 --num-attention-heads 32 --vocab-size 32000 "
+                  "--ffn-hidden-size 11008 --untie-embeddings-and-output-weights".split())
+    assert big.num_parameters == 6_738_415_616  # as published for LLaMA-2 7B
+
+
+def test_the_parameters_are_those_that_transformers_counts():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    for tied in (False, True):
+        flag = "--untie-embeddings-and-output-weights"
+        config = resolve([*SHAPE, "--vocab-size", "384", "--group-query-attention",
+                          "--num-query-groups", "2", *([] if tied else [flag])])
+        theirs = LlamaForCausalLM(LlamaConfig(
+            vocab_size=384, hidden_size=64, intermediate_size=128, num_hidden_layers=4,
+            num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=tied))
+        assert config.num_parameters == sum(p.numel() for p in theirs.parameters())
+
+
+@pytest.mark.parametrize("words, message", [
+    ([*SHAPE[2:], *VOCAB], "--num-layers is missing"),
+    ([*SHAPE[:2], *SHAPE[4:], *VOCAB], "--hidden-size is missing"),
+    ([*SHAPE[:4], *VOCAB], "--num-attention-heads is missing"),
+    (SHAPE, "--vocab-size is missing"),
+    ([*SHAPE, *VOCAB, "--num-attention-heads", "5"],
+     "--hidden-size 64 is not a multiple of --num-attention-heads 5; give --kv-channels"),
+    ([*SHAPE, *VOCAB, "--num-query-groups", "2"], "--num-query-groups has no effect without"),
+    ([*SHAPE, *VOCAB, "--group-query-attention"], "needs --num-query-groups"),
+    ([*SHAPE, *VOCAB, "--group-query-attention", "--num-query-groups", "3"],
+     "--num-attention-heads 4 is not a multiple of --num-query-groups 3"),
+    ([*SHAPE, *VOCAB, "--rotary-percent", "0"], r"--rotary-percent must be in \(0, 1\], not 0"),
+    ([*SHAPE, *VOCAB, "--rotary-percent", "1.5"], "--rotary-percent must be in"),
+    ([*SHAPE, *VOCAB, "--kv-channels", "15"], "gives 15 rotary dimensions; they must be even"),
+    ([*SHAPE, *VOCAB, "--num-layers", "0"], "--num-layers must be at least 1, not 0"),
+    ([*SHAPE, "--vocab-size", "-5"], "--vocab-size must be at least 1, not -5"),
+    ([*SHAPE, *VOCAB, "--hidden-size", "0"], "--hidden-size must be at least 1, not 0"),
+    ([*SHAPE, *VOCAB, "--num-attention-heads", "0"],
+     "--num-attention-heads must be at least 1, not 0"),
+    ([*SHAPE, *VOCAB, "--ffn-hidden-size", "0"], "--ffn-hidden-size must be at least 1, not 0"),
+    ([*SHAPE, *VOCAB, "--kv-channels", "0"], "--kv-channels must be at least 1, not 0"),
+    ([*SHAPE, *VOCAB, "--max-position-embeddings", "0"],
+     "--max-position-embeddings must be at least 1, not 0"),
+    ([*SHAPE, *VOCAB, "--group-query-attention", "--num-query-groups", "0"],
+     "--num-query-groups must be at least 1, not 0"),
+])
+def test_a_shape_that_cannot_be_names_flag_and_value(words, message):
+    with pytest.raises(ValueError, match=message):
+        resolve(words)
+
+
+def test_the_vocabulary_comes_from_flag_then_tokenizer():
+    assert resolve(SHAPE, tokenizer=1000).vocab_size == 1000
+    assert resolve([*SHAPE, "--vocab-size", "1200"], tokenizer=1000).vocab_size == 1200
+    with pytest.raises(ValueError, match="--tokenizer-model has 1000 tokens, the model only 257"):
+        resolve([*SHAPE, *VOCAB], tokenizer=1000)
+    with pytest.raises(ValueError, match="--tokenizer-model has 1000 tokens, the model only 257"):
+        resolve([], loaded=LOADED, tokenizer=1000)
+
+
+def test_the_shape_is_the_checkpoints():
+    assert resolve([], loaded=LOADED) == LOADED
+    same = "--num-layers 4 --hidden-size 64 --num-query-groups 2 --norm-epsilon 1e-6 " \
+           "--rotary-base 50000 --vocab-size 257 --untie-embeddings-and-output-weights".split()
+    assert resolve(same, loaded=LOADED) == LOADED
+
+
+@pytest.mark.parametrize("flag, value, has", [
+    ("--num-layers", "5", "4"), ("--hidden-size", "128", "64"), ("--ffn-hidden-size", "64", "128"),
+    ("--num-attention-heads", "8", "4"), ("--num-query-groups", "4", "2"),
+    ("--kv-channels", "32", "16"), ("--vocab-size", "300", "257"),
+    ("--make-vocab-size-divisible-by", "64", "128"), ("--norm-epsilon", "1e-05", "1e-06"),
+    ("--rotary-base", "10000.0", "50000.0"), ("--rotary-percent", "0.5", "1.0"),
+])
+def test_a_flag_that_contradicts_the_checkpoint_is_an_error(flag, value, has):
+    with pytest.raises(ValueError, match=f"{flag} {value} contradicts the checkpoint, which has "
+                                         f"{has}"):
+        resolve([flag, value], loaded=LOADED)
+
+
+def test_untied_weights_contradict_a_tied_checkpoint():
+    tied = dataclasses.replace(LOADED, untie_embeddings_and_output_weights=False)
+    with pytest.raises(ValueError, match="--untie-embeddings-and-output-weights True contradicts"):
+        resolve(["--untie-embeddings-and-output-weights"], loaded=tied)
+
+
+def test_grouped_flags_without_a_number_contradict_no_checkpoint():
+    assert resolve(["--group-query-attention"], loaded=LOADED) == LOADED
+
+
+@pytest.mark.parametrize("method", ["linear", "ntk", "yarn", "yarn_revised"])
+def test_extension_of_a_checkpoint_takes_its_window_as_the_original(method):
+    config = resolve(["--seq-length", "512", "--max-position-embeddings", "32768",
+                      "--rope-scaling", method], loaded=LOADED)
+    assert config == extended(method)
+
+
+def test_extension_of_a_fresh_model_takes_the_training_window():
+    config = resolve([*SHAPE, *VOCAB, "--seq-length", "128", "--max-position-embeddings", "1024",
+                      "--rope-scaling", "linear"])
+    assert config.rope_scaling == RopeScaling("linear", 8.0, 128)
+
+
+def test_factor_and_original_window_can_be_said():
+    words = ["--max-position-embeddings", "32768", "--rope-scaling", "linear"]
+    said = resolve([*words, "--rope-scaling-factor", "20"], loaded=LOADED).rope_scaling
+    assert said == RopeScaling("linear", 20.0, 2048)
+    said = resolve([*words, "--original-max-position-embeddings", "4096"], loaded=LOADED)
+    assert said.rope_scaling == RopeScaling("linear", 8.0, 4096)
+    shrunk = resolve(["--max-position-embeddings", "1024", "--rope-scaling", "linear"],
+                     loaded=LOADED)
+    assert shrunk.rope_scaling.factor == 1.0
+
+
+def test_a_longer_target_alone_does_not_interpolate():
+    config = resolve(["--max-position-embeddings", "32768"], loaded=LOADED)
+    assert config.rope_scaling == RopeScaling() and config.max_position_embeddings == 32768
+
+
+def test_a_factor_needs_a_method():
+    with pytest.raises(ValueError, match="--rope-scaling-factor 8.0 needs a --rope-scaling method"):
+        resolve(["--rope-scaling-factor", "8"], loaded=LOADED)
+    assert resolve(["--rope-scaling-factor", "1"], loaded=LOADED) == LOADED
+
+
+def test_an_extended_checkpoint_is_trained_further_as_it_is():
+    before = extended()
+    assert resolve([], loaded=before) == before
+    same = ["--rope-scaling", "yarn", "--rope-scaling-factor", "16",
+            "--original-max-position-embeddings", "2048", "--max-position-embeddings", "32768"]
+    assert resolve(same, loaded=before) == before
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--rope-scaling", "linear"], "interpolated already.*--rope-scaling yarn"),
+    (["--rope-scaling", "none"], "interpolated already"),
+    (["--rope-scaling-factor", "32"], "interpolated already.*--rope-scaling-factor 16"),
+    (["--original-max-position-embeddings", "4096"], "interpolated already"),
+    (["--max-position-embeddings", "65536"],
+     "--max-position-embeddings 65536 contradicts the checkpoint, already interpolated to 32768"),
+])
+def test_an_extended_checkpoint_is_not_extended_again(words, message):
+    with pytest.raises(ValueError, match=message):
+        resolve(words, loaded=extended())
+
+
+def test_a_config_survives_a_checkpoint():
+    for config in (LOADED, extended(), resolve([*SHAPE, *VOCAB])):
+        values = config.to_dict()
+        assert ModelConfig.from_dict(values) == config
+        assert ModelConfig.from_dict(values | {"of_a_later_version": 1}) == config
+
+
+# The layout.
+
+
+def test_layout_follows_from_the_ranks():
+    layout = check([])
+    assert dataclasses.astuple(layout) == (1, 1, 1)
+    layout = check("--micro-batch-size 2 --global-batch-size 24".split(), world_size=3)
+    assert dataclasses.astuple(layout) == (3, 24, 4)
+    layout = check("--micro-batch-size 2 --tensor-model-parallel-size 2 "
+                   "--pipeline-model-parallel-size 2".split(), world_size=12)
+    assert dataclasses.astuple(layout) == (3, 6, 1)
+
+
+@pytest.mark.parametrize("words, ranks, message", [
+    ("--tensor-model-parallel-size 2", 3,
+     "3 ranks do not divide into --tensor-model-parallel-size 2 x --pipeline-model-parallel-size 1;"
+     " start a multiple of 2"),
+    ("--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2", 2,
+     "start a multiple of 4 ranks"),
+    ("--global-batch-size 6 --micro-batch-size 2", 2,
+     "--global-batch-size 6 is not a multiple of --micro-batch-size 2 x 2 data-parallel ranks"),
+    ("--tensor-model-parallel-size 3", 3, "4 is not a multiple of --tensor-model-parallel-size 3"),
+    ("--tensor-model-parallel-size 2 --ffn-hidden-size 129", 2,
+     "129 is not a multiple of --tensor-model-parallel-size 2"),
+    ("--tensor-model-parallel-size 2 --make-vocab-size-divisible-by 1", 2,
+     "257 is not a multiple of --tensor-model-parallel-size 2"),
+    ("--num-attention-heads 12 --kv-channels 8 --group-query-attention --num-query-groups 3 "
+     "--tensor-model-parallel-size 4", 4, "--num-query-groups 3 and --tensor-model-parallel-size 4"),
+    ("--pipeline-model-parallel-size 3", 3,
+     "--num-layers 4 is not a multiple of --pipeline-model-parallel-size 3"),
+    ("--tensor-model-parallel-size 2 --sequence-parallel --seq-length 33", 2,
+     "--sequence-parallel needs --seq-length 33"),
+    ("--seq-length 64 --max-position-embeddings 32", 1,
+     "--seq-length 64 .*is greater than --max-position-embeddings 32"),
+])
+def test_a_layout_that_cannot_be_names_flag_and_value(words, ranks, message):
+    with pytest.raises(ValueError, match=message):
+        check(words.split(), ranks)
+
+
+def test_fewer_groups_than_tensor_ranks_are_fine():
+    words = "--group-query-attention --num-query-groups 2 --tensor-model-parallel-size 4"
+    assert check(words.split(), world_size=4).data_parallel_size == 1
