@@ -39,7 +39,7 @@ def main() -> None:
     if args.logging.dry_run:
         return
 
-    distributed.initialize(args.parallel, args.training.seed)
+    distributed.initialize(args.parallel, args.training.seed, config.num_layers)
 
     # The corpus: skip-wise positions for training, plain ones for validation.
     samples = args.training.train_iters * layout.global_batch_size
@@ -88,8 +88,8 @@ def describe(args, config: ModelConfig, layout, sampler: PoseSampler) -> None:
         f"positions  {sampler.name}, window L = {sampler.window}, target T = {sampler.target}"
         f"{f', {sampler.num_chunks} chunks, {sampler.content} text' * (sampler.name == 'pose')}\n"
         f"layout     tensor {p.tensor_model_parallel_size} x pipeline "
-        f"{p.pipeline_model_parallel_size} x data {layout.data_parallel_size}, batch "
-        f"{layout.global_batch_size} = {t.micro_batch_size} x {layout.num_microbatches} "
+        f"{p.pipeline_model_parallel_size} x context {p.context_parallel_size} x data "
+        f"{layout.data_parallel_size}, batch {layout.global_batch_size} = {t.micro_batch_size} x {layout.num_microbatches} "
         f"micro-batches x {layout.data_parallel_size}\n"
         f"training   {t.train_iters} steps, {tokens:,} tokens, seed {t.seed}"
     )

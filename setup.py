@@ -1,4 +1,4 @@
-"""The one place for package metadata and dependencies; `constraints.txt` pins what CI passes with."""
+"""Package metadata and dependencies; `constraints.txt` pins what CI passes with."""
 
 import re
 from pathlib import Path

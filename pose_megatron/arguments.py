@@ -19,7 +19,6 @@ from pathlib import Path
 from pose_megatron.positions import CONTENTS
 from pose_megatron.rope import METHODS, RopeScaling
 
-
 LR_DECAY_STYLES = ("constant", "linear", "cosine", "inverse-square-root")
 
 
@@ -188,9 +187,19 @@ class ParallelFlags:
 
     tensor_model_parallel_size: int = _flag(1, "")
     pipeline_model_parallel_size: int = _flag(1, "")
+    num_layers_per_virtual_pipeline_stage: int | None = _flag(
+        None, "interleave the pipeline: layers of one model chunk")
+    context_parallel_size: int = _flag(1, "ranks that share a sequence")
     sequence_parallel: bool = _flag(False, "split activations between layers over the tensor ranks")
     use_distributed_optimizer: bool = _flag(False, "shard optimizer state over the data ranks")
     distributed_timeout_minutes: int = _flag(10, "of a collective before the run gives up")
+
+    def virtual_pipeline_size(self, num_layers: int) -> int | None:
+        """Model chunks of a rank; None without interleaving."""
+        if self.num_layers_per_virtual_pipeline_stage is None:
+            return None
+        per_rank = num_layers // self.pipeline_model_parallel_size
+        return per_rank // self.num_layers_per_virtual_pipeline_stage
 
 
 @dataclass(frozen=True)
@@ -241,13 +250,15 @@ class Arguments:
             ValueError: naming the flag, its value and the way out.
         """
         p, t, d = self.parallel, self.training, self.data
-        tp, pp = p.tensor_model_parallel_size, p.pipeline_model_parallel_size
-        if world_size % (tp * pp):
+        tp, pp, cp = (p.tensor_model_parallel_size, p.pipeline_model_parallel_size,
+                      p.context_parallel_size)
+        if world_size % (tp * pp * cp):
             raise ValueError(
                 f"{world_size} ranks do not divide into --tensor-model-parallel-size {tp} x "
-                f"--pipeline-model-parallel-size {pp}; start a multiple of {tp * pp} ranks"
+                f"--pipeline-model-parallel-size {pp} x --context-parallel-size {cp}; start a "
+                f"multiple of {tp * pp * cp} ranks"
             )
-        dp = world_size // (tp * pp)
+        dp = world_size // (tp * pp * cp)
         gbs = t.global_batch_size or t.micro_batch_size * dp
         if gbs % (t.micro_batch_size * dp):
             raise ValueError(
@@ -270,10 +281,16 @@ class Arguments:
                 f"--num-layers {model.num_layers} is not a multiple of "
                 f"--pipeline-model-parallel-size {pp}"
             )
-        if p.sequence_parallel and d.seq_length % tp:
+        self._check_interleaving(model.num_layers // pp, gbs // (t.micro_batch_size * dp))
+        if cp > 1 and d.seq_length % (2 * cp):
             raise ValueError(
-                f"--sequence-parallel needs --seq-length {d.seq_length} to be a multiple of "
-                f"--tensor-model-parallel-size {tp}"
+                f"--context-parallel-size {cp} needs --seq-length {d.seq_length} to be a multiple "
+                f"of {2 * cp}: each rank holds two chunks"
+            )
+        if p.sequence_parallel and d.seq_length // cp % tp:
+            raise ValueError(
+                f"--sequence-parallel needs --seq-length {d.seq_length} / --context-parallel-size "
+                f"{cp} to be a multiple of --tensor-model-parallel-size {tp}"
             )
         if d.seq_length > model.max_position_embeddings:
             raise ValueError(
@@ -282,6 +299,24 @@ class Arguments:
                 "raise the latter or shorten the former"
             )
         return Layout(dp, gbs, gbs // (t.micro_batch_size * dp))
+
+    def _check_interleaving(self, layers: int, num_microbatches: int) -> None:
+        """`layers` of a pipeline rank."""
+        pp = self.parallel.pipeline_model_parallel_size
+        chunk = self.parallel.num_layers_per_virtual_pipeline_stage
+        if chunk is None:
+            return
+        if pp == 1 or layers % chunk or layers == chunk:
+            raise ValueError(
+                f"--num-layers-per-virtual-pipeline-stage {chunk} must divide the {layers} layers "
+                f"of a rank into at least two chunks, with --pipeline-model-parallel-size {pp} "
+                "above 1"
+            )
+        if num_microbatches % pp:
+            raise ValueError(
+                f"an interleaved pipeline needs the {num_microbatches} micro-batches of a step to "
+                f"be a multiple of --pipeline-model-parallel-size {pp}; change --global-batch-size"
+            )
 
 
 @dataclass(frozen=True)
@@ -299,8 +334,13 @@ def _groups() -> dict[str, type]:
     return {f.name: f.type for f in dataclasses.fields(Arguments)}
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise ValueError(f"{message}; see --help")  # one rank prints it, not every one
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="pretrain_pose.py",
         description="Train a RoPE language model on windows of --seq-length tokens whose position "
         "ids reach --max-position-embeddings (PoSE), on megatron-core.",
@@ -341,11 +381,11 @@ def parse(argv: list[str] | None = None) -> Arguments:
     """Read flags, over those of a --config file.
 
     Raises:
-        ValueError: the file is unreadable, names an unknown flag, or a value is out of range.
-        SystemExit: argparse's, for an unknown flag or `--help`.
+        ValueError: an unknown flag, an unreadable file, or a value out of range.
+        SystemExit: after `--help`.
     """
     parser = _parser()
-    config = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    config = _Parser(add_help=False, allow_abbrev=False)
     config.add_argument("--config")
     path = config.parse_known_args(argv)[0].config
     words = _words_of_config(Path(path)) if path else []
@@ -394,10 +434,13 @@ def _words_of_config(path: Path) -> list[str]:
 def _check_ranges(args: Arguments) -> None:
     t = args.training
     for group, names in (
+        (args.model, ("num_attention_heads", "num_query_groups", "ffn_hidden_size", "kv_channels",
+                      "original_max_position_embeddings")),
         (args.data, ("seq_length",)),
         (t, ("micro_batch_size", "global_batch_size", "train_iters", "lr_decay_iters")),
         (args.position, ("pose_num_chunks",)),
-        (args.parallel, ("tensor_model_parallel_size", "pipeline_model_parallel_size")),
+        (args.parallel, ("tensor_model_parallel_size", "pipeline_model_parallel_size",
+                         "context_parallel_size", "num_layers_per_virtual_pipeline_stage")),
         (args.checkpoint, ("save_interval",)),
         (args.logging, ("log_interval", "eval_interval", "eval_iters")),
     ):

@@ -10,6 +10,7 @@ no operator of the forward or backward pass pays for it.
 import functools
 
 import torch
+import torch.utils._device
 
 FACTORIES = ("arange", "empty", "full", "ones", "rand", "randint", "randn", "tensor", "zeros",
              "empty_like", "full_like", "ones_like", "zeros_like")
@@ -20,6 +21,9 @@ def install() -> None:
     if torch.cuda.is_available() or getattr(torch, "_pose_megatron_cpu", False):
         return
     torch._pose_megatron_cpu = True
+    # torch notes on first use which factories `with torch.device(...)` governs; let it note its
+    # own, or models that transformers builds on the meta device come out uninitialised.
+    torch.utils._device._device_constructors()
     for name in FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     torch.Tensor.cuda = lambda self, *args, **kwargs: self

@@ -13,6 +13,7 @@ Cost: an index of 8 bytes per document and no table per sample; a sample reads L
 """
 
 import logging
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +22,12 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.blended_megatron_dataset_config import BlendedMegatronDatasetConfig
-from megatron.core.datasets.indexed_dataset import IndexedDataset, get_bin_path, get_idx_path
+from megatron.core.datasets.indexed_dataset import (
+    IndexedDataset,
+    _IndexReader,
+    get_bin_path,
+    get_idx_path,
+)
 from megatron.core.datasets.megatron_dataset import MegatronDataset
 
 from pose_megatron.arguments import DataFlags
@@ -82,24 +88,26 @@ class Corpus:
                     f"--data-path {prefix}: {path} is missing; the prefix is what "
                     "tools/preprocess_data.py wrote, such as corpus_text_document"
                 )
+        # The index alone first: the whole reader, when it fails half-way, prints from __del__.
         try:
-            self.tokens = IndexedDataset(prefix)
+            index = _IndexReader(get_idx_path(prefix), multimodal=False)
+            assert index.document_indices[-1] == len(index), "its tables disagree"
         except Exception as error:  # the reader fails in many ways on foreign bytes
             raise ValueError(
                 f"--data-path {prefix}: {get_idx_path(prefix)} is truncated or not a Megatron "
-                f"index ({error or type(error).__name__}); preprocess the corpus again"
+                f"index ({str(error) or type(error).__name__}); preprocess the corpus again"
             ) from None
-        self.lengths = self.tokens.sequence_lengths
-        if not len(self.lengths) or not self.lengths.any():
+        needed = int(index.sequence_lengths.sum(dtype=np.int64)) * index.dtype_size
+        if not needed:
             raise ValueError(f"--data-path {prefix}: the corpus has no tokens")
-        item = self.tokens.index.dtype_size
-        needed = int(self.lengths.sum(dtype=np.int64)) * item
         have = Path(get_bin_path(prefix)).stat().st_size
         if have != needed:
             raise ValueError(
                 f"--data-path {prefix}: {get_bin_path(prefix)} has {have} bytes, its index "
                 f"describes {needed}: truncated, or of another corpus; preprocess it again"
             )
+        self.tokens = IndexedDataset(prefix)
+        self.lengths = self.tokens.sequence_lengths
 
 
 class Shuffle:
@@ -250,11 +258,13 @@ class PoseDataset(torch.utils.data.Dataset):
         if self.positions_only:
             return sample
         tokens, labels = source.read(plan)
+        lowest = min(int(tokens.min()), int(labels.min()))
         highest = max(int(tokens.max()), int(labels.max()))
-        if highest >= self.vocab_size:
+        if lowest < 0 or highest >= self.vocab_size:
             documents = sorted({document for document, _, _ in source.pieces})
+            wrong = lowest if lowest < 0 else highest
             raise ValueError(
-                f"--data-path {source.corpus.prefix}: token id {highest} in document "
+                f"--data-path {source.corpus.prefix}: token id {wrong} in document "
                 f"{documents[0]} is outside the vocabulary of {self.vocab_size}; the corpus was "
                 "made with another tokenizer"
             )
@@ -293,7 +303,9 @@ def build_datasets(
     _report(train)
     plain = PoseSampler(sampler.window, sampler.window, "full", seed=sampler.seed)
     train = PoseDataset(train, sampler, vocab_size, positions_only)
-    return train, valid_samples and PoseDataset(valid, plain, vocab_size, positions_only) or None
+    if not valid_samples:
+        return train, None
+    return train, PoseDataset(valid, plain, vocab_size, positions_only)
 
 
 def _report(sources) -> None:
@@ -314,8 +326,9 @@ def _blend(words: list[str]) -> tuple[list[str], list[float] | None]:
     prefixes = words[1::2]
     if len(prefixes) != len(weights) or not prefixes:
         raise ValueError(f"--data-path {' '.join(words)}: give 'weight prefix weight prefix ...'")
-    if min(weights) <= 0:
-        raise ValueError(f"--data-path: weight {min(weights)} must be positive")
+    for weight in weights:
+        if not 0 < weight < math.inf:
+            raise ValueError(f"--data-path: weight {weight} must be positive and finite")
     return prefixes, weights
 
 
@@ -324,6 +337,6 @@ def _split(text: str) -> str:
         shares = [float(share) for share in text.split(",")]
     except ValueError:
         shares = []
-    if len(shares) != 3 or min(shares) < 0 or not sum(shares):
+    if len(shares) != 3 or not all(0 <= s < math.inf for s in shares) or not sum(shares):
         raise ValueError(f"--split {text} must be three shares, such as 969,30,1")
     return text

@@ -14,7 +14,7 @@ from megatron.core import parallel_state, tensor_parallel
 from pose_megatron.arguments import ParallelFlags
 
 
-def initialize(parallel: ParallelFlags, seed: int) -> None:
+def initialize(parallel: ParallelFlags, seed: int, num_layers: int = 1) -> None:
     """Joins the job that torchrun started, or makes one of a single rank.
 
     Raises:
@@ -31,6 +31,8 @@ def initialize(parallel: ParallelFlags, seed: int) -> None:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_size(num_layers),
+        context_parallel_size=parallel.context_parallel_size,
         distributed_timeout_minutes=parallel.distributed_timeout_minutes,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
@@ -67,7 +69,8 @@ def one_sentence_errors(main: Callable[[], None]) -> Callable[[], None]:
             if os.environ.get("POSE_TRACEBACK"):
                 raise
             if _first_to_fail():
-                print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
+                program = os.path.basename(sys.argv[0])
+                print(f"{program}: error: {_sentence(error)}", file=sys.stderr)
                 sys.stderr.flush()
             else:
                 time.sleep(2)  # let the sentence out before torchrun ends the job
@@ -77,6 +80,12 @@ def one_sentence_errors(main: Callable[[], None]) -> Callable[[], None]:
                 dist.destroy_process_group()
 
     return guarded
+
+
+def _sentence(error: Exception) -> str:
+    """The message; of one that a loader process raised, what it said and not its traceback."""
+    text = str(error).strip()
+    return text.splitlines()[-1].partition(": ")[2] if text.startswith("Caught ") else text
 
 
 def _first_to_fail() -> bool:

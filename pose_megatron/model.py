@@ -179,6 +179,7 @@ def transformer_config(model: ModelConfig, args: Arguments) -> TransformerConfig
     """megatron-core's description of a LLaMA, of its layout and of its precision."""
     p, t = args.parallel, args.training
     dtype = torch.bfloat16 if t.bf16 else torch.float32
+    interleaved = p.num_layers_per_virtual_pipeline_stage is not None
     fusions = args.model.transformer_impl == "transformer_engine"
     return TransformerConfig(
         num_layers=model.num_layers,
@@ -199,6 +200,11 @@ def transformer_config(model: ModelConfig, args: Arguments) -> TransformerConfig
         ),
         tensor_model_parallel_size=p.tensor_model_parallel_size,
         pipeline_model_parallel_size=p.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=p.virtual_pipeline_size(model.num_layers),
+        context_parallel_size=p.context_parallel_size,
+        # Interleaved stages without overlapped sends give wrong numbers, silently.
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
         sequence_parallel=p.sequence_parallel and p.tensor_model_parallel_size > 1,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -217,16 +223,21 @@ def transformer_config(model: ModelConfig, args: Arguments) -> TransformerConfig
     )
 
 
-def build_model(config: TransformerConfig, model: ModelConfig, args: Arguments) -> PoseGPTModel:
-    """This rank's pipeline stage, on its device. Its weights are `initialize`'s or a
-    checkpoint's to set."""
+def build_model(
+    config: TransformerConfig, model: ModelConfig, args: Arguments, vp_stage: int | None = None
+) -> PoseGPTModel:
+    """This rank's pipeline stage (chunk `vp_stage` of it, if interleaved), on its device. Its
+    weights are `initialize`'s or a checkpoint's to set."""
     return PoseGPTModel(
         config,
-        layer_spec(config, args.model.transformer_impl),
+        layer_spec(config, args.model.transformer_impl, vp_stage),
         vocab_size=model.padded_vocab_size,
         max_sequence_length=model.max_position_embeddings,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
+        pre_process=parallel_state.is_pipeline_first_stage(
+            ignore_virtual=vp_stage is None, vp_stage=vp_stage),
+        post_process=parallel_state.is_pipeline_last_stage(
+            ignore_virtual=vp_stage is None, vp_stage=vp_stage),
+        vp_stage=vp_stage,
         share_embeddings_and_output_weights=not model.untie_embeddings_and_output_weights,
         rotary_percent=model.rotary_percent,
         rotary_base=model.rotary_base,
@@ -237,8 +248,8 @@ def build_model(config: TransformerConfig, model: ModelConfig, args: Arguments) 
 def logits_function(stage: PoseGPTModel, vocab_size: int):
     """`logits(tokens [b, s], last, position_ids [b, s]) -> float32 [b, last, vocab_size]`.
 
-    Positions are plain when not given. Only the last positions pass the output layer, so memory stays small at long contexts. For an
-    undivided model (one pipeline stage, one tensor rank).
+    Positions are plain when not given. Only the last ones pass the output layer, so memory stays
+    small at long contexts. For an undivided model (one pipeline stage, one tensor rank).
     """
 
     @torch.no_grad()

@@ -82,7 +82,6 @@ def train(trainer: Trainer, train_set: PoseDataset | None, valid_set: PoseDatase
     args, t = trainer.args, trainer.args.training
     data = batches(train_set, trainer.consumed_samples, t.micro_batch_size, args.data.num_workers)
     log = Log(trainer)
-    saved = trainer.iteration
     trainer.model.train()
     while trainer.iteration < t.train_iters:
         lr = learning_rate(trainer.optimizer)
@@ -93,11 +92,8 @@ def train(trainer: Trainer, train_set: PoseDataset | None, valid_set: PoseDatase
         if args.logging.eval_interval and (at % args.logging.eval_interval == 0 or last):
             log.validation(evaluate(trainer, valid_set))
         every = args.checkpoint.save_interval
-        if args.checkpoint.save and (last or every and at % every == 0):
+        if args.checkpoint.save and (last or (every and at % every == 0)):
             log.saved(save(trainer))
-            saved = at
-    if args.checkpoint.save and saved != trainer.iteration:
-        log.saved(save(trainer))
     log.close()
 
 
@@ -206,7 +202,7 @@ class Log:
         flags = trainer.args.logging
         self.interval = flags.log_interval
         self.sum = torch.zeros(2, dtype=torch.float64, device=device())
-        self.since, self.steps = time.perf_counter(), 0
+        self.mark, self.seconds, self.steps = time.perf_counter(), 0.0, 0
         self.json = self.board = None
         if rank() == 0 and flags.log_file:
             Path(flags.log_file).parent.mkdir(parents=True, exist_ok=True)
@@ -219,13 +215,15 @@ class Log:
     def step(self, loss: torch.Tensor, grad_norm: float, lr: float) -> None:
         self.sum += loss
         self.steps += 1
+        self.seconds += time.perf_counter() - self.mark
+        self.mark = time.perf_counter()
         trainer, t = self.trainer, self.trainer.args.training
         at = trainer.iteration
         if at % self.interval and at != t.train_iters:
             return
         total = _from_last_stage(self.sum)
         mean = (total[0] / total[1]).item()
-        seconds = (time.perf_counter() - self.since) / self.steps
+        seconds = self.seconds / self.steps
         tokens = trainer.layout.global_batch_size * trainer.args.data.seq_length
         rate = tokens / seconds / world_size()
         left = seconds * (t.train_iters - at)
@@ -239,7 +237,7 @@ class Log:
                      grad_norm=grad_norm, lr=lr, tokens_per_second_per_rank=rate,
                      seconds_per_step=seconds)
         self.sum.zero_()
-        self.since, self.steps = time.perf_counter(), 0
+        self.mark, self.seconds, self.steps = time.perf_counter(), 0.0, 0
 
     def validation(self, loss: float) -> None:
         at = self.trainer.iteration
@@ -247,11 +245,11 @@ class Log:
         perplexity = math.exp(loss) if loss < 700 else math.inf
         print_rank_0(f"validation at {at} | loss {loss:.4f} | perplexity {perplexity:.3f}")
         self._record(iteration=at, valid_loss=loss)
-        self.since = time.perf_counter()
+        self.mark = time.perf_counter()  # not a step's time
 
     def saved(self, path: Path) -> None:
         print_rank_0(f"saved {path}")
-        self.since = time.perf_counter()
+        self.mark = time.perf_counter()  # not a step's time
 
     def _record(self, **values) -> None:
         if self.json:

@@ -31,6 +31,12 @@ def test_factories_otherwise_do_what_they_did():
     assert not torch.empty(2, device="cuda", pin_memory=True).is_pinned()
 
 
+def test_a_device_context_still_governs_the_factories():
+    with torch.device("meta"):  # how transformers builds a model before it loads one
+        made = [torch.empty(2), torch.zeros(2), torch.arange(3), torch.nn.Linear(2, 2).weight]
+    assert {x.device.type for x in made} == {"meta"}
+
+
 def test_moving_to_cuda_stays_here_and_keeps_the_other_wishes():
     x = torch.arange(3.0)
     assert x.cuda() is x and x.cuda(non_blocking=True) is x

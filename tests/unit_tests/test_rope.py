@@ -269,7 +269,7 @@ def test_scaling_that_makes_no_sense(arguments, named):
 
 def test_shapes_that_make_no_sense():
     for dim, base in ((7, 1e4), (0, 1e4), (8, 1.0), (8, math.inf)):
-        with pytest.raises(ValueError, match="rope needs|rotary base"):
+        with pytest.raises(ValueError, match=r"rope needs|rotary base"):
             inverse_frequencies(dim, base, RopeScaling())
     with pytest.raises(ValueError, match="ntk"):
         inverse_frequencies(2, 1e4, RopeScaling("ntk", 2.0))

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -21,15 +22,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 from pose_megatron import cpu
 
 cpu.install()
 
-from pose_megatron.arguments import ModelConfig  # noqa: E402
-from pose_megatron.checkpoint import TRACKER, find, read_weights, write_weights  # noqa: E402
-from pose_megatron.convert import hf_to_megatron, megatron_to_hf  # noqa: E402
-from pose_megatron.distributed import one_sentence_errors  # noqa: E402
-from pose_megatron.rope import attention_factor, from_hf, inverse_frequencies, to_hf  # noqa: E402
+from pose_megatron.arguments import ModelConfig
+from pose_megatron.checkpoint import TRACKER, find, read_weights, write_weights
+from pose_megatron.convert import hf_to_megatron, megatron_to_hf
+from pose_megatron.distributed import one_sentence_errors
+from pose_megatron.rope import attention_factor, from_hf, inverse_frequencies, to_hf
 
 EXAMPLES = """examples:
   # a Hugging Face folder into Megatron's format
@@ -517,7 +520,7 @@ def _json(path: Path) -> dict:
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path} is not a JSON object")  # noqa: TRY004
+        raise ValueError(f"{path} is not a JSON object")
     return content
 
 

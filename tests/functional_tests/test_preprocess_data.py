@@ -1,0 +1,240 @@
+"""The corpus tools as a user starts them: files against stock megatron-core, and every error."""
+
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
+import warnings
+from itertools import chain
+from pathlib import Path
+
+import pytest
+import sentencepiece
+import zstandard
+
+warnings.simplefilter("ignore")
+from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
+
+ROOT = Path(__file__).parents[2]
+STDLIB = Path(sysconfig.get_path("stdlib"))
+NAMES = ("argparse", "ast", "heapq", "inspect", "textwrap", "tarfile", "typing", "zipfile")
+PATHS = [p for n in NAMES if (p := STDLIB / f"{n}.py").is_file()]
+TEXTS = [path.read_text("utf-8") for path in PATHS] * 2
+VOCAB_SIZE = 800
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+def command(tool, *arguments):
+    return [sys.executable, str(ROOT / "tools" / tool), *map(str, arguments)]
+
+
+def call(tool, *arguments):
+    return subprocess.run(
+        command(tool, *arguments), env=ENVIRONMENT, capture_output=True, text=True, timeout=120
+    )
+
+
+def jsonl(rows):
+    return "".join(f"{json.dumps(row)}\n" for row in rows).encode()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    """The folder that train_tokenizer.py writes."""
+    folder = tmp_path_factory.mktemp("corpus")
+    corpus = folder / "corpus.jsonl"
+    corpus.write_bytes(jsonl({"text": text} for text in TEXTS))
+    result = call("train_tokenizer.py", "--input", corpus, "--output-dir", folder / "tokenizer",
+                  "--vocab-size", VOCAB_SIZE)
+    assert result.returncode == 0, result.stderr
+    assert f"{VOCAB_SIZE} tokens" in result.stdout and "bytes/token" in result.stdout
+    return folder / "tokenizer"
+
+
+@pytest.fixture(scope="module")
+def pieces(tokenizer):
+    return sentencepiece.SentencePieceProcessor(model_file=str(tokenizer / "tokenizer.model"))
+
+
+def build(prefix, documents):
+    """Files that stock megatron-core writes for documents of token ids, as Megatron-LM calls it."""
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=DType.optimal_dtype(VOCAB_SIZE))
+    for ids in documents:
+        builder.add_document(ids, [len(ids)] if ids else [])
+    builder.finalize(f"{prefix}.idx")
+    return Path(f"{prefix}.bin").read_bytes(), Path(f"{prefix}.idx").read_bytes()
+
+
+def files(prefix):
+    return Path(f"{prefix}.bin").read_bytes(), Path(f"{prefix}.idx").read_bytes()
+
+
+def test_trained_folder_loads_in_transformers_with_the_same_ids(tokenizer, pieces):
+    from transformers import AutoTokenizer
+
+    theirs = AutoTokenizer.from_pretrained(tokenizer)
+    unseen = (STDLIB / "difflib.py").read_text("utf-8")
+    assert theirs.encode(unseen) == pieces.encode(unseen)
+    assert theirs.decode(theirs.encode(unseen)) == unseen
+    assert (theirs.bos_token_id, theirs.eos_token_id, len(theirs)) == (1, 2, VOCAB_SIZE)
+    assert sorted(path.name for path in tokenizer.iterdir()) == [
+        "tokenizer.json", "tokenizer.model", "tokenizer_config.json"]
+
+
+def test_files_are_megatrons_for_any_compression_and_workers(tmp_path, tokenizer, pieces):
+    # more than one batch per file, so that two workers could disorder them
+    a, b, c = (tmp_path / name for name in ("a.jsonl", "b.jsonl.gz", "c.jsonl.zst"))
+    a.write_bytes(jsonl({"text": text} for text in TEXTS[:6]).rstrip(b"\n"))
+    b.write_bytes(gzip.compress(jsonl({"text": text} for text in TEXTS[6:9])))
+    c.write_bytes(zstandard.ZstdCompressor().compress(jsonl({"text": t} for t in TEXTS[9:])))
+    prefix = tmp_path / "new" / "folder" / "corpus"
+    flags = ("--input", a, b, c, "--output-prefix", prefix, "--tokenizer-type",
+             "SentencePieceTokenizer", "--tokenizer-model", tokenizer, "--append-eod")
+    expected = build(tmp_path / "stock", [[*pieces.encode(text), 2] for text in TEXTS])
+
+    result = call("preprocess_data.py", *flags, "--workers", 2, "--log-interval", 2)
+    assert result.returncode == 0, result.stderr
+    assert files(f"{prefix}_text_document") == expected
+    assert "MB/s" in result.stderr and "tokens/s" in result.stderr and "left" in result.stderr
+    assert f"{len(TEXTS)} documents" in result.stdout
+    dataset = IndexedDataset(f"{prefix}_text_document")
+    assert [pieces.decode(dataset[i].tolist()) for i in range(len(dataset))] == TEXTS
+
+    refused = call("preprocess_data.py", *flags)
+    assert refused.returncode == 1 and "exists" in refused.stderr
+    assert "--overwrite" in refused.stderr and "Traceback" not in refused.stderr
+    again = call("preprocess_data.py", *flags, "--workers", 1, "--overwrite")
+    assert again.returncode == 0, again.stderr
+    assert files(f"{prefix}_text_document") == expected
+    assert sorted(path.name for path in prefix.parent.iterdir()) == [
+        "corpus_summary.json", "corpus_text_document.bin", "corpus_text_document.idx"]
+
+
+def test_keys_skipped_lines_empty_texts_and_summary(tmp_path, tokenizer, pieces):
+    rows = [{"text": TEXTS[0], "title": "one"}, {"text": "", "title": "two"},
+            {"text": "nul \0 and \ud800 </s>", "title": "three"}]
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_bytes(
+        jsonl(rows[:1]) + b"\nno json\n" + jsonl(rows[1:]) + jsonl([{"text": "x"}, {"text": "y"}])
+    )
+    prefix = tmp_path / "corpus"
+    result = call("preprocess_data.py", "--input", corpus, "--output-prefix", prefix,
+                  "--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", tokenizer,
+                  "--json-keys", "text", "title", "--on-error", "skip")
+    assert result.returncode == 0, result.stderr
+    texts = [TEXTS[0], "", "nul \0 and \ufffd </s>"]
+    # a text without tokens is no sequence, yet counts in Megatron's list of documents
+    ids = {"text": [pieces.encode(text) for text in texts],
+           "title": [pieces.encode(row["title"]) for row in rows]}
+    for key, documents in ids.items():
+        assert files(f"{prefix}_{key}_document") == build(tmp_path / "stock", documents)
+    summary = json.loads(Path(f"{prefix}_summary.json").read_text())
+    assert summary["documents"] == 5 and summary["empty_documents"] == 1
+    assert summary["tokens"] == sum(map(len, chain(*ids.values())))
+    assert summary["bytes"] == corpus.stat().st_size and summary["lines"] == 6
+    assert summary["texts_with_replaced_surrogates"] == 1 and summary["seconds"] > 0
+    assert summary["skipped"] == {"not JSON": 1, "lacks key 'title'": 2}
+    assert [line.split(": ")[0] for line in summary["first_skipped"]] == [
+        f"{corpus}:{n}" for n in (3, 6, 7)]
+    assert summary["outputs"]["title"]["documents"] == 3
+    for note in ("1 lines skipped (not JSON)", "1 empty documents", "1 texts had lone surrogates"):
+        assert note in result.stdout
+
+
+GOOD = b'{"text": "a b c"}\n'
+BAD_INPUT = [
+    ("c.jsonl", GOOD * 3 + b"{oops\n", (), "c.jsonl:4: not JSON"),
+    ("c.jsonl", GOOD + b'{"body": "a"}\n', (), "c.jsonl:2: lacks key 'text' (it has body)"),
+    ("c.jsonl", GOOD + b'\n{"text": 3}', (), "c.jsonl:3: value of 'text' is not a string"),
+    ("c.jsonl", GOOD * 60_000 + b"{oops\n", ("--workers", "2"), "c.jsonl:60001: not JSON"),
+    ("c.jsonl", b"", (), "no document with tokens under key 'text' (0 lines"),
+    ("c.jsonl", b'{"text": ""}\n', (), "(1 lines, 1 of them empty texts, 0 skipped)"),
+    ("c.txt", GOOD, (), "c.txt: unknown extension, use one of .jsonl"),
+    ("c.jsonl.gz", GOOD, (), "c.jsonl.gz: broken gzip file"),
+    ("c.jsonl", None, (), "c.jsonl: no such file"),
+    ("c.jsonl", GOOD, ("--tokenizer-model", "nowhere"), "--tokenizer-model nowhere: no such file"),
+    ("c.jsonl", GOOD, ("--workers", "0"), "--workers: 0 is not a positive whole number"),
+    ("c.jsonl", GOOD, ("--tokenizer-type", "Mine"), "--tokenizer-type: invalid choice: 'Mine'"),
+    ("c.jsonl", GOOD, ("--output-prefix", "/dev/null/x"), "/dev/null"),
+]
+
+
+@pytest.mark.parametrize("name, content, flags, message", BAD_INPUT)
+def test_bad_input_ends_in_one_sentence(tmp_path, tokenizer, name, content, flags, message):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    result = call("preprocess_data.py", "--input", tmp_path / name, "--output-prefix",
+                  tmp_path / "out" / "corpus", "--tokenizer-type", "SentencePieceTokenizer",
+                  "--tokenizer-model", tokenizer, *flags)
+    assert result.returncode in (1, 2)
+    assert message in result.stderr.splitlines()[-1], result.stderr
+    assert "Traceback" not in result.stderr and not result.stdout
+    assert not list(tmp_path.glob("out/*"))
+
+
+def test_no_end_of_sequence_token(tmp_path, tokenizer):
+    (tmp_path / "tokenizer.json").write_bytes((tokenizer / "tokenizer.json").read_bytes())
+    (tmp_path / "c.jsonl").write_bytes(GOOD)
+    result = call("preprocess_data.py", "--input", tmp_path / "c.jsonl", "--output-prefix",
+                  tmp_path / "out", "--tokenizer-type", "HuggingFaceTokenizer",
+                  "--tokenizer-model", tmp_path, "--append-eod")
+    assert result.returncode == 1 and "no end-of-sequence token" in result.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["c.jsonl", "tokenizer.json"]
+
+
+def test_stopped_runs_leave_nothing_that_looks_whole(tmp_path, tokenizer):
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_bytes(jsonl({"text": text} for text in TEXTS) * 200)
+    runs = {}
+    for stop, workers in ((signal.SIGINT, 2), (signal.SIGTERM, 1), (signal.SIGKILL, 2)):
+        folder = tmp_path / stop.name
+        runs[stop] = folder, subprocess.Popen(
+            command("preprocess_data.py", "--input", corpus, "--output-prefix", folder / "c",
+                    "--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", tokenizer,
+                    "--workers", workers, "--log-interval", 10**9),
+            env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        )
+    for stop, (folder, process) in runs.items():
+        deadline = time.monotonic() + 60
+        while not any(file.stat().st_size for file in folder.glob("*.bin.*tmp")):
+            assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
+            time.sleep(0.02)
+        # as a terminal's Ctrl-C, and as a scheduler, reach every process of the run
+        os.killpg(process.pid, stop)
+        _, error = process.communicate(timeout=60)
+        left = [path.name for path in folder.iterdir()]
+        if stop == signal.SIGKILL:
+            assert process.returncode == -stop
+            assert all(name.endswith(".tmp") for name in left)
+        else:
+            assert (process.returncode, left) == (130, []), error
+            assert error.count("\n") == 1 and "interrupted" in error
+
+
+@pytest.mark.parametrize("name, content, flags, message", [
+    ("c.jsonl", GOOD + b"{oops\n", (), "c.jsonl:2: not JSON"),
+    ("c.jsonl", b'{"text": ""}\n', (), "no text to train on"),
+    ("c.jsonl", GOOD, (), "--vocab-size 800: sentencepiece cannot train it"),
+    ("c.jsonl", None, (), "c.jsonl: no such file"),
+    ("c.jsonl", GOOD, ("--output-dir", "TRAINED"), "tokenizer_config.json exists"),
+])
+def test_bad_training_ends_in_one_sentence(tmp_path, tokenizer, name, content, flags, message):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    flags = [tokenizer if flag == "TRAINED" else flag for flag in flags]
+    result = call("train_tokenizer.py", "--input", tmp_path / name, "--output-dir",
+                  tmp_path / "out", "--vocab-size", VOCAB_SIZE, *flags)
+    assert result.returncode == 1 and message in result.stderr.splitlines()[-1], result.stderr
+    assert "Traceback" not in result.stderr
+    assert not list(tmp_path.glob("out/*"))
+
+
+@pytest.mark.parametrize("tool", ["preprocess_data.py", "train_tokenizer.py"])
+def test_help_ends_with_an_example(tool):
+    result = call(tool, "--help")
+    assert result.returncode == 0
+    assert f"python tools/{tool} --input" in result.stdout.rpartition("example:")[2]

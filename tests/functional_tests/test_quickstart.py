@@ -1,0 +1,113 @@
+"""The README's main job with few steps: every tool in the order a user meets them."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(*command, **env):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | env
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    return subprocess.run(
+        [str(word) for word in command], cwd=ROOT, env=environment, text=True, capture_output=True
+    )
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("quickstart")
+    done = run("bash", "examples/quickstart.sh", OUT=str(folder), BASE_ITERS="60",
+               POSE_ITERS="12", MASTER_PORT="29731")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return folder, done.stdout
+
+
+def test_every_model_is_measured_on_the_same_tokens(quickstart):
+    folder, _ = quickstart
+    rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    names = {row["name"] for row in rows}
+    assert names == {"base", "interpolation only, linear", "PoSE, linear",
+                     "interpolation only, yarn", "PoSE, yarn"}
+    assert {row["context_length"] for row in rows} == {128, 256, 512, 1024}
+    assert len(rows) == 20
+    assert len({(row["tokens"], row["documents"]) for row in rows}) == 1
+    assert all(1 < row["perplexity"] < 1024 and math.isfinite(row["loss"]) for row in rows)
+
+
+def test_training_lowered_the_loss_below_a_uniform_guess(quickstart):
+    folder, _ = quickstart
+    rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    base = next(r for r in rows if r["name"] == "base" and r["context_length"] == 128)
+    assert base["loss"] < math.log(1024) - 1
+
+
+def test_the_export_is_the_model(quickstart):
+    folder, out = quickstart
+    assert out.count("largest difference of a logit") == 6  # the script ends where one is too large
+    for scaling in ("yarn", "linear"):
+        config = json.loads((folder / f"pose-{scaling}-hf" / "config.json").read_text())
+        assert config["max_position_embeddings"] == 1024
+        assert config["rope_scaling"]["rope_type"] == scaling
+        assert config["rope_scaling"]["factor"] == 8
+        assert (folder / f"pose-{scaling}-hf" / "tokenizer.json").is_file()
+
+
+def test_table_and_plot(quickstart):
+    folder, out = quickstart
+    assert (folder / "perplexity.png").read_bytes().startswith(b"\x89PNG")
+    table = (folder / "perplexity.md").read_text()
+    assert table.startswith("| | 128 | 256 | 512 | 1,024 |") and table in out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--load", "{}/nowhere"], "is not a checkpoint folder"),
+        (["--context-lengths", "999999"], "no document has more than 999999 tokens"),
+        (["--stride", "500"], "--stride 500 must lie between 1 and the shortest context length"),
+        (["--data-path", "{}/nowhere"], "nowhere.idx is missing"),
+        (["--load", "{}/pose-yarn", "--rope-scaling", "linear"], "is interpolated already"),
+    ],
+)
+def test_evaluation_names_bad_input(quickstart, flags, message):
+    folder, _ = quickstart
+    usual = ["--load", f"{folder}/base", "--data-path", f"{folder}/test_text_document",
+             "--context-lengths", "128"]
+    done = run(sys.executable, "tools/evaluate_perplexity.py", *usual,
+               *(flag.format(folder) for flag in flags))
+    assert done.returncode == 1
+    assert message in done.stderr and "Traceback" not in done.stderr
+    assert done.stderr.count("error:") == 1
+
+
+def test_verification_sees_another_model(quickstart):
+    folder, _ = quickstart
+    done = run(sys.executable, "tools/checkpoint/verify.py", "--megatron", folder / "pose-yarn",
+               "--hf", folder / "pose-linear-hf")
+    assert done.returncode == 1
+    assert "is not the model of" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "no such file"),
+        ('{"metric": "perplexity"}\n', "lines.jsonl:1: not a result"),
+        ("\nnonsense\n", "lines.jsonl:1: not a result"),
+        ('{"metric": "accuracy"}\n', "no results of metric 'perplexity'"),
+    ],
+)
+def test_plot_names_bad_input(tmp_path, text, message):
+    file = tmp_path / "lines.jsonl"
+    if text is not None:
+        file.write_text(text)
+    done = run(sys.executable, "tools/plot_results.py", file, "--output", tmp_path / "out.png")
+    assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "out.png").exists()
