@@ -87,24 +87,24 @@ class SdpaCoreAttention(MegatronModule):
         n = self.group.size()
         if n == 1:
             return x
-        chunks = _Gather.apply(x, self.group).flatten(0, 1).chunk(2 * n)
+        chunks = _Gather.apply(x, self.group).chunk(2 * n)
         order = [2 * min(c, 2 * n - 1 - c) + (c >= n) for c in range(2 * n)]
         return torch.cat([chunks[c] for c in order])
 
 
 class _Gather(torch.autograd.Function):
-    """[...] -> [n, ...] over the group; the gradient is summed over it."""
+    """[s, ...] of each of n ranks -> [n*s, ...] in rank order; the gradient is summed over them."""
 
     @staticmethod
     def forward(ctx, x, group):
         ctx.group = group
-        out = x.new_empty(group.size(), *x.shape)
+        out = x.new_empty(group.size() * x.size(0), *x.shape[1:])
         dist.all_gather_into_tensor(out, x.contiguous(), group=group)
         return out
 
     @staticmethod
     def backward(ctx, grad):
-        out = torch.empty_like(grad[0])
+        out = grad.new_empty(grad.size(0) // ctx.group.size(), *grad.shape[1:])
         dist.reduce_scatter_tensor(out, grad.contiguous(), group=ctx.group)
         return out, None
 

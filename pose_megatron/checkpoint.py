@@ -27,11 +27,14 @@ from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.safe_globals import register_safe_globals
+from torch.distributed.checkpoint.api import CheckpointException
 
 from pose_megatron.arguments import ModelConfig
 from pose_megatron.optimizer import prime
 
 TRACKER = "latest_checkpointed_iteration.txt"
+# The library has no error of its own for damaged files, and torch's is no Exception.
+_ANY_FAILURE = (Exception, CheckpointException)
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
 
 register_safe_globals()
@@ -79,7 +82,7 @@ def find(root: str | Path, iteration: int | None = None) -> Checkpoint:
     tracker = root / TRACKER
     if not tracker.is_file():
         raise ValueError(f"{root} is not a checkpoint folder: it has no {TRACKER}")
-    word = tracker.read_text().strip()
+    word = tracker.read_text(errors="replace").strip()
     if iteration is not None:
         word = str(iteration)
     if word != "release" and not word.isdecimal():
@@ -92,7 +95,7 @@ def find(root: str | Path, iteration: int | None = None) -> Checkpoint:
         common = dist_checkpointing.load_common_state_dict(str(path))
     except Exception as error:  # unpickling fails in many ways on damaged bytes
         raise ValueError(
-            f"checkpoint {path}: common.pt cannot be read ({str(error).splitlines()[0]})"
+            f"checkpoint {path}: common.pt cannot be read ({_gist(error)})"
         ) from None
     if "args" not in common:
         raise ValueError(f"checkpoint {path}: common.pt holds no 'args' to take the model from")
@@ -159,14 +162,14 @@ def _metadata() -> dict:
 
 
 def save(
-    root: str | Path, iteration: int, consumed_samples: int, model: ModelConfig, stage, optimizer,
-    scheduler, tokenizer_files: Iterable[Path] = (),
+    root: str | Path, iteration: int, consumed_samples: int, model: ModelConfig, stages: list,
+    optimizer, scheduler, tokenizer_files: Iterable[Path] = (),
 ) -> Path:
     """Writes a whole training state; every rank calls it.
 
     Args:
         iteration: steps done.
-        stage: this rank's unwrapped GPTModel.
+        stages: this rank's unwrapped GPTModel, or its chunks of an interleaved pipeline.
         tokenizer_files: copied to <root>/tokenizer.
     """
     p = parallel_state
@@ -180,8 +183,11 @@ def save(
     )
     metadata = _metadata()
     with_group = metadata | {"dp_cp_group": p.get_data_parallel_group(with_context_parallel=True)}
-    state["model"] = stage.sharded_state_dict(metadata=with_group)
-    state["optimizer"] = optimizer.sharded_state_dict(state["model"], metadata=with_group)
+    models = _sharded_models(stages, with_group)
+    state |= models
+    state["optimizer"] = optimizer.sharded_state_dict(
+        _of_optimizer(models), metadata=with_group
+    )
     state["opt_param_scheduler"] = scheduler.state_dict()
     state["rng_state"] = _random_state()
     return _write(Path(root), iteration, state, metadata, tokenizer_files)
@@ -201,9 +207,9 @@ def _write(root: Path, word, state: dict, metadata: dict, tokenizer_files) -> Pa
     dist_checkpointing.save(state, str(path), content_metadata=metadata)
     if dist.get_rank() == 0:
         for file in path.iterdir():
-            _fsync(file)
-        _fsync(path)
-        _write_atomically(root / TRACKER, str(word))
+            fsync(file)
+        fsync(path)
+        write_atomically(root / TRACKER, str(word))
     dist.barrier()
     return path
 
@@ -230,15 +236,17 @@ def _copy_tokenizer(root: Path, files: Iterable[Path]) -> None:
             shutil.copy2(file, folder / file.name)
 
 
-def _write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str) -> None:
+    """Replaces a file by a whole one, or not at all."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text)
-    _fsync(temporary)
+    fsync(temporary)
     temporary.replace(path)
-    _fsync(path.parent)
+    fsync(path.parent)
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Puts a file's content, or a folder's names, on disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -246,15 +254,19 @@ def _fsync(path: Path) -> None:
         os.close(handle)
 
 
-def load(checkpoint: Checkpoint, stage, optimizer=None, scheduler=None) -> None:
-    """Reads weights into this rank's stage and, when given, the rest of the training state.
+def load(checkpoint: Checkpoint, stages: list, optimizer=None, scheduler=None) -> None:
+    """Reads weights into this rank's stages and, when given, the rest of the training state.
 
     Raises:
         ValueError: the checkpoint is damaged or holds other tensors than the model.
     """
     p = parallel_state
     metadata = _metadata() | {"dp_cp_group": p.get_data_parallel_group(with_context_parallel=True)}
-    sharded = {"model": _without_extra_state(stage.sharded_state_dict(metadata=metadata))}
+    models = {
+        name: _without_extra_state(model)
+        for name, model in _sharded_models(stages, metadata).items()
+    }
+    sharded = dict(models)
     if optimizer is not None:
         if checkpoint.is_release:
             raise ValueError(
@@ -263,7 +275,7 @@ def load(checkpoint: Checkpoint, stage, optimizer=None, scheduler=None) -> None:
             )
         prime(optimizer)
         sharded["optimizer"] = optimizer.sharded_state_dict(
-            sharded["model"], is_loading=True, metadata=metadata
+            _of_optimizer(models), is_loading=True, metadata=metadata
         )
         saved = checkpoint.common["args"]
         if (saved.tensor_model_parallel_size, saved.pipeline_model_parallel_size) == (
@@ -272,13 +284,14 @@ def load(checkpoint: Checkpoint, stage, optimizer=None, scheduler=None) -> None:
             sharded["rng_state"] = _random_state()
     try:
         state = dist_checkpointing.load(sharded, str(checkpoint.path))
-    except Exception as error:  # the library has no error of its own for damaged files
+    except _ANY_FAILURE as error:
         raise ValueError(
             f"checkpoint {checkpoint.path} cannot be loaded: {_gist(error)}"
         ) from error
-    missing, _ = stage.load_state_dict(state["model"], strict=False)
-    missing = [name for name in missing if not name.endswith("_extra_state")]
-    assert not missing, missing
+    for stage, name in zip(stages, models, strict=True):
+        missing, _ = stage.load_state_dict(state[name], strict=False)
+        missing = [key for key in missing if not key.endswith("_extra_state")]
+        assert not missing, missing
     if optimizer is not None:
         optimizer.load_state_dict(state["optimizer"])
         scheduler.load_state_dict(state["opt_param_scheduler"])
@@ -286,7 +299,23 @@ def load(checkpoint: Checkpoint, stage, optimizer=None, scheduler=None) -> None:
             _restore_random_state(state["rng_state"])
 
 
-def _gist(error: Exception) -> str:
+def _sharded_models(stages: list, metadata: dict) -> dict[str, dict]:
+    """By Megatron-LM's names: `model`, or `model0`, `model1`, ... of an interleaved pipeline."""
+    names = ["model"] if len(stages) == 1 else [f"model{i}" for i in range(len(stages))]
+    return {
+        name: stage.sharded_state_dict(metadata=metadata)
+        for name, stage in zip(names, stages, strict=True)
+    }
+
+
+def _of_optimizer(models: dict[str, dict]) -> dict:
+    """The optimizer looks parameters up by identity and takes one level or two."""
+    return models["model"] if len(models) == 1 else models
+
+
+def _gist(error: BaseException) -> str:
+    if isinstance(error, CheckpointException):  # by rank: what the first one said
+        error = next(iter(error.failures.values()))[0]
     lines = [line for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
@@ -356,16 +385,13 @@ def read_weights(
     """
     checkpoint = find(root, iteration)
     _alone()
-    wanted = {
-        key: tensor
-        for key, tensor in dist_checkpointing.load_tensors_metadata(str(checkpoint.path)).items()
-        if not key.startswith("optimizer.")
-    }
     try:
+        stored = dist_checkpointing.load_tensors_metadata(str(checkpoint.path))
+        wanted = {k: tensor for k, tensor in stored.items() if not k.startswith("optimizer.")}
         stored = dist_checkpointing.load(
             wanted, str(checkpoint.path), validate_access_integrity=False
         )
-    except Exception as error:
+    except _ANY_FAILURE as error:
         raise ValueError(
             f"checkpoint {checkpoint.path} cannot be loaded: {_gist(error)}"
         ) from error

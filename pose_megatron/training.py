@@ -31,8 +31,8 @@ class Trainer:
     args: Arguments
     config: ModelConfig
     layout: Layout
-    stage: PoseGPTModel  # this rank's pipeline stage, unwrapped
-    model: DistributedDataParallel  # the same, wrapped
+    stages: list[PoseGPTModel]  # this rank's pipeline stage, or its chunks when interleaved
+    models: list[DistributedDataParallel]  # the same, wrapped
     optimizer: object
     scheduler: object
     iteration: int = 0  # steps done
@@ -45,28 +45,34 @@ class Trainer:
 def setup(args: Arguments, config: ModelConfig, layout: Layout, loaded: Checkpoint | None):
     """Model, optimizer and schedule of this rank, with what `loaded` holds."""
     core = transformer_config(config, args)
-    stage = build_model(core, config, args)
+    chunks = args.parallel.virtual_pipeline_size(config.num_layers)
+    stages = [build_model(core, config, args, i) for i in range(chunks)] if chunks else [
+        build_model(core, config, args)]
     finetune = args.checkpoint.finetune or loaded is None
     if loaded is None:
-        initialize(stage, args.training.seed, args.model.init_method_std, config.num_layers)
+        for stage in stages:
+            initialize(stage, args.training.seed, args.model.init_method_std, config.num_layers)
     elif finetune:
-        checkpoint.load(loaded, stage)
-    module = Float16Module(core, stage) if args.training.bf16 else stage
-    model = DistributedDataParallel(
-        core,
-        DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True,
-            use_distributed_optimizer=args.parallel.use_distributed_optimizer,
-        ),
-        module,
+        checkpoint.load(loaded, stages)
+    reduction = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=args.parallel.use_distributed_optimizer,
     )
-    model.broadcast_params()
-    optimizer = build_optimizer(args.training, args.parallel, [model])
+    models = [
+        DistributedDataParallel(
+            core, reduction, Float16Module(core, stage) if args.training.bf16 else stage,
+            disable_bucketing=i > 0,
+        )
+        for i, stage in enumerate(stages)
+    ]
+    for model in models:
+        model.broadcast_params()
+    optimizer = build_optimizer(args.training, args.parallel, models)
     scheduler = build_scheduler(args.training, layout, optimizer)
     core.grad_scale_func = optimizer.scale_loss
-    trainer = Trainer(args, config, layout, stage, model, optimizer, scheduler)
+    trainer = Trainer(args, config, layout, stages, models, optimizer, scheduler)
     if not finetune:
-        checkpoint.load(loaded, stage, optimizer, scheduler)
+        checkpoint.load(loaded, stages, optimizer, scheduler)
         trainer.iteration = loaded.iteration
         if loaded.consumed_samples != trainer.consumed_samples:
             raise ValueError(
@@ -80,9 +86,10 @@ def setup(args: Arguments, config: ModelConfig, layout: Layout, loaded: Checkpoi
 def train(trainer: Trainer, train_set: PoseDataset | None, valid_set: PoseDataset | None) -> None:
     """Trains to --train-iters, with validations and checkpoints on the way and at the end."""
     args, t = trainer.args, trainer.args.training
-    data = batches(train_set, trainer.consumed_samples, t.micro_batch_size, args.data.num_workers)
+    data = _streams(trainer, train_set, trainer.consumed_samples, args.data.num_workers)
     log = Log(trainer)
-    trainer.model.train()
+    for model in trainer.models:
+        model.train()
     while trainer.iteration < t.train_iters:
         lr = learning_rate(trainer.optimizer)
         loss, grad_norm = train_step(trainer, data)
@@ -101,7 +108,7 @@ def save(trainer: Trainer) -> Path:
     args = trainer.args
     return checkpoint.save(
         args.checkpoint.save, trainer.iteration, trainer.consumed_samples, trainer.config,
-        trainer.stage, trainer.optimizer, trainer.scheduler, tokenizer_files(args),
+        trainer.stages, trainer.optimizer, trainer.scheduler, tokenizer_files(args),
     )
 
 
@@ -121,7 +128,8 @@ def train_step(trainer: Trainer, data: Iterator | None) -> tuple[torch.Tensor, f
 
     The sum is complete on the last pipeline stage and zero on the others.
     """
-    trainer.model.zero_grad_buffer()
+    for model in trainer.models:
+        model.zero_grad_buffer()
     trainer.optimizer.zero_grad()
     loss = _forward_backward(trainer, data, forward_only=False)
     ok, grad_norm, _ = trainer.optimizer.step()
@@ -134,16 +142,26 @@ def train_step(trainer: Trainer, data: Iterator | None) -> tuple[torch.Tensor, f
 @torch.no_grad()
 def evaluate(trainer: Trainer, valid_set: PoseDataset | None) -> float:
     """Mean loss per token over --eval-iters batches of plain positions; on every rank."""
-    t = trainer.args.training
-    data = batches(valid_set, 0, t.micro_batch_size, num_workers=0)
-    trainer.model.eval()
+    data = _streams(trainer, valid_set, 0, num_workers=0)
+    for model in trainer.models:
+        model.eval()
     total = sum(
         _forward_backward(trainer, data, forward_only=True)
         for _ in range(trainer.args.logging.eval_iters)
     )
-    trainer.model.train()
+    for model in trainer.models:
+        model.train()
     total = _from_last_stage(total)
     return (total[0] / total[1]).item()
+
+
+def _streams(trainer: Trainer, dataset: PoseDataset | None, consumed: int, num_workers: int):
+    """The micro-batches of this rank; interleaved, each model chunk reads a stream of its own."""
+    streams = [
+        batches(dataset, consumed, trainer.args.training.micro_batch_size, num_workers)
+        for _ in trainer.models
+    ]
+    return streams if len(streams) > 1 else streams[0]
 
 
 def _forward_backward(trainer: Trainer, data, forward_only: bool) -> torch.Tensor:
@@ -151,7 +169,7 @@ def _forward_backward(trainer: Trainer, data, forward_only: bool) -> torch.Tenso
     reports = get_forward_backward_func()(
         forward_step_func=_forward_step(t.micro_batch_size, length),
         data_iterator=data,
-        model=trainer.model,
+        model=trainer.models if len(trainer.models) > 1 else trainer.models[0],
         num_microbatches=trainer.layout.num_microbatches,
         seq_length=length,
         micro_batch_size=t.micro_batch_size,

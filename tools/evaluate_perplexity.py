@@ -69,7 +69,7 @@ def main() -> None:
     args = arguments.defaults(bf16=flags.bf16)
     distributed.initialize(args.parallel, args.training.seed)
     stage = build_model(transformer_config(config, args), config, args)
-    checkpoint.load(found, stage)
+    checkpoint.load(found, [stage])
     logits = logits_function(stage.eval(), config.vocab_size)
 
     scored = sum((len(d) - lengths[-1] - 1) // stride + 1 for d in documents)

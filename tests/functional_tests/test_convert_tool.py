@@ -5,9 +5,9 @@ import importlib.util
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
+from subprocess import PIPE, Popen
 
 import pytest
 import torch
@@ -52,10 +52,17 @@ def save_llama(folder, dtype=torch.float32, shard="5GB", **more):
     (folder / "tokenizer.json").write_text("{}")
 
 
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("source") / "hf"
+    save_llama(folder)
+    return folder
+
+
 @pytest.fixture
-def hf(tmp_path):
-    save_llama(tmp_path / "hf")
-    return tmp_path / "hf"
+def hf(llama, tmp_path):
+    """A copy to spoil."""
+    return shutil.copytree(llama, tmp_path / "hf")
 
 
 def stored(folder):
@@ -133,11 +140,9 @@ def test_megatron_side_holds_what_transformers_computes(run, tmp_path, hf):
 
 
 @pytest.fixture(scope="module")
-def megatron(run, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("source")
-    save_llama(folder / "hf")
-    run(*to_megatron(folder / "hf", folder / "meg"))
-    return folder / "meg"
+def megatron(run, llama):
+    run(*to_megatron(llama, llama.parent / "meg"))
+    return llama.parent / "meg"
 
 
 def extended(megatron, folder, method):
@@ -179,15 +184,17 @@ def test_extended_model_is_exported_with_its_rope(run, megatron, tmp_path, metho
     assert torch.allclose(frequencies, ours, rtol=1e-12, atol=0)
 
 
-def test_export_with_another_rope_is_not_kept(tool, run, megatron, tmp_path, monkeypatch):
+def test_export_with_another_rope_is_not_kept(run, megatron, tmp_path, monkeypatch):
+    from pose_megatron import huggingface
+
     extended(megatron, tmp_path / "meg", "yarn")
-    forgetful = tool.to_hf
+    forgetful = huggingface.to_hf
 
     def without_scaling(*args, **kwargs):
         keys = forgetful(*args, **kwargs)
         return keys | {"rope_scaling": None, "rope_parameters": None}
 
-    monkeypatch.setattr(tool, "to_hf", without_scaling)
+    monkeypatch.setattr(huggingface, "to_hf", without_scaling)
     with pytest.raises(ValueError, match="transformers reads another rope"):
         run(*to_hf(tmp_path / "meg", tmp_path / "out"))
     assert [p.name for p in tmp_path.iterdir()] == ["meg"]
@@ -315,18 +322,49 @@ def test_where_it_may_write(run, megatron, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
+def test_wrong_tensors_in_a_megatron_checkpoint(run, megatron, tmp_path):
+    from pose_megatron.checkpoint import read_weights, write_weights
+
+    tensors, model = read_weights(megatron)
+    del tensors["decoder.final_layernorm.weight"]
+    write_weights(tmp_path / "meg", tensors, model)
+    with pytest.raises(ValueError, match="missing tensor decoder.final_layernorm") as error:
+        run(*to_hf(tmp_path / "meg", tmp_path / "out"))
+    assert str(tmp_path / "meg") in str(error.value)
+    assert [p.name for p in tmp_path.iterdir()] == ["meg"]
+
+
+@pytest.mark.parametrize("name", ["code.model", "words.json"])
+def test_tokenizer_under_a_name_of_its_own(name, tmp_path):
+    """As preprocessing and training keep it in a checkpoint when it is given as a file."""
+    from pose_megatron.huggingface import find_sidecars
+
+    (tmp_path / name).touch()
+    expected = {f"tokenizer{Path(name).suffix}": tmp_path / name}
+    assert find_sidecars(tmp_path / name) == find_sidecars(tmp_path) == expected
+    assert find_sidecars(tmp_path / "none") == {}
+
+
 def test_command_line(tmp_path, hf):
-    def call(*words):
+    def start(*words):
         env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         command = [sys.executable, str(TOOL), *map(str, words)]
-        return subprocess.run(command, capture_output=True, text=True, env=env)
+        return Popen(command, stdout=PIPE, stderr=PIPE, text=True, env=env)
 
-    done = call(*to_megatron(hf, tmp_path / "meg"))
-    assert done.returncode == 0, done.stderr
-    assert "relative errors: inv_freq" in done.stdout and "MB/s" in done.stdout
+    damaged = shutil.copytree(hf, tmp_path / "damaged")
+    cut(damaged / "model.safetensors")
+    failing = start(*to_megatron(damaged, tmp_path / "other"))
+    passing = start(*to_megatron(hf, tmp_path / "meg"), "--json", tmp_path / "run.json")
+    out, err = passing.communicate()
+    assert passing.returncode == 0, err
+    assert "relative errors: inv_freq" in out and "MB/s" in out
+    summary = json.loads((tmp_path / "run.json").read_text())
+    assert summary["tensors"] == 1 + 3 * 6 + 2
+    assert summary["bytes"] == 4 * (2 * 384 * 64 + 64 + 3 * (2 * 64 + 64 * (3 * 64 + 3 * 96)))
+    assert max(summary["rope_errors"].values()) <= 1e-6 and summary["seconds"] > 0
 
-    cut(hf / "model.safetensors")
-    failed = call(*to_megatron(hf, tmp_path / "other"))
-    assert failed.returncode == 1 and "Traceback" not in failed.stderr
-    assert "model.safetensors is damaged or cut off" in failed.stderr.splitlines()[-1]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["hf", "meg"]
+    _, err = failing.communicate()
+    assert failing.returncode == 1 and "Traceback" not in err
+    assert "model.safetensors is damaged or cut off" in err.splitlines()[-1]
+    expected = ["damaged", "hf", "meg", "run.json"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == expected

@@ -85,36 +85,29 @@ def test_trained_folder_loads_in_transformers_with_the_same_ids(tokenizer, piece
         "tokenizer.json", "tokenizer.model", "tokenizer_config.json"]
 
 
-def test_files_are_megatrons_for_any_compression_and_workers(tmp_path, tokenizer, pieces):
+def test_two_workers_write_megatrons_files_from_any_compression(tmp_path, tokenizer, pieces):
     # more than one batch per file, so that two workers could disorder them
     a, b, c = (tmp_path / name for name in ("a.jsonl", "b.jsonl.gz", "c.jsonl.zst"))
     a.write_bytes(jsonl({"text": text} for text in TEXTS[:6]).rstrip(b"\n"))
     b.write_bytes(gzip.compress(jsonl({"text": text} for text in TEXTS[6:9])))
     c.write_bytes(zstandard.ZstdCompressor().compress(jsonl({"text": t} for t in TEXTS[9:])))
     prefix = tmp_path / "new" / "folder" / "corpus"
-    flags = ("--input", a, b, c, "--output-prefix", prefix, "--tokenizer-type",
-             "SentencePieceTokenizer", "--tokenizer-model", tokenizer, "--append-eod")
-    expected = build(tmp_path / "stock", [[*pieces.encode(text), 2] for text in TEXTS])
-
-    result = call("preprocess_data.py", *flags, "--workers", 2, "--log-interval", 2)
+    result = call("preprocess_data.py", "--input", a, b, c, "--output-prefix", prefix,
+                  "--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", tokenizer,
+                  "--append-eod", "--workers", 2, "--log-interval", 2)
     assert result.returncode == 0, result.stderr
+    expected = build(tmp_path / "stock", [[*pieces.encode(text), 2] for text in TEXTS])
     assert files(f"{prefix}_text_document") == expected
     assert "MB/s" in result.stderr and "tokens/s" in result.stderr and "left" in result.stderr
     assert f"{len(TEXTS)} documents" in result.stdout
     dataset = IndexedDataset(f"{prefix}_text_document")
     assert [pieces.decode(dataset[i].tolist()) for i in range(len(dataset))] == TEXTS
 
-    refused = call("preprocess_data.py", *flags)
-    assert refused.returncode == 1 and "exists" in refused.stderr
-    assert "--overwrite" in refused.stderr and "Traceback" not in refused.stderr
-    again = call("preprocess_data.py", *flags, "--workers", 1, "--overwrite")
-    assert again.returncode == 0, again.stderr
-    assert files(f"{prefix}_text_document") == expected
     assert sorted(path.name for path in prefix.parent.iterdir()) == [
         "corpus_summary.json", "corpus_text_document.bin", "corpus_text_document.idx"]
 
 
-def test_keys_skipped_lines_empty_texts_and_summary(tmp_path, tokenizer, pieces):
+def test_one_worker_overwrites_skips_lines_and_counts(tmp_path, tokenizer, pieces):
     rows = [{"text": TEXTS[0], "title": "one"}, {"text": "", "title": "two"},
             {"text": "nul \0 and \ud800 </s>", "title": "three"}]
     corpus = tmp_path / "corpus.jsonl"
@@ -122,9 +115,16 @@ def test_keys_skipped_lines_empty_texts_and_summary(tmp_path, tokenizer, pieces)
         jsonl(rows[:1]) + b"\nno json\n" + jsonl(rows[1:]) + jsonl([{"text": "x"}, {"text": "y"}])
     )
     prefix = tmp_path / "corpus"
-    result = call("preprocess_data.py", "--input", corpus, "--output-prefix", prefix,
-                  "--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", tokenizer,
-                  "--json-keys", "text", "title", "--on-error", "skip")
+    flags = ("--input", corpus, "--output-prefix", prefix,
+             "--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", tokenizer,
+             "--json-keys", "text", "title", "--on-error", "skip")
+    earlier = Path(f"{prefix}_title_document.idx")
+    earlier.write_text("an earlier run's")
+    refused = call("preprocess_data.py", *flags)
+    assert refused.returncode == 1 and f"{earlier} exists" in refused.stderr
+    assert "--overwrite" in refused.stderr and "Traceback" not in refused.stderr
+    assert earlier.read_text() == "an earlier run's"
+    result = call("preprocess_data.py", *flags, "--overwrite")
     assert result.returncode == 0, result.stderr
     texts = [TEXTS[0], "", "nul \0 and \ufffd </s>"]
     # a text without tokens is no sequence, yet counts in Megatron's list of documents
@@ -149,8 +149,8 @@ GOOD = b'{"text": "a b c"}\n'
 BAD_INPUT = [
     ("c.jsonl", GOOD * 3 + b"{oops\n", (), "c.jsonl:4: not JSON"),
     ("c.jsonl", GOOD + b'{"body": "a"}\n', (), "c.jsonl:2: lacks key 'text' (it has body)"),
-    ("c.jsonl", GOOD + b'\n{"text": 3}', (), "c.jsonl:3: value of 'text' is not a string"),
-    ("c.jsonl", GOOD * 60_000 + b"{oops\n", ("--workers", "2"), "c.jsonl:60001: not JSON"),
+    ("c.jsonl", GOOD + b'\n{"text": 3}\n', (), "c.jsonl:3: value of 'text' is not a string"),
+    ("c.jsonl", GOOD * 5000 + b"{oops\n", ("--workers", "2"), "c.jsonl:5001: not JSON"),
     ("c.jsonl", b"", (), "no document with tokens under key 'text' (0 lines"),
     ("c.jsonl", b'{"text": ""}\n', (), "(1 lines, 1 of them empty texts, 0 skipped)"),
     ("c.txt", GOOD, (), "c.txt: unknown extension, use one of .jsonl"),
@@ -188,7 +188,7 @@ def test_no_end_of_sequence_token(tmp_path, tokenizer):
 
 def test_stopped_runs_leave_nothing_that_looks_whole(tmp_path, tokenizer):
     corpus = tmp_path / "corpus.jsonl"
-    corpus.write_bytes(jsonl({"text": text} for text in TEXTS) * 200)
+    corpus.write_bytes(jsonl({"text": text} for text in TEXTS) * 60)
     runs = {}
     for stop, workers in ((signal.SIGINT, 2), (signal.SIGTERM, 1), (signal.SIGKILL, 2)):
         folder = tmp_path / stop.name
@@ -203,13 +203,15 @@ def test_stopped_runs_leave_nothing_that_looks_whole(tmp_path, tokenizer):
         while not any(file.stat().st_size for file in folder.glob("*.bin.*tmp")):
             assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
             time.sleep(0.02)
-        # as a terminal's Ctrl-C, and as a scheduler, reach every process of the run
-        os.killpg(process.pid, stop)
-        _, error = process.communicate(timeout=60)
+        if stop == signal.SIGINT:
+            os.killpg(process.pid, stop)  # Ctrl-C reaches every process of the run
+        else:
+            process.send_signal(stop)
+        _, error = process.communicate(timeout=60)  # its workers, too, hold stderr
         left = [path.name for path in folder.iterdir()]
         if stop == signal.SIGKILL:
             assert process.returncode == -stop
-            assert all(name.endswith(".tmp") for name in left)
+            assert left and all(name.endswith(".tmp") for name in left)
         else:
             assert (process.returncode, left) == (130, []), error
             assert error.count("\n") == 1 and "interrupted" in error

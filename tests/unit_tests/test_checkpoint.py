@@ -52,6 +52,14 @@ def trainer_of(model, *words, loaded=None):
     return training.setup(args, model, args.check(model, 1), loaded)
 
 
+def stepped(trainer, iteration=1):
+    """After a step without gradients: the optimizer has its state, the weights only decay."""
+    trainer.models[0].zero_grad_buffer()
+    trainer.optimizer.step()
+    trainer.iteration = iteration
+    return trainer
+
+
 def stock_keys(model) -> dict[str, tuple]:
     """Stored names and whole shapes, as stock megatron-core's GPTModel asks for them."""
     built = GPTModel(
@@ -104,10 +112,10 @@ def test_a_release_has_the_names_that_stock_megatron_core_loads(tmp_path, model)
 @pytest.mark.parametrize("distributed", [False, True])
 def test_a_training_checkpoint_has_the_names_of_stock_megatron_core(tmp_path, model, distributed):
     words = ["--use-distributed-optimizer"] if distributed else []
-    trainer = trainer_of(model, "--save", str(tmp_path), *words)
+    trainer = stepped(trainer_of(model, "--save", str(tmp_path), *words))
     path = training.save(trainer)
-    assert path == tmp_path / "iter_0000000"
-    assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "0"
+    assert path == tmp_path / "iter_0000001"
+    assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "1"
     stored = stored_keys(path)
     weights = {k: v for k, v in stored.items() if not k.startswith("optimizer.")}
     assert weights == stock_keys(model)
@@ -147,7 +155,7 @@ def test_a_model_takes_the_weights_of_a_release(tmp_path):
     tensors = random_weights(MODEL)
     checkpoint.write_weights(tmp_path, tensors, MODEL)
     stage = stage_of(MODEL)
-    checkpoint.load(checkpoint.find(tmp_path), stage)
+    checkpoint.load(checkpoint.find(tmp_path), [stage])
     weights = dict(stage.named_parameters())
     assert torch.equal(weights["output_layer.weight"], tensors["output_layer.weight"])
     for layer in range(3):
@@ -162,7 +170,7 @@ def test_float32_weights_load_into_a_bf16_model(tmp_path):
     tensors = random_weights(MODEL)
     checkpoint.write_weights(tmp_path, tensors, MODEL)
     stage = stage_of(MODEL, "--bf16")
-    checkpoint.load(checkpoint.find(tmp_path), stage)
+    checkpoint.load(checkpoint.find(tmp_path), [stage])
     weight = dict(stage.named_parameters())["output_layer.weight"]
     assert torch.equal(weight, tensors["output_layer.weight"].bfloat16())
 
@@ -172,7 +180,7 @@ def test_training_weights_can_be_read_for_export(tmp_path):
     training.save(trainer)
     tensors, model = checkpoint.read_weights(tmp_path)
     assert model == MODEL and set(tensors) == set(random_weights(MODEL))
-    weights = dict(trainer.stage.named_parameters())
+    weights = dict(trainer.stages[0].named_parameters())
     for layer in range(3):
         name = f"decoder.layers.{layer}.mlp.linear_fc2.weight"
         assert torch.equal(tensors[name], weights[name])
@@ -263,7 +271,7 @@ def test_damage_is_an_error_of_one_sentence(folder, name, left):
         assert "\n" not in str(error.value)
 
     loads(lambda: checkpoint.read_weights(folder))
-    loads(lambda: checkpoint.load(checkpoint.find(folder), stage_of(MODEL)))
+    loads(lambda: checkpoint.load(checkpoint.find(folder), [stage_of(MODEL)]))
 
 
 def test_a_missing_shard_is_an_error(folder):
@@ -275,12 +283,11 @@ def test_a_missing_shard_is_an_error(folder):
 
 @pytest.mark.parametrize("change", [
     {"hidden_size": 64}, {"num_layers": 4}, {"num_layers": 2}, {"ffn_hidden_size": 128},
-    {"vocab_size": 600},
 ])
 def test_a_model_of_another_shape_is_an_error(folder, change):
     other = ModelConfig.from_dict(MODEL.to_dict() | change)
     with pytest.raises(ValueError, match="release cannot be loaded"):
-        checkpoint.load(checkpoint.find(folder), stage_of(other))
+        checkpoint.load(checkpoint.find(folder), [stage_of(other)])
 
 
 def test_training_does_not_resume_from_weights_alone(folder):
@@ -289,8 +296,7 @@ def test_training_does_not_resume_from_weights_alone(folder):
 
 
 def test_another_batch_size_cannot_resume(tmp_path):
-    trainer = trainer_of(MODEL, "--save", str(tmp_path), "--global-batch-size", "2")
-    trainer.iteration = 3
+    trainer = stepped(trainer_of(MODEL, "--save", str(tmp_path), "--global-batch-size", "2"), 3)
     training.save(trainer)
     with pytest.raises(ValueError, match="trained on 6 samples in 3 steps; --global-batch-size 3 "
                                          "contradicts"):
@@ -318,7 +324,7 @@ def test_an_older_iteration_can_be_asked_for(tmp_path):
     trainer = trainer_of(MODEL, "--save", str(tmp_path))
     training.save(trainer)
     with torch.no_grad():
-        trainer.stage.output_layer.weight.add_(1)
+        trainer.stages[0].output_layer.weight.add_(1)
     trainer.iteration = 2
     training.save(trainer)
     new, old = (checkpoint.read_weights(tmp_path, i)[0]["output_layer.weight"] for i in (None, 0))

@@ -57,7 +57,7 @@ def main() -> None:
     config, args = found.model, arguments.defaults()
     distributed.initialize(args.parallel, flags.seed)
     stage = build_model(transformer_config(config, args), config, args)
-    checkpoint.load(found, stage)
+    checkpoint.load(found, [stage])
     ours = logits_function(stage.eval(), config.vocab_size)
     theirs = AutoModelForCausalLM.from_pretrained(
         flags.hf, dtype=torch.float32, local_files_only=True, attn_implementation="eager"
