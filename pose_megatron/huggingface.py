@@ -27,7 +27,7 @@ from pose_megatron.tokenizer import FOLDER_FILES
 # config.json goes along for the ids of special tokens.
 SIDECARS = (*FOLDER_FILES, "chat_template.json", "generation_config.json", "config.json")
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
-SIZES = {  # config.json's name: ModelConfig's
+NAMES = {  # config.json's name: ModelConfig's
     "num_hidden_layers": "num_layers",
     "hidden_size": "hidden_size",
     "intermediate_size": "ffn_hidden_size",
@@ -74,7 +74,7 @@ def read_config(folder: Path, make_vocab_size_divisible_by: int = 128) -> ModelC
         config.setdefault("head_dim", whole("hidden_size") // max(heads, 1))
         base, scaling = from_hf(config)
         return ModelConfig(
-            **{ours: whole(theirs) for theirs, ours in SIZES.items()},
+            **{ours: whole(theirs) for theirs, ours in NAMES.items()},
             make_vocab_size_divisible_by=make_vocab_size_divisible_by,
             untie_embeddings_and_output_weights=not config.get("tie_word_embeddings", False),
             norm_epsilon=float(config.get("rms_norm_eps", 1e-6)),
@@ -83,8 +83,8 @@ def read_config(folder: Path, make_vocab_size_divisible_by: int = 128) -> ModelC
         )
 
 
-def layout(model: ModelConfig) -> dict:
-    """The sizes that pose_megatron.convert asks for."""
+def sizes(model: ModelConfig) -> dict:
+    """What pose_megatron.convert asks for to convert this model."""
     names = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads",
              "num_query_groups", "kv_channels", "vocab_size", "padded_vocab_size")
     tied = not model.untie_embeddings_and_output_weights
@@ -184,7 +184,7 @@ def write_config(
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        **{theirs: getattr(model, ours) for theirs, ours in SIZES.items()},
+        **{theirs: getattr(model, ours) for theirs, ours in NAMES.items()},
         **FIXED,
         "rms_norm_eps": model.norm_epsilon,
         "tie_word_embeddings": not model.untie_embeddings_and_output_weights,
@@ -241,21 +241,21 @@ def write_tensors(
 
     `progress` is called with the bytes of every shard that is written.
     """
-    shards, sizes = [{}], [0]
+    shards, filled = [{}], [0]
     for name, tensor in tensors.items():
-        if sizes[-1] and sizes[-1] + tensor.nbytes > shard_bytes:
+        if filled[-1] and filled[-1] + tensor.nbytes > shard_bytes:
             shards.append({})
-            sizes.append(0)
+            filled.append(0)
         shards[-1][name] = tensor
-        sizes[-1] += tensor.nbytes
+        filled[-1] += tensor.nbytes
     weight_map = {}
-    for number, (shard, size) in enumerate(zip(shards, sizes, strict=True), 1):
+    for number, (shard, size) in enumerate(zip(shards, filled, strict=True), 1):
         part = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
         save_file(shard, folder / f"model{part}.safetensors", metadata={"format": "pt"})
         weight_map |= dict.fromkeys(shard, f"model{part}.safetensors")
         progress(size)
     if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
+        index = {"metadata": {"total_size": sum(filled)}, "weight_map": weight_map}
         _write_json(folder / "model.safetensors.index.json", index)
 
 

@@ -27,6 +27,8 @@ from threading import Thread
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from pose_megatron.tokenizer import (
     TOKENIZER_TYPES,
     LineError,

@@ -106,7 +106,7 @@ def convert(args: argparse.Namespace) -> None:
             files = huggingface.Tensors(load)
             rope = _check_rope(load, model)
             with _phase("read", files.bytes) as files.progress, huggingface.naming(load):
-                tensors = hf_to_megatron(files, **huggingface.layout(model))
+                tensors = hf_to_megatron(files, **huggingface.sizes(model))
         else:
             print(f"loading {find(load, args.iteration).path}", flush=True)
             with _phase("read") as advance:
@@ -120,7 +120,7 @@ def convert(args: argparse.Namespace) -> None:
 
         if args.saver == "hf":
             with huggingface.naming(load):
-                tensors = megatron_to_hf(tensors, **huggingface.layout(model))
+                tensors = megatron_to_hf(tensors, **huggingface.sizes(model))
             dtype = tensors["model.embed_tokens.weight"].dtype
             huggingface.write_config(folder, model, dtype, sidecars)
             if not (folder / "tokenizer_config.json").is_file():
