@@ -13,10 +13,11 @@ from pose_megatron import cpu
 cpu.install()
 
 from pose_megatron import checkpoint, distributed, training
-from pose_megatron.arguments import ModelConfig, parse, resolve_model
+from pose_megatron.arguments import parse
 from pose_megatron.batch import fields_here
 from pose_megatron.dataset import build_datasets
 from pose_megatron.distributed import one_sentence_errors, print_rank_0
+from pose_megatron.model_config import ModelConfig, resolve_model
 from pose_megatron.positions import PoseSampler
 
 
@@ -89,8 +90,8 @@ def describe(args, config: ModelConfig, layout, sampler: PoseSampler) -> None:
         f"{f', {sampler.num_chunks} chunks, {sampler.content} text' * (sampler.name == 'pose')}\n"
         f"layout     tensor {p.tensor_model_parallel_size} x pipeline "
         f"{p.pipeline_model_parallel_size} x context {p.context_parallel_size} x data "
-        f"{layout.data_parallel_size}, batch {layout.global_batch_size} = {t.micro_batch_size} x {layout.num_microbatches} "
-        f"micro-batches x {layout.data_parallel_size}\n"
+        f"{layout.data_parallel_size}, batch {layout.global_batch_size} = {t.micro_batch_size} x "
+        f"{layout.num_microbatches} micro-batches x {layout.data_parallel_size}\n"
         f"training   {t.train_iters} steps, {tokens:,} tokens, seed {t.seed}"
     )
     if args.logging.dry_run:

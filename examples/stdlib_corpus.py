@@ -1,6 +1,7 @@
 """Writes the Python standard library's source as a corpus: each file a document, 1 in 20 held out.
 
-A real text that is present on every machine. Tests and installed packages are left out.
+A real text that is present on every machine. Tests, installed packages and the tables of
+character encodings are left out.
 """
 
 import argparse
@@ -8,7 +9,7 @@ import json
 import sysconfig
 from pathlib import Path
 
-LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "__pycache__"}
+LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "__pycache__", "encodings"}
 
 
 def main() -> None:

@@ -4,20 +4,20 @@ Each dataclass below is one group of flags. A field `seq_length` is the flag `--
 YAML key `seq-length` (or `seq_length`); names and meanings are Megatron-LM's wherever it has one:
 `--seq-length` is the training window L, `--max-position-embeddings` the target window T.
 
-`parse()` reads the words. `resolve_model()` then settles the model's shape, which comes from the
-checkpoint when there is one, and `Arguments.check()` holds what the layout demands.
+`parse()` reads the words, `model_config.resolve_model()` settles the model's shape, and
+`Arguments.check()` holds what the layout demands.
 """
 
 import argparse
 import dataclasses
-import math
 import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pose_megatron.model_config import ModelConfig, spell
 from pose_megatron.positions import CONTENTS
-from pose_megatron.rope import METHODS, RopeScaling
+from pose_megatron.rope import METHODS
 
 LR_DECAY_STYLES = ("constant", "linear", "cosine", "inverse-square-root")
 
@@ -28,78 +28,6 @@ def _flag(default, help: str, choices=None, nargs=None):
     else:
         options = {"default": default}
     return field(**options, metadata={"help": help, "choices": choices, "nargs": nargs})
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """The shape of a LLaMA-architecture model: RMSNorm, SwiGLU, no biases, rotary positions.
-
-    `rotary_base` and `rope_scaling` say how positions turn into angles; the model accepts position
-    ids in [0, max_position_embeddings). `vocab_size` is the tokenizer's; the embedding has
-    `padded_vocab_size` rows, padded by a divisor that does not depend on the layout of ranks.
-    """
-
-    num_layers: int
-    hidden_size: int
-    ffn_hidden_size: int
-    num_attention_heads: int
-    num_query_groups: int
-    kv_channels: int
-    vocab_size: int
-    max_position_embeddings: int
-    make_vocab_size_divisible_by: int = 128
-    untie_embeddings_and_output_weights: bool = False
-    norm_epsilon: float = 1e-5
-    rotary_base: float = 10000.0
-    rotary_percent: float = 1.0
-    rope_scaling: RopeScaling = RopeScaling()
-
-    def __post_init__(self):
-        heads, groups = self.num_attention_heads, self.num_query_groups
-        for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads",
-                     "num_query_groups", "kv_channels", "vocab_size", "max_position_embeddings",
-                     "make_vocab_size_divisible_by"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{_spell(name)} must be at least 1, not {getattr(self, name)}")
-        if heads % groups:
-            raise ValueError(
-                f"--num-attention-heads {heads} is not a multiple of --num-query-groups {groups}"
-            )
-        if not 0 < self.rotary_percent <= 1:
-            raise ValueError(f"--rotary-percent must be in (0, 1], not {self.rotary_percent}")
-        if self.rotary_dim < 2 or self.rotary_dim % 2:
-            raise ValueError(
-                f"--kv-channels {self.kv_channels} x --rotary-percent {self.rotary_percent} gives "
-                f"{self.rotary_dim} rotary dimensions; they must be even"
-            )
-
-    @property
-    def rotary_dim(self) -> int:
-        return int(self.kv_channels * self.rotary_percent)
-
-    @property
-    def padded_vocab_size(self) -> int:
-        divisor = self.make_vocab_size_divisible_by
-        return math.ceil(self.vocab_size / divisor) * divisor
-
-    @property
-    def num_parameters(self) -> int:
-        """Number of trainable values, vocabulary padding included."""
-        h, d = self.hidden_size, self.kv_channels
-        attention = h * d * (2 * self.num_attention_heads + 2 * self.num_query_groups)
-        layer = attention + 3 * h * self.ffn_hidden_size + 2 * h
-        tables = 2 if self.untie_embeddings_and_output_weights else 1
-        return self.num_layers * layer + tables * self.padded_vocab_size * h + h
-
-    def to_dict(self) -> dict:
-        """Plain values only, for a checkpoint."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict) -> "ModelConfig":
-        known = {f.name for f in dataclasses.fields(cls)}
-        values = {k: v for k, v in values.items() if k in known}
-        return cls(**values | {"rope_scaling": RopeScaling(**values.get("rope_scaling", {}))})
 
 
 @dataclass(frozen=True)
@@ -226,7 +154,7 @@ class LoggingFlags:
 
 @dataclass(frozen=True)
 class Arguments:
-    """Everything a run is a function of. `model` is final only after `resolve_model`."""
+    """Everything a run is a function of. `model` says what was asked of the model's shape."""
 
     model: ModelFlags
     position: PositionFlags
@@ -326,10 +254,6 @@ class Layout:
     num_microbatches: int  # per rank and step
 
 
-def _spell(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
 def _groups() -> dict[str, type]:
     return {f.name: f.type for f in dataclasses.fields(Arguments)}
 
@@ -366,7 +290,7 @@ def _parser() -> argparse.ArgumentParser:
                 if f.default not in (None, dataclasses.MISSING) and "default" not in f.metadata[
                         "help"]:
                     options["help"] += f" (default: {f.default})"
-            section.add_argument(_spell(f.name), dest=f"{name}.{f.name}", **options)
+            section.add_argument(spell(f.name), dest=f"{name}.{f.name}", **options)
     return parser
 
 
@@ -425,9 +349,9 @@ def _words_of_config(path: Path) -> list[str]:
         if name not in flags:
             raise ValueError(f"--config {path}: unknown name '{key}'; see --help for the flags")
         if isinstance(value, bool):
-            words.append(_spell(name) if value else _spell("no_" + name))
+            words.append(spell(name) if value else spell("no_" + name))
         elif value is not None:
-            words += [_spell(name), *map(str, value if isinstance(value, list) else [value])]
+            words += [spell(name), *map(str, value if isinstance(value, list) else [value])]
     return words
 
 
@@ -447,7 +371,7 @@ def _check_ranges(args: Arguments) -> None:
         for name in names:
             value = getattr(group, name)
             if value is not None and value < 1:
-                raise ValueError(f"{_spell(name)} must be at least 1, not {value}")
+                raise ValueError(f"{spell(name)} must be at least 1, not {value}")
     if args.data.num_workers < 0:
         raise ValueError(f"--num-workers must be at least 0, not {args.data.num_workers}")
     if not args.logging.dry_run and t.train_iters is None:
@@ -462,110 +386,3 @@ def _check_ranges(args: Arguments) -> None:
         raise ValueError("--finetune takes the weights of a checkpoint: name it with --load")
     if args.checkpoint.save_interval and not args.checkpoint.save:
         raise ValueError("--save-interval needs a folder: name it with --save")
-
-
-def resolve_model(
-    flags: ModelFlags, seq_length: int, loaded: ModelConfig | None, tokenizer_vocab: int | None
-) -> ModelConfig:
-    """The model that flags, checkpoint and tokenizer agree on.
-
-    Args:
-        flags: what the user wrote; None where nothing was written.
-        seq_length: the window L, in tokens.
-        loaded: the shape in the checkpoint, None without `--load`.
-        tokenizer_vocab: size of the tokenizer, None without one.
-
-    Raises:
-        ValueError: a needed flag is missing, or a flag contradicts the checkpoint.
-    """
-    shape = _shape_of_flags(flags) if loaded is None else _shape_of_checkpoint(flags, loaded)
-    shape.setdefault("vocab_size", tokenizer_vocab)
-    if shape["vocab_size"] is None:
-        raise ValueError("--vocab-size is missing: give it, or --tokenizer-model")
-    if tokenizer_vocab and tokenizer_vocab > shape["vocab_size"]:
-        raise ValueError(
-            f"--tokenizer-model has {tokenizer_vocab} tokens, the model only "
-            f"{shape['vocab_size']}: they do not belong together"
-        )
-    target = flags.max_position_embeddings
-    if target is None:
-        target = loaded.max_position_embeddings if loaded else seq_length
-    shape["max_position_embeddings"] = target
-    shape["rope_scaling"] = _resolve_scaling(flags, target, seq_length, loaded)
-    return ModelConfig(**shape)
-
-
-def _shape_of_flags(flags: ModelFlags) -> dict:
-    for name in ("num_layers", "hidden_size", "num_attention_heads"):
-        if getattr(flags, name) is None:
-            raise ValueError(f"{_spell(name)} is missing: give it, or --load a checkpoint")
-    hidden, heads = flags.hidden_size, flags.num_attention_heads
-    if flags.kv_channels is None and hidden % heads:
-        raise ValueError(
-            f"--hidden-size {hidden} is not a multiple of --num-attention-heads {heads}; "
-            "give --kv-channels"
-        )
-    if flags.num_query_groups and not flags.group_query_attention:
-        raise ValueError("--num-query-groups has no effect without --group-query-attention")
-    shape = {
-        "num_layers": flags.num_layers,
-        "hidden_size": hidden,
-        # Megatron-LM's width for SwiGLU: 2/3 of 4h, in whole multiples of 64.
-        "ffn_hidden_size": flags.ffn_hidden_size or max(int(hidden * 4 * 2 / 3) // 64, 1) * 64,
-        "num_attention_heads": heads,
-        "num_query_groups": flags.num_query_groups if flags.group_query_attention else heads,
-        "kv_channels": flags.kv_channels or hidden // heads,
-        "untie_embeddings_and_output_weights": flags.untie_embeddings_and_output_weights,
-    }
-    if shape["num_query_groups"] is None:
-        raise ValueError("--group-query-attention needs --num-query-groups")
-    for name in ("vocab_size", "make_vocab_size_divisible_by", "norm_epsilon", "rotary_base",
-                 "rotary_percent"):
-        if getattr(flags, name) is not None:
-            shape[name] = getattr(flags, name)
-    return shape
-
-
-def _shape_of_checkpoint(flags: ModelFlags, loaded: ModelConfig) -> dict:
-    shape = {f.name: getattr(loaded, f.name) for f in dataclasses.fields(loaded)}
-    for name, value in shape.items():
-        if name in ("max_position_embeddings", "rope_scaling"):
-            continue
-        wanted = getattr(flags, name)
-        if wanted not in (None, False) and wanted != value:
-            raise ValueError(
-                f"{_spell(name)} {wanted} contradicts the checkpoint, which has {value}; "
-                "leave the flag out"
-            )
-    return shape
-
-
-def _resolve_scaling(
-    flags: ModelFlags, target: int, seq_length: int, loaded: ModelConfig | None
-) -> RopeScaling:
-    before = loaded.rope_scaling if loaded else RopeScaling()
-    original = flags.original_max_position_embeddings
-    asked = (flags.rope_scaling, flags.rope_scaling_factor, original)
-    if before.method != "none":
-        now = (before.method, before.factor, before.original_max_position_embeddings)
-        if any(a is not None and a != b for a, b in zip(asked, now, strict=True)):
-            raise ValueError(
-                f"the checkpoint is interpolated already (--rope-scaling {now[0]} "
-                f"--rope-scaling-factor {now[1]}); leave the rope flags out to train it further, "
-                "or extend the checkpoint it came from"
-            )
-        if target != loaded.max_position_embeddings:
-            raise ValueError(
-                f"--max-position-embeddings {target} contradicts the checkpoint, already "
-                f"interpolated to {loaded.max_position_embeddings}; extend the one it came from"
-            )
-        return before
-    original = original or (loaded.max_position_embeddings if loaded else seq_length)
-    factor = flags.rope_scaling_factor
-    method = flags.rope_scaling or "none"
-    if method == "none":
-        if factor not in (None, 1.0):
-            raise ValueError(f"--rope-scaling-factor {factor} needs a --rope-scaling method")
-        return RopeScaling()
-    factor = max(target / original, 1.0) if factor is None else factor
-    return RopeScaling(method, factor=factor, original_max_position_embeddings=original)

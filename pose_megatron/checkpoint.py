@@ -29,7 +29,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.safe_globals import register_safe_globals
 from torch.distributed.checkpoint.api import CheckpointException
 
-from pose_megatron.arguments import ModelConfig
+from pose_megatron.model_config import ModelConfig
 from pose_megatron.optimizer import prime
 
 TRACKER = "latest_checkpointed_iteration.txt"

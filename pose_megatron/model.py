@@ -21,9 +21,10 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from pose_megatron.arguments import Arguments, ModelConfig
+from pose_megatron.arguments import Arguments
 from pose_megatron.attention import layer_spec
 from pose_megatron.distributed import device
+from pose_megatron.model_config import ModelConfig
 from pose_megatron.rope import RopeScaling, angles, attention_factor, inverse_frequencies
 
 

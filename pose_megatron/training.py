@@ -15,12 +15,13 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 
 from pose_megatron import checkpoint
-from pose_megatron.arguments import Arguments, Layout, ModelConfig
+from pose_megatron.arguments import Arguments, Layout
 from pose_megatron.batch import batches, get_batch
 from pose_megatron.checkpoint import Checkpoint
 from pose_megatron.dataset import PoseDataset
 from pose_megatron.distributed import device, print_rank_0, rank, world_size
 from pose_megatron.model import PoseGPTModel, build_model, initialize, transformer_config
+from pose_megatron.model_config import ModelConfig
 from pose_megatron.optimizer import build_optimizer, build_scheduler, learning_rate
 
 

@@ -15,7 +15,7 @@ cpu.install()
 import torch
 from tqdm import tqdm
 
-from pose_megatron import arguments, checkpoint, distributed
+from pose_megatron import arguments, checkpoint, distributed, model_config
 from pose_megatron.dataset import Corpus
 from pose_megatron.evaluation import perplexities
 from pose_megatron.model import build_model, logits_function, transformer_config
@@ -57,7 +57,7 @@ def main() -> None:
         raise ValueError(f"--context-lengths {lengths[0]} must be at least 2")
     stride = flags.stride or lengths[0] // 2
     found = checkpoint.find(flags.load, flags.iteration)
-    config = arguments.resolve_model(
+    config = model_config.resolve_model(
         arguments.ModelFlags(
             rope_scaling=flags.rope_scaling, rope_scaling_factor=flags.rope_scaling_factor,
             max_position_embeddings=lengths[-1] if flags.rope_scaling else None,

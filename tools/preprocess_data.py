@@ -29,17 +29,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pose_megatron.tokenizer import (
-    TOKENIZER_TYPES,
-    LineError,
-    Lines,
-    Tokenizer,
-    build_tokenizer,
-    corpus_files,
-    parse_line,
-    read_lines,
-    replace_surrogates,
-)
+from pose_megatron.jsonl import LineError, Lines, corpus_files, parse_line, read_lines
+from pose_megatron.tokenizer import TOKENIZER_TYPES, Tokenizer, build_tokenizer, replace_surrogates
 
 EXAMPLE = """example:
   python tools/preprocess_data.py --input corpus.jsonl more.jsonl.zst --output-prefix data/corpus \\

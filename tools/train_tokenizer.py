@@ -24,13 +24,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pose_megatron.tokenizer import (
-    LineError,
-    corpus_files,
-    parse_line,
-    read_lines,
-    replace_surrogates,
-)
+from pose_megatron.jsonl import LineError, corpus_files, parse_line, read_lines
+from pose_megatron.tokenizer import replace_surrogates
 
 EXAMPLE = """example:
   python tools/train_tokenizer.py --input corpus.jsonl --output-dir tokenizer --vocab-size 2048

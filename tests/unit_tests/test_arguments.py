@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 
-from pose_megatron.arguments import LR_DECAY_STYLES, ModelConfig, ModelFlags, parse, resolve_model
+from pose_megatron.arguments import LR_DECAY_STYLES, ModelFlags, parse
+from pose_megatron.model_config import ModelConfig, resolve_model
 from pose_megatron.rope import RopeScaling
 
 SHAPE = ["--num-layers", "4", "--hidden-size", "64", "--num-attention-heads", "4"]

@@ -9,9 +9,10 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 
 from pose_megatron import checkpoint, training
-from pose_megatron.arguments import ModelConfig, parse
+from pose_megatron.arguments import parse
 from pose_megatron.convert import table
 from pose_megatron.model import build_model, transformer_config
+from pose_megatron.model_config import ModelConfig
 from pose_megatron.rope import RopeScaling
 
 pytestmark = pytest.mark.usefixtures("world")
@@ -262,8 +263,7 @@ def test_a_truncated_common_file_is_named(folder, left):
     ("*.distcp", 0.98),
 ])
 def test_damage_is_an_error_of_one_sentence(folder, name, left):
-    files = [f for f in (folder / "release").glob(name)]
-    damage(max(files, key=lambda f: f.stat().st_size), left)
+    damage(max((folder / "release").glob(name), key=lambda f: f.stat().st_size), left)
 
     def loads(read):
         with pytest.raises(ValueError, match=f"checkpoint {folder / 'release'}.* ") as error:

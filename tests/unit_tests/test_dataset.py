@@ -1,6 +1,7 @@
 """dataset.py against the documents' own bytes, and against corpora whose token ids are unique."""
 
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +48,7 @@ def test_shuffle_mixes_and_differs_by_seed_and_epoch():
     for order in orders:
         # A random order has on average one fixed point and one pair of neighbours kept.
         assert sum(x == i for i, x in enumerate(order)) < 8
-        assert sum(b - a == 1 for a, b in zip(order, order[1:], strict=False)) < 8
+        assert sum(b - a == 1 for a, b in pairwise(order)) < 8
     for one, other in ((0, 1), (0, 2), (1, 2)):
         assert sum(a == b for a, b in zip(orders[one], orders[other], strict=True)) < 8
 
@@ -86,7 +87,7 @@ def test_a_label_is_the_true_next_token_everywhere(world, make_corpus, name, con
     following = {}
     stream = [t for d in documents if len(d) <= 8 for t in d]
     for run in [*[d for d in documents if len(d) > 8], stream]:
-        following |= dict(zip(run, run[1:], strict=False))
+        following |= dict(pairwise(run))
     data = train_set(make_corpus(documents), samples=200, name=name, content=content, num_chunks=3,
                      short=short)
     for i in range(200):

@@ -12,7 +12,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import Float16Module
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pose_megatron.arguments import ModelConfig, parse
+from pose_megatron.arguments import parse
 from pose_megatron.convert import megatron_to_hf
 from pose_megatron.model import (
     PoseGPTModel,
@@ -22,6 +22,7 @@ from pose_megatron.model import (
     softmax_scale,
     transformer_config,
 )
+from pose_megatron.model_config import ModelConfig
 from pose_megatron.rope import RopeScaling
 
 pytestmark = pytest.mark.usefixtures("world")

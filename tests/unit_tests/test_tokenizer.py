@@ -16,14 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from pose_megatron.tokenizer import (
-    LineError,
-    build_tokenizer,
-    corpus_files,
-    parse_line,
-    read_lines,
-    replace_surrogates,
-)
+from pose_megatron.jsonl import LineError, corpus_files, parse_line, read_lines
+from pose_megatron.tokenizer import build_tokenizer, replace_surrogates
 
 ROOT = Path(__file__).parents[2]
 STDLIB = Path(sysconfig.get_path("stdlib"))

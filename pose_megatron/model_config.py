@@ -1,0 +1,195 @@
+"""The shape of a model: what a checkpoint stores; what flags, checkpoint and tokenizer agree on."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pose_megatron.rope import RopeScaling
+
+if TYPE_CHECKING:
+    from pose_megatron.arguments import ModelFlags
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a LLaMA-architecture model: RMSNorm, SwiGLU, no biases, rotary positions.
+
+    `rotary_base` and `rope_scaling` say how positions turn into angles; the model accepts position
+    ids in [0, max_position_embeddings). `vocab_size` is the tokenizer's; the embedding has
+    `padded_vocab_size` rows, padded by a divisor that does not depend on the layout of ranks.
+    """
+
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    kv_channels: int
+    vocab_size: int
+    max_position_embeddings: int
+    make_vocab_size_divisible_by: int = 128
+    untie_embeddings_and_output_weights: bool = False
+    norm_epsilon: float = 1e-5
+    rotary_base: float = 10000.0
+    rotary_percent: float = 1.0
+    rope_scaling: RopeScaling = RopeScaling()
+
+    def __post_init__(self):
+        heads, groups = self.num_attention_heads, self.num_query_groups
+        for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads",
+                     "num_query_groups", "kv_channels", "vocab_size", "max_position_embeddings",
+                     "make_vocab_size_divisible_by"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{spell(name)} must be at least 1, not {getattr(self, name)}")
+        if heads % groups:
+            raise ValueError(
+                f"--num-attention-heads {heads} is not a multiple of --num-query-groups {groups}"
+            )
+        if not 0 < self.rotary_percent <= 1:
+            raise ValueError(f"--rotary-percent must be in (0, 1], not {self.rotary_percent}")
+        if self.rotary_dim < 2 or self.rotary_dim % 2:
+            raise ValueError(
+                f"--kv-channels {self.kv_channels} x --rotary-percent {self.rotary_percent} gives "
+                f"{self.rotary_dim} rotary dimensions; they must be even"
+            )
+
+    @property
+    def rotary_dim(self) -> int:
+        return int(self.kv_channels * self.rotary_percent)
+
+    @property
+    def padded_vocab_size(self) -> int:
+        divisor = self.make_vocab_size_divisible_by
+        return math.ceil(self.vocab_size / divisor) * divisor
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of trainable values, vocabulary padding included."""
+        h, d = self.hidden_size, self.kv_channels
+        attention = h * d * (2 * self.num_attention_heads + 2 * self.num_query_groups)
+        layer = attention + 3 * h * self.ffn_hidden_size + 2 * h
+        tables = 2 if self.untie_embeddings_and_output_weights else 1
+        return self.num_layers * layer + tables * self.padded_vocab_size * h + h
+
+    def to_dict(self) -> dict:
+        """Plain values only, for a checkpoint."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "ModelConfig":
+        known = {f.name for f in dataclasses.fields(cls)}
+        values = {k: v for k, v in values.items() if k in known}
+        return cls(**values | {"rope_scaling": RopeScaling(**values.get("rope_scaling", {}))})
+
+
+def spell(name: str) -> str:
+    """The flag of a name: --seq-length of seq_length."""
+    return "--" + name.replace("_", "-")
+
+
+def resolve_model(
+    flags: "ModelFlags", seq_length: int, loaded: ModelConfig | None, tokenizer_vocab: int | None
+) -> ModelConfig:
+    """The model that flags, checkpoint and tokenizer agree on.
+
+    Args:
+        flags: what the user wrote; None where nothing was written.
+        seq_length: the window L, in tokens.
+        loaded: the shape in the checkpoint, None without `--load`.
+        tokenizer_vocab: size of the tokenizer, None without one.
+
+    Raises:
+        ValueError: a needed flag is missing, or a flag contradicts the checkpoint.
+    """
+    shape = _shape_of_flags(flags) if loaded is None else _shape_of_checkpoint(flags, loaded)
+    shape.setdefault("vocab_size", tokenizer_vocab)
+    if shape["vocab_size"] is None:
+        raise ValueError("--vocab-size is missing: give it, or --tokenizer-model")
+    if tokenizer_vocab and tokenizer_vocab > shape["vocab_size"]:
+        raise ValueError(
+            f"--tokenizer-model has {tokenizer_vocab} tokens, the model only "
+            f"{shape['vocab_size']}: they do not belong together"
+        )
+    target = flags.max_position_embeddings
+    if target is None:
+        target = loaded.max_position_embeddings if loaded else seq_length
+    shape["max_position_embeddings"] = target
+    shape["rope_scaling"] = _resolve_scaling(flags, target, seq_length, loaded)
+    return ModelConfig(**shape)
+
+
+def _shape_of_flags(flags: "ModelFlags") -> dict:
+    for name in ("num_layers", "hidden_size", "num_attention_heads"):
+        if getattr(flags, name) is None:
+            raise ValueError(f"{spell(name)} is missing: give it, or --load a checkpoint")
+    hidden, heads = flags.hidden_size, flags.num_attention_heads
+    if flags.kv_channels is None and hidden % heads:
+        raise ValueError(
+            f"--hidden-size {hidden} is not a multiple of --num-attention-heads {heads}; "
+            "give --kv-channels"
+        )
+    if flags.num_query_groups and not flags.group_query_attention:
+        raise ValueError("--num-query-groups has no effect without --group-query-attention")
+    shape = {
+        "num_layers": flags.num_layers,
+        "hidden_size": hidden,
+        # Megatron-LM's width for SwiGLU: 2/3 of 4h, in whole multiples of 64.
+        "ffn_hidden_size": flags.ffn_hidden_size or max(int(hidden * 4 * 2 / 3) // 64, 1) * 64,
+        "num_attention_heads": heads,
+        "num_query_groups": flags.num_query_groups if flags.group_query_attention else heads,
+        "kv_channels": flags.kv_channels or hidden // heads,
+        "untie_embeddings_and_output_weights": flags.untie_embeddings_and_output_weights,
+    }
+    if shape["num_query_groups"] is None:
+        raise ValueError("--group-query-attention needs --num-query-groups")
+    for name in ("vocab_size", "make_vocab_size_divisible_by", "norm_epsilon", "rotary_base",
+                 "rotary_percent"):
+        if getattr(flags, name) is not None:
+            shape[name] = getattr(flags, name)
+    return shape
+
+
+def _shape_of_checkpoint(flags: "ModelFlags", loaded: ModelConfig) -> dict:
+    shape = {f.name: getattr(loaded, f.name) for f in dataclasses.fields(loaded)}
+    for name, value in shape.items():
+        if name in ("max_position_embeddings", "rope_scaling"):
+            continue
+        wanted = getattr(flags, name)
+        if wanted not in (None, False) and wanted != value:
+            raise ValueError(
+                f"{spell(name)} {wanted} contradicts the checkpoint, which has {value}; "
+                "leave the flag out"
+            )
+    return shape
+
+
+def _resolve_scaling(
+    flags: "ModelFlags", target: int, seq_length: int, loaded: ModelConfig | None
+) -> RopeScaling:
+    before = loaded.rope_scaling if loaded else RopeScaling()
+    original = flags.original_max_position_embeddings
+    asked = (flags.rope_scaling, flags.rope_scaling_factor, original)
+    if before.method != "none":
+        now = (before.method, before.factor, before.original_max_position_embeddings)
+        if any(a is not None and a != b for a, b in zip(asked, now, strict=True)):
+            raise ValueError(
+                f"the checkpoint is interpolated already (--rope-scaling {now[0]} "
+                f"--rope-scaling-factor {now[1]}); leave the rope flags out to train it further, "
+                "or extend the checkpoint it came from"
+            )
+        if target != loaded.max_position_embeddings:
+            raise ValueError(
+                f"--max-position-embeddings {target} contradicts the checkpoint, already "
+                f"interpolated to {loaded.max_position_embeddings}; extend the one it came from"
+            )
+        return before
+    original = original or (loaded.max_position_embeddings if loaded else seq_length)
+    factor = flags.rope_scaling_factor
+    method = flags.rope_scaling or "none"
+    if method == "none":
+        if factor not in (None, 1.0):
+            raise ValueError(f"--rope-scaling-factor {factor} needs a --rope-scaling method")
+        return RopeScaling()
+    factor = max(target / original, 1.0) if factor is None else factor
+    return RopeScaling(method, factor=factor, original_max_position_embeddings=original)
