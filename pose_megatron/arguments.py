@@ -15,58 +15,20 @@ import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pose_megatron.model_config import ModelConfig, spell
+from pose_megatron.model_config import ModelConfig, ModelFlags, flag, spell
 from pose_megatron.positions import CONTENTS
-from pose_megatron.rope import METHODS
 
 LR_DECAY_STYLES = ("constant", "linear", "cosine", "inverse-square-root")
-
-
-def _flag(default, help: str, choices=None, nargs=None):
-    if isinstance(default, list):
-        options = {"default_factory": lambda: list(default)}
-    else:
-        options = {"default": default}
-    return field(**options, metadata={"help": help, "choices": choices, "nargs": nargs})
-
-
-@dataclass(frozen=True)
-class ModelFlags:
-    """Model; with --load the shape is the checkpoint's, and a flag that contradicts it an error"""
-
-    num_layers: int | None = _flag(None, "transformer layers")
-    hidden_size: int | None = _flag(None, "width of the residual stream")
-    ffn_hidden_size: int | None = _flag(None, "width of the SwiGLU MLP (default: 8/3 hidden, /64)")
-    num_attention_heads: int | None = _flag(None, "query heads")
-    group_query_attention: bool = _flag(False, "share keys and values between query heads")
-    num_query_groups: int | None = _flag(None, "key-value heads, with --group-query-attention")
-    kv_channels: int | None = _flag(None, "width of a head (default: hidden / heads)")
-    vocab_size: int | None = _flag(None, "tokens (default: the tokenizer's)")
-    make_vocab_size_divisible_by: int | None = _flag(None, "pad the vocabulary to it (128)")
-    untie_embeddings_and_output_weights: bool = _flag(False, "separate output layer, as in LLaMA")
-    norm_epsilon: float | None = _flag(None, "RMSNorm epsilon (default: 1e-5)")
-    init_method_std: float = _flag(0.02, "standard deviation of fresh weights")
-    max_position_embeddings: int | None = _flag(
-        None, "target window T in tokens (default: the checkpoint's, else --seq-length)")
-    original_max_position_embeddings: int | None = _flag(
-        None, "window before extension (default: the checkpoint's T, else --seq-length)")
-    rotary_base: float | None = _flag(None, "RoPE theta (default: 10000)")
-    rotary_percent: float | None = _flag(None, "share of a head that rotates (default: 1.0)")
-    rope_scaling: str | None = _flag(None, "interpolation of the rotary frequencies", METHODS)
-    rope_scaling_factor: float | None = _flag(None, "default: T / original window")
-    transformer_impl: str = _flag(
-        "torch", "torch runs everywhere; transformer_engine needs a GPU and the package",
-        ("torch", "transformer_engine"))
 
 
 @dataclass(frozen=True)
 class PositionFlags:
     """Positions of the training samples; validation always uses plain ones"""
 
-    position_sampler: str | None = _flag(
+    position_sampler: str | None = flag(
         None, "pose, randpos, full (plain) (default: pose when T > L, else full)")
-    pose_num_chunks: int = _flag(2, "chunks N that a window is cut into")
-    pose_content: str = _flag(
+    pose_num_chunks: int = flag(2, "chunks N that a window is cut into")
+    pose_content: str = flag(
         "uniform", "where a chunk's text comes from: v uniform, v = 0, or v = u", CONTENTS)
 
 
@@ -74,53 +36,53 @@ class PositionFlags:
 class DataFlags:
     """Data"""
 
-    data_path: list[str] = _flag(
+    data_path: list[str] = flag(
         [], "corpus prefixes, or 'weight prefix weight prefix ...'", nargs="+")
-    split: str = _flag("969,30,1", "train,valid,test shares of the documents")
-    seq_length: int = _flag(2048, "training window L in tokens")
-    short_documents: str = _flag(
+    split: str = flag("969,30,1", "train,valid,test shares of the documents")
+    seq_length: int = flag(2048, "training window L in tokens")
+    short_documents: str = flag(
         "drop", "documents below L + 1 tokens: drop them, or pack them end to end",
         ("drop", "pack"))
-    tokenizer_type: str = _flag(
+    tokenizer_type: str = flag(
         "HuggingFaceTokenizer", "", ("SentencePieceTokenizer", "HuggingFaceTokenizer"))
-    tokenizer_model: str | None = _flag(
+    tokenizer_model: str | None = flag(
         None, "tokenizer file or folder; copied into checkpoints")
-    num_workers: int = _flag(2, "loader processes of a rank; 0 loads in the training process")
+    num_workers: int = flag(2, "loader processes of a rank; 0 loads in the training process")
 
 
 @dataclass(frozen=True)
 class TrainingFlags:
     """Training"""
 
-    micro_batch_size: int = _flag(1, "samples in one forward pass of a rank")
-    global_batch_size: int | None = _flag(None, "samples in a step (default: micro x data ranks)")
-    train_iters: int | None = _flag(None, "steps")
-    lr: float = _flag(1e-4, "peak learning rate")
-    min_lr: float = _flag(0.0, "final learning rate")
-    lr_decay_style: str = _flag("cosine", "", LR_DECAY_STYLES)
-    lr_decay_iters: int | None = _flag(None, "steps of decay (default: --train-iters)")
-    lr_warmup_iters: int = _flag(0, "steps of linear warm-up")
-    weight_decay: float = _flag(0.01, "decoupled; not for norms")
-    clip_grad: float = _flag(1.0, "largest gradient norm; 0 never clips")
-    adam_beta1: float = _flag(0.9, "")
-    adam_beta2: float = _flag(0.95, "")
-    adam_eps: float = _flag(1e-8, "")
-    bf16: bool = _flag(False, "bfloat16 weights and activations, float32 main copies and gradients")
-    seed: int = _flag(1234, "of weights, sample order and positions")
+    micro_batch_size: int = flag(1, "samples in one forward pass of a rank")
+    global_batch_size: int | None = flag(None, "samples in a step (default: micro x data ranks)")
+    train_iters: int | None = flag(None, "steps")
+    lr: float = flag(1e-4, "peak learning rate")
+    min_lr: float = flag(0.0, "final learning rate")
+    lr_decay_style: str = flag("cosine", "", LR_DECAY_STYLES)
+    lr_decay_iters: int | None = flag(None, "steps of decay (default: --train-iters)")
+    lr_warmup_iters: int = flag(0, "steps of linear warm-up")
+    weight_decay: float = flag(0.01, "decoupled; not for norms")
+    clip_grad: float = flag(1.0, "largest gradient norm; 0 never clips")
+    adam_beta1: float = flag(0.9, "")
+    adam_beta2: float = flag(0.95, "")
+    adam_eps: float = flag(1e-8, "")
+    bf16: bool = flag(False, "bfloat16 weights and activations, float32 main copies and gradients")
+    seed: int = flag(1234, "of weights, sample order and positions")
 
 
 @dataclass(frozen=True)
 class ParallelFlags:
     """Layout of the ranks; what is left over is data parallel"""
 
-    tensor_model_parallel_size: int = _flag(1, "")
-    pipeline_model_parallel_size: int = _flag(1, "")
-    num_layers_per_virtual_pipeline_stage: int | None = _flag(
+    tensor_model_parallel_size: int = flag(1, "")
+    pipeline_model_parallel_size: int = flag(1, "")
+    num_layers_per_virtual_pipeline_stage: int | None = flag(
         None, "interleave the pipeline: layers of one model chunk")
-    context_parallel_size: int = _flag(1, "ranks that share a sequence")
-    sequence_parallel: bool = _flag(False, "split activations between layers over the tensor ranks")
-    use_distributed_optimizer: bool = _flag(False, "shard optimizer state over the data ranks")
-    distributed_timeout_minutes: int = _flag(10, "of a collective before the run gives up")
+    context_parallel_size: int = flag(1, "ranks that share a sequence")
+    sequence_parallel: bool = flag(False, "split activations between layers over the tensor ranks")
+    use_distributed_optimizer: bool = flag(False, "shard optimizer state over the data ranks")
+    distributed_timeout_minutes: int = flag(10, "of a collective before the run gives up")
 
     def virtual_pipeline_size(self, num_layers: int) -> int | None:
         """Model chunks of a rank; None without interleaving."""
@@ -134,22 +96,22 @@ class ParallelFlags:
 class CheckpointFlags:
     """Checkpoints, in Megatron-LM's directory layout"""
 
-    load: str | None = _flag(None, "folder with latest_checkpointed_iteration.txt")
-    save: str | None = _flag(None, "folder to write iter_0000000/ into")
-    save_interval: int | None = _flag(None, "steps between saves (default: only at the end)")
-    finetune: bool = _flag(False, "take only the weights of --load and start at step 0")
+    load: str | None = flag(None, "folder with latest_checkpointed_iteration.txt")
+    save: str | None = flag(None, "folder to write iter_0000000/ into")
+    save_interval: int | None = flag(None, "steps between saves (default: only at the end)")
+    finetune: bool = flag(False, "take only the weights of --load and start at step 0")
 
 
 @dataclass(frozen=True)
 class LoggingFlags:
     """Evaluation and log"""
 
-    log_interval: int = _flag(10, "steps between log lines")
-    eval_interval: int | None = _flag(None, "steps between validations (default: never)")
-    eval_iters: int = _flag(10, "batches of a validation")
-    tensorboard_dir: str | None = _flag(None, "write scalars for TensorBoard here")
-    log_file: str | None = _flag(None, "append one JSON object per log line here")
-    dry_run: bool = _flag(False, "print the resolved run and exit")
+    log_interval: int = flag(10, "steps between log lines")
+    eval_interval: int | None = flag(None, "steps between validations (default: never)")
+    eval_iters: int = flag(10, "batches of a validation")
+    tensorboard_dir: str | None = flag(None, "write scalars for TensorBoard here")
+    log_file: str | None = flag(None, "append one JSON object per log line here")
+    dry_run: bool = flag(False, "print the resolved run and exit")
 
 
 @dataclass(frozen=True)

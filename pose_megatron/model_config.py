@@ -2,13 +2,9 @@
 
 import dataclasses
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
 
-from pose_megatron.rope import RopeScaling
-
-if TYPE_CHECKING:
-    from pose_megatron.arguments import ModelFlags
+from pose_megatron.rope import METHODS, RopeScaling
 
 
 @dataclass(frozen=True)
@@ -83,13 +79,51 @@ class ModelConfig:
         return cls(**values | {"rope_scaling": RopeScaling(**values.get("rope_scaling", {}))})
 
 
+def flag(default, help: str, choices=None, nargs=None):
+    """A dataclass field that is a flag."""
+    if isinstance(default, list):
+        options = {"default_factory": lambda: list(default)}
+    else:
+        options = {"default": default}
+    return field(**options, metadata={"help": help, "choices": choices, "nargs": nargs})
+
+
 def spell(name: str) -> str:
     """The flag of a name: --seq-length of seq_length."""
     return "--" + name.replace("_", "-")
 
 
+@dataclass(frozen=True)
+class ModelFlags:
+    """Model; with --load the shape is the checkpoint's, and a flag that contradicts it an error"""
+
+    num_layers: int | None = flag(None, "transformer layers")
+    hidden_size: int | None = flag(None, "width of the residual stream")
+    ffn_hidden_size: int | None = flag(None, "width of the SwiGLU MLP (default: 8/3 hidden, /64)")
+    num_attention_heads: int | None = flag(None, "query heads")
+    group_query_attention: bool = flag(False, "share keys and values between query heads")
+    num_query_groups: int | None = flag(None, "key-value heads, with --group-query-attention")
+    kv_channels: int | None = flag(None, "width of a head (default: hidden / heads)")
+    vocab_size: int | None = flag(None, "tokens (default: the tokenizer's)")
+    make_vocab_size_divisible_by: int | None = flag(None, "pad the vocabulary to it (128)")
+    untie_embeddings_and_output_weights: bool = flag(False, "separate output layer, as in LLaMA")
+    norm_epsilon: float | None = flag(None, "RMSNorm epsilon (default: 1e-5)")
+    init_method_std: float = flag(0.02, "standard deviation of fresh weights")
+    max_position_embeddings: int | None = flag(
+        None, "target window T in tokens (default: the checkpoint's, else --seq-length)")
+    original_max_position_embeddings: int | None = flag(
+        None, "window before extension (default: the checkpoint's T, else --seq-length)")
+    rotary_base: float | None = flag(None, "RoPE theta (default: 10000)")
+    rotary_percent: float | None = flag(None, "share of a head that rotates (default: 1.0)")
+    rope_scaling: str | None = flag(None, "interpolation of the rotary frequencies", METHODS)
+    rope_scaling_factor: float | None = flag(None, "default: T / original window")
+    transformer_impl: str = flag(
+        "torch", "torch runs everywhere; transformer_engine needs a GPU and the package",
+        ("torch", "transformer_engine"))
+
+
 def resolve_model(
-    flags: "ModelFlags", seq_length: int, loaded: ModelConfig | None, tokenizer_vocab: int | None
+    flags: ModelFlags, seq_length: int, loaded: ModelConfig | None, tokenizer_vocab: int | None
 ) -> ModelConfig:
     """The model that flags, checkpoint and tokenizer agree on.
 
@@ -119,7 +153,7 @@ def resolve_model(
     return ModelConfig(**shape)
 
 
-def _shape_of_flags(flags: "ModelFlags") -> dict:
+def _shape_of_flags(flags: ModelFlags) -> dict:
     for name in ("num_layers", "hidden_size", "num_attention_heads"):
         if getattr(flags, name) is None:
             raise ValueError(f"{spell(name)} is missing: give it, or --load a checkpoint")
@@ -150,7 +184,7 @@ def _shape_of_flags(flags: "ModelFlags") -> dict:
     return shape
 
 
-def _shape_of_checkpoint(flags: "ModelFlags", loaded: ModelConfig) -> dict:
+def _shape_of_checkpoint(flags: ModelFlags, loaded: ModelConfig) -> dict:
     shape = {f.name: getattr(loaded, f.name) for f in dataclasses.fields(loaded)}
     for name, value in shape.items():
         if name in ("max_position_embeddings", "rope_scaling"):
@@ -165,7 +199,7 @@ def _shape_of_checkpoint(flags: "ModelFlags", loaded: ModelConfig) -> dict:
 
 
 def _resolve_scaling(
-    flags: "ModelFlags", target: int, seq_length: int, loaded: ModelConfig | None
+    flags: ModelFlags, target: int, seq_length: int, loaded: ModelConfig | None
 ) -> RopeScaling:
     before = loaded.rope_scaling if loaded else RopeScaling()
     original = flags.original_max_position_embeddings

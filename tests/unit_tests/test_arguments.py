@@ -356,7 +356,8 @@ def test_layout_follows_from_the_ranks():
     ("--tensor-model-parallel-size 2 --make-vocab-size-divisible-by 1", 2,
      "257 is not a multiple of --tensor-model-parallel-size 2"),
     ("--num-attention-heads 12 --kv-channels 8 --group-query-attention --num-query-groups 3 "
-     "--tensor-model-parallel-size 4", 4, "--num-query-groups 3 and --tensor-model-parallel-size 4"),
+     "--tensor-model-parallel-size 4", 4,
+     "--num-query-groups 3 and --tensor-model-parallel-size 4"),
     ("--pipeline-model-parallel-size 3", 3,
      "--num-layers 4 is not a multiple of --pipeline-model-parallel-size 3"),
     ("--tensor-model-parallel-size 2 --sequence-parallel --seq-length 33", 2,

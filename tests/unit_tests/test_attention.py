@@ -29,7 +29,7 @@ def core_attention(config, **options):
 
 def softmax_attention(query, key, value, scale):
     """Token by token and head by head: [s, b, h, d] and [s, b, g, d] -> [s, b, h*d]."""
-    s, b, h, _ = query.shape
+    s, _, h, _ = query.shape
     shared = h // key.size(2)
     rows = []
     for t in range(s):

@@ -1,4 +1,4 @@
-"""checkpoint.py: bit by bit there and back, under stock megatron-core's names, and damage noticed."""
+"""checkpoint.py: bit by bit there and back, by stock megatron-core's names; damage is noticed."""
 
 import shutil
 
