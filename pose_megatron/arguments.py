@@ -12,7 +12,7 @@ import argparse
 import dataclasses
 import types
 import typing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from pose_megatron.model_config import ModelConfig, ModelFlags, flag, spell

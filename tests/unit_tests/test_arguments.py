@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from pose_megatron.arguments import LR_DECAY_STYLES, ModelFlags, parse
+from pose_megatron.arguments import LR_DECAY_STYLES, parse
 from pose_megatron.model_config import ModelConfig, resolve_model
 from pose_megatron.rope import RopeScaling
 
@@ -344,8 +344,8 @@ def test_layout_follows_from_the_ranks():
 
 @pytest.mark.parametrize("words, ranks, message", [
     ("--tensor-model-parallel-size 2", 3,
-     "3 ranks do not divide into --tensor-model-parallel-size 2 x --pipeline-model-parallel-size 1;"
-     " start a multiple of 2"),
+     "3 ranks do not divide into --tensor-model-parallel-size 2 x --pipeline-model-parallel-size 1 "
+     "x --context-parallel-size 1; start a multiple of 2 ranks"),
     ("--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2", 2,
      "start a multiple of 4 ranks"),
     ("--global-batch-size 6 --micro-batch-size 2", 2,
