@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
 # The whole job on two CPU cores, in about eight minutes: a small LLaMA is trained on windows of
-# L = 128 tokens, leaves to Hugging Face's format and comes back, is extended to T = 8 L by PoSE
-# (still 128 tokens at a time), and is measured at L, 2L, 4L and 8L. `make quickstart` runs it.
+# L = 64 tokens, leaves to Hugging Face's format and comes back, is extended to T = 8 L by PoSE
+# (still 64 tokens at a time), and is measured at L, 2L, 4L and 8L. `make quickstart` runs it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 OUT=${OUT:-quickstart}          # everything lands here
-L=128
+L=64
 T=$((8 * L))
-BASE_ITERS=${BASE_ITERS:-1000}
-POSE_ITERS=${POSE_ITERS:-200}
+BASE_ITERS=${BASE_ITERS:-1200}
+POSE_ITERS=${POSE_ITERS:-300}
 started=$SECONDS
 
 step() { printf '\n\033[1m[%d:%02d] %s\033[0m\n' $(((SECONDS - started) / 60)) $(((SECONDS - started) % 60)) "$*"; }
@@ -20,15 +20,15 @@ mkdir -p "$OUT"
 TRAIN=(torchrun --nproc-per-node 2 --master-port "${MASTER_PORT:-29511}" pretrain_pose.py
     --data-path "$OUT/train_text_document" --split 100,0,0
     --tokenizer-model "$OUT/tokenizer" --seq-length $L
-    --micro-batch-size 16 --global-batch-size 32 --num-workers 0 --log-interval 50)
+    --micro-batch-size 32 --global-batch-size 64 --num-workers 0 --log-interval 100)
 MODEL_ARGS=(--num-layers 3 --hidden-size 128 --num-attention-heads 4 --ffn-hidden-size 384
     --untie-embeddings-and-output-weights --make-vocab-size-divisible-by 64)
 
 step "corpus: the Python standard library's source"
 python examples/stdlib_corpus.py "$OUT/corpus"
 
-step "tokenizer: SentencePiece BPE, 1024 tokens"
-python tools/train_tokenizer.py --input "$OUT/corpus/train.jsonl" --vocab-size 1024 \
+step "tokenizer: SentencePiece BPE, 512 tokens"
+python tools/train_tokenizer.py --input "$OUT/corpus/train.jsonl" --vocab-size 512 \
     --output-dir "$OUT/tokenizer"
 
 step "preprocessing into Megatron's indexed format"
@@ -57,7 +57,7 @@ done
 
 step "perplexity of held-out files at L to 8L"
 EVALUATE=(env OMP_NUM_THREADS=2 python tools/evaluate_perplexity.py
-    --data-path "$OUT/test_text_document" --max-documents 24
+    --data-path "$OUT/test_text_document" --max-documents 24 --stride $L
     --context-lengths $L $((2 * L)) $((4 * L)) $T --output "$OUT/results.jsonl")
 "${EVALUATE[@]}" --load "$OUT/base" --name "base"
 for scaling in linear yarn; do

@@ -98,7 +98,11 @@ class Runs:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, stdlib_corpus):
-    return Runs(tmp_path_factory.mktemp("runs"), stdlib_corpus)
+    runs = Runs(tmp_path_factory.mktemp("runs"), stdlib_corpus)
+    with ThreadPoolExecutor(2) as pool:  # one rank leaves a core idle: the two shapes together
+        list(pool.map(runs.checkpoint, SHAPES))
+        list(pool.map(lambda shape: runs.finetuned(shape, None), SHAPES))
+    return runs
 
 
 EXACT = ("loss", "grad_norm", "lr", "valid_loss", "consumed_samples")
