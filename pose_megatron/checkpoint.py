@@ -262,6 +262,12 @@ def load(checkpoint: Checkpoint, stages: list, optimizer=None, scheduler=None) -
     """
     p = parallel_state
     metadata = _metadata() | {"dp_cp_group": p.get_data_parallel_group(with_context_parallel=True)}
+    padded = getattr(checkpoint.common["args"], "padded_vocab_size", stages[0].vocab_size)
+    if padded != stages[0].vocab_size:  # megatron-core would cut or fill the tables silently
+        raise ValueError(
+            f"checkpoint {checkpoint.path} has a vocabulary padded to {padded}, the model one "
+            f"padded to {stages[0].vocab_size}; see --make-vocab-size-divisible-by"
+        )
     models = {
         name: _without_extra_state(model)
         for name, model in _sharded_models(stages, metadata).items()

@@ -58,17 +58,20 @@ def print_rank_0(text: str) -> None:
 def one_sentence_errors(main: Callable[[], None]) -> Callable[[], None]:
     """Ends a user's mistake in one sentence from one rank and exit code 1.
 
-    What is not a user's mistake (anything but ValueError and OSError) keeps its traceback.
+    What is not a user's mistake (anything but ValueError and OSError) keeps its traceback, unless
+    another rank has failed before: then it is only the echo, such as a collective cut short.
     """
 
     @functools.wraps(main)
     def guarded() -> None:
         try:
             main()
-        except (ValueError, OSError) as error:
-            if os.environ.get("POSE_TRACEBACK"):
+        except Exception as error:
+            first = _first_to_fail()
+            if os.environ.get("POSE_TRACEBACK") or (
+                    first and not isinstance(error, ValueError | OSError)):
                 raise
-            if _first_to_fail():
+            if first:
                 program = os.path.basename(sys.argv[0])
                 print(f"{program}: error: {_sentence(error)}", file=sys.stderr)
                 sys.stderr.flush()
@@ -93,4 +96,8 @@ def _first_to_fail() -> bool:
         return True
     if not dist.is_initialized():  # before the ranks have met all of them see the same mistake
         return rank() == 0
-    return dist.distributed_c10d._get_default_store().add("pose_megatron/failed", 1) == 1
+    try:
+        store = dist.distributed_c10d._get_default_store()
+        return store.add("pose_megatron/failed", 1) == 1
+    except RuntimeError:  # the rank that keeps the store is gone already
+        return False

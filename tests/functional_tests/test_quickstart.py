@@ -35,17 +35,17 @@ def test_every_model_is_measured_on_the_same_tokens(quickstart):
     names = {row["name"] for row in rows}
     assert names == {"base", "interpolation only, linear", "PoSE, linear",
                      "interpolation only, yarn", "PoSE, yarn"}
-    assert {row["context_length"] for row in rows} == {128, 256, 512, 1024}
+    assert {row["context_length"] for row in rows} == {64, 128, 256, 512}
     assert len(rows) == 20
     assert len({(row["tokens"], row["documents"]) for row in rows}) == 1
-    assert all(1 < row["perplexity"] < 1024 and math.isfinite(row["loss"]) for row in rows)
+    assert all(1 < row["perplexity"] < 512 and math.isfinite(row["loss"]) for row in rows)
 
 
 def test_training_lowered_the_loss_below_a_uniform_guess(quickstart):
     folder, _ = quickstart
     rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
-    base = next(r for r in rows if r["name"] == "base" and r["context_length"] == 128)
-    assert base["loss"] < math.log(1024) - 1
+    base = next(r for r in rows if r["name"] == "base" and r["context_length"] == 64)
+    assert base["loss"] < math.log(512) - 1
 
 
 def test_the_export_is_the_model(quickstart):
@@ -53,7 +53,7 @@ def test_the_export_is_the_model(quickstart):
     assert out.count("largest difference of a logit") == 6  # the script ends where one is too large
     for scaling in ("yarn", "linear"):
         config = json.loads((folder / f"pose-{scaling}-hf" / "config.json").read_text())
-        assert config["max_position_embeddings"] == 1024
+        assert config["max_position_embeddings"] == 512
         assert config["rope_scaling"]["rope_type"] == scaling
         assert config["rope_scaling"]["factor"] == 8
         assert (folder / f"pose-{scaling}-hf" / "tokenizer.json").is_file()
@@ -63,7 +63,7 @@ def test_table_and_plot(quickstart):
     folder, out = quickstart
     assert (folder / "perplexity.png").read_bytes().startswith(b"\x89PNG")
     table = (folder / "perplexity.md").read_text()
-    assert table.startswith("| | 128 | 256 | 512 | 1,024 |") and table in out
+    assert table.startswith("| | 64 | 128 | 256 | 512 |") and table in out
 
 
 @pytest.mark.parametrize(

@@ -290,6 +290,12 @@ def test_a_model_of_another_shape_is_an_error(folder, change):
         checkpoint.load(checkpoint.find(folder), [stage_of(other)])
 
 
+def test_a_vocabulary_padded_otherwise_is_an_error(folder):
+    other = ModelConfig.from_dict(MODEL.to_dict() | {"make_vocab_size_divisible_by": 1024})
+    with pytest.raises(ValueError, match="vocabulary padded to .* the model one padded to 1024"):
+        checkpoint.load(checkpoint.find(folder), [stage_of(other)])
+
+
 def test_training_does_not_resume_from_weights_alone(folder):
     with pytest.raises(ValueError, match="holds weights only: add --finetune"):
         trainer_of(MODEL, "--load", str(folder), loaded=checkpoint.find(folder))
