@@ -17,7 +17,7 @@ step() { printf '\n\033[1m[%d:%02d] %s\033[0m\n' $(((SECONDS - started) / 60)) $
 rm -rf "$OUT"
 mkdir -p "$OUT"
 
-TRAIN=(torchrun --nproc-per-node 2 --master-port "${MASTER_PORT:-29511}" pretrain_pose.py
+TRAIN=(torchrun --standalone --nproc-per-node 2 pretrain_pose.py
     --data-path "$OUT/train_text_document" --split 100,0,0
     --tokenizer-model "$OUT/tokenizer" --seq-length $L
     --micro-batch-size 32 --global-batch-size 64 --num-workers 0 --log-interval 100)
