@@ -12,13 +12,14 @@ from pose_megatron import cpu
 
 cpu.install()
 
-from pose_megatron import checkpoint, distributed, training
+from pose_megatron import distributed, training
 from pose_megatron.arguments import parse
 from pose_megatron.batch import fields_here
 from pose_megatron.dataset import build_datasets
 from pose_megatron.distributed import one_sentence_errors, print_rank_0
 from pose_megatron.model_config import ModelConfig, resolve_model
 from pose_megatron.positions import PoseSampler
+from pose_megatron.tokenizer import build_tokenizer
 
 
 @one_sentence_errors
@@ -29,8 +30,7 @@ def main() -> None:
         logging.getLogger("pose_megatron").setLevel(logging.INFO)
 
     # The model: its shape is the checkpoint's, where there is one.
-    resume = args.checkpoint.load is not None
-    loaded = checkpoint.find(args.checkpoint.load) if resume else None
+    loaded, resume = training.starting_point(args.checkpoint)
     config = resolve_model(
         args.model, args.data.seq_length, loaded and loaded.model, tokenizer_vocab(args)
     )
@@ -51,15 +51,13 @@ def main() -> None:
         positions_only,
     )
 
-    trainer = training.setup(args, config, layout, loaded)
+    trainer = training.setup(args, config, layout, loaded, resume)
     training.train(trainer, train_set, valid_set)
 
 
 def tokenizer_vocab(args) -> int | None:
     if args.data.tokenizer_model is None:
         return None
-    from pose_megatron.tokenizer import build_tokenizer
-
     return build_tokenizer(args.data.tokenizer_type, args.data.tokenizer_model).vocab_size
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from pose_megatron.model_config import ModelConfig, ModelFlags, flag, spell
 from pose_megatron.positions import CONTENTS
 
-LR_DECAY_STYLES = ("constant", "linear", "cosine", "inverse-square-root")
+LR_DECAY_STYLES = ("constant", "linear", "cosine", "inverse-square-root", "WSD")
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,10 @@ class TrainingFlags:
     lr_decay_style: str = flag("cosine", "", LR_DECAY_STYLES)
     lr_decay_iters: int | None = flag(None, "steps of decay (default: --train-iters)")
     lr_warmup_iters: int = flag(0, "steps of linear warm-up")
+    lr_wsd_decay_iters: int | None = flag(None, "with WSD: steps of the final decay")
+    lr_wsd_decay_style: str = flag(
+        "exponential", "with WSD: shape of the final decay",
+        ("exponential", "linear", "cosine", "minus_sqrt"))
     weight_decay: float = flag(0.01, "decoupled; not for norms")
     clip_grad: float = flag(1.0, "largest gradient norm; 0 never clips")
     adam_beta1: float = flag(0.9, "")
@@ -69,6 +73,15 @@ class TrainingFlags:
     adam_eps: float = flag(1e-8, "")
     bf16: bool = flag(False, "bfloat16 weights and activations, float32 main copies and gradients")
     seed: int = flag(1234, "of weights, sample order and positions")
+    exit_duration_in_mins: float | None = flag(None, "save and stop after so many minutes")
+    recompute_granularity: str | None = flag(
+        None, "compute activations again in the backward pass: of whole layers, or selectively",
+        ("full", "selective"))
+    recompute_method: str | None = flag(
+        None, "with full: groups of layers, or the first layers", ("uniform", "block"))
+    recompute_num_layers: int | None = flag(None, "with full: layers of a group, or how many")
+    recompute_modules: list[str] = flag(
+        ["core_attn"], "with selective: which (default: core_attn)", nargs="+")
 
 
 @dataclass(frozen=True)
@@ -99,7 +112,11 @@ class CheckpointFlags:
     load: str | None = flag(None, "folder with latest_checkpointed_iteration.txt")
     save: str | None = flag(None, "folder to write iter_0000000/ into")
     save_interval: int | None = flag(None, "steps between saves (default: only at the end)")
+    save_retain: int | None = flag(None, "keep only so many checkpoints of --save (default: all)")
     finetune: bool = flag(False, "take only the weights of --load and start at step 0")
+    pretrained_checkpoint: str | None = flag(
+        None, "take its weights and start at step 0 where --load holds no checkpoint yet: a job "
+        "with the same --load and --save can then be restarted as it is")
 
 
 @dataclass(frozen=True)
@@ -323,11 +340,12 @@ def _check_ranges(args: Arguments) -> None:
         (args.model, ("num_attention_heads", "num_query_groups", "ffn_hidden_size", "kv_channels",
                       "original_max_position_embeddings")),
         (args.data, ("seq_length",)),
-        (t, ("micro_batch_size", "global_batch_size", "train_iters", "lr_decay_iters")),
+        (t, ("micro_batch_size", "global_batch_size", "train_iters", "lr_decay_iters",
+             "lr_wsd_decay_iters", "recompute_num_layers")),
         (args.position, ("pose_num_chunks",)),
         (args.parallel, ("tensor_model_parallel_size", "pipeline_model_parallel_size",
                          "context_parallel_size", "num_layers_per_virtual_pipeline_stage")),
-        (args.checkpoint, ("save_interval",)),
+        (args.checkpoint, ("save_interval", "save_retain")),
         (args.logging, ("log_interval", "eval_interval", "eval_iters")),
     ):
         for name in names:
@@ -344,7 +362,17 @@ def _check_ranges(args: Arguments) -> None:
         )
     if t.min_lr > t.lr:
         raise ValueError(f"--min-lr {t.min_lr} is greater than --lr {t.lr}")
+    if t.lr_decay_style == "WSD" and not t.lr_wsd_decay_iters:
+        raise ValueError("--lr-decay-style WSD needs --lr-wsd-decay-iters")
+    if (t.recompute_granularity == "full") != (t.recompute_method is not None) or (
+            t.recompute_method is None) != (t.recompute_num_layers is None):
+        raise ValueError(
+            "--recompute-granularity full needs --recompute-method and --recompute-num-layers, "
+            "which have no meaning without it"
+        )
     if args.checkpoint.finetune and not args.checkpoint.load:
         raise ValueError("--finetune takes the weights of a checkpoint: name it with --load")
     if args.checkpoint.save_interval and not args.checkpoint.save:
         raise ValueError("--save-interval needs a folder: name it with --save")
+    if t.exit_duration_in_mins and not args.checkpoint.save:
+        raise ValueError("--exit-duration-in-mins needs a folder to save to: name it with --save")

@@ -12,7 +12,6 @@ points at is complete; a directory that a killed run left unfinished is never po
 
 import argparse
 import multiprocessing
-import os
 import random
 import re
 import shutil
@@ -29,6 +28,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.safe_globals import register_safe_globals
 from torch.distributed.checkpoint.api import CheckpointException
 
+from pose_megatron.durable import fsync, write_atomically
 from pose_megatron.model_config import ModelConfig
 from pose_megatron.optimizer import prime
 
@@ -70,6 +70,11 @@ class Checkpoint:
     def tokenizer_files(self) -> list[Path]:
         folder = self.root / "tokenizer"
         return sorted(p for p in folder.iterdir()) if folder.is_dir() else []
+
+
+def exists(root: str | Path) -> bool:
+    """Whether a folder holds a checkpoint."""
+    return (Path(root) / TRACKER).is_file()
 
 
 def find(root: str | Path, iteration: int | None = None) -> Checkpoint:
@@ -163,7 +168,7 @@ def _metadata() -> dict:
 
 def save(
     root: str | Path, iteration: int, consumed_samples: int, model: ModelConfig, stages: list,
-    optimizer, scheduler, tokenizer_files: Iterable[Path] = (),
+    optimizer, scheduler, tokenizer_files: Iterable[Path] = (), retain: int | None = None,
 ) -> Path:
     """Writes a whole training state; every rank calls it.
 
@@ -171,6 +176,7 @@ def save(
         iteration: steps done.
         stages: this rank's unwrapped GPTModel, or its chunks of an interleaved pipeline.
         tokenizer_files: copied to <root>/tokenizer.
+        retain: checkpoints to keep, this one included; older ones are removed after it is whole.
     """
     p = parallel_state
     state = _common(
@@ -190,7 +196,12 @@ def save(
     )
     state["opt_param_scheduler"] = scheduler.state_dict()
     state["rng_state"] = _random_state()
-    return _write(Path(root), iteration, state, metadata, tokenizer_files)
+    path = _write(Path(root), iteration, state, metadata, tokenizer_files)
+    if retain and dist.get_rank() == 0:
+        # Names are padded with zeros: they sort by iteration.
+        for older in sorted(p for p in Path(root).glob("iter_*") if p <= path)[:-retain]:
+            shutil.rmtree(older)
+    return path
 
 
 def _write(root: Path, word, state: dict, metadata: dict, tokenizer_files) -> Path:
@@ -234,24 +245,6 @@ def _copy_tokenizer(root: Path, files: Iterable[Path]) -> None:
         folder.mkdir(exist_ok=True)
         if file.parent.resolve() != folder.resolve():
             shutil.copy2(file, folder / file.name)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replaces a file by a whole one, or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    fsync(temporary)
-    temporary.replace(path)
-    fsync(path.parent)
-
-
-def fsync(path: Path) -> None:
-    """Puts a file's content, or a folder's names, on disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def load(checkpoint: Checkpoint, stages: list, optimizer=None, scheduler=None) -> None:

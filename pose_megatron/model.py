@@ -211,6 +211,10 @@ def transformer_config(model: ModelConfig, args: Arguments) -> TransformerConfig
         pipeline_dtype=dtype,
         bf16=t.bf16,
         use_cpu_initialization=not torch.cuda.is_available(),
+        recompute_granularity=t.recompute_granularity,
+        recompute_method=t.recompute_method,
+        recompute_num_layers=t.recompute_num_layers,
+        recompute_modules=t.recompute_modules,
         # Sum over tokens, divided once by the tokens of the whole batch: the only form in which
         # every layout has the same gradient.
         calculate_per_token_loss=True,

@@ -45,6 +45,8 @@ def build_scheduler(
         lr_warmup_steps=t.lr_warmup_iters * samples,
         lr_decay_steps=(t.lr_decay_iters or t.train_iters) * samples,
         lr_decay_style=t.lr_decay_style,
+        wsd_decay_steps=t.lr_wsd_decay_iters and t.lr_wsd_decay_iters * samples,
+        lr_wsd_decay_style=t.lr_wsd_decay_style,
         start_wd=t.weight_decay, end_wd=t.weight_decay, wd_incr_steps=0, wd_incr_style="constant",
         # The flags of the run that resumes win over what the checkpoint holds.
         use_checkpoint_opt_param_scheduler=False, override_opt_param_scheduler=True,

@@ -2,6 +2,7 @@
 
 import json
 import math
+import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 
 from pose_megatron import checkpoint
-from pose_megatron.arguments import Arguments, Layout
+from pose_megatron.arguments import Arguments, CheckpointFlags, Layout
 from pose_megatron.batch import batches, get_batch
 from pose_megatron.checkpoint import Checkpoint
 from pose_megatron.dataset import PoseDataset
@@ -23,6 +24,7 @@ from pose_megatron.distributed import device, print_rank_0, rank, world_size
 from pose_megatron.model import PoseGPTModel, build_model, initialize, transformer_config
 from pose_megatron.model_config import ModelConfig
 from pose_megatron.optimizer import build_optimizer, build_scheduler, learning_rate
+from pose_megatron.tokenizer import build_tokenizer
 
 
 @dataclass
@@ -36,6 +38,7 @@ class Trainer:
     models: list[DistributedDataParallel]  # the same, wrapped
     optimizer: object
     scheduler: object
+    tokenizer_files: list[Path]  # of --tokenizer-model, else of the checkpoint started from
     iteration: int = 0  # steps done
 
     @property
@@ -43,17 +46,32 @@ class Trainer:
         return self.iteration * self.layout.global_batch_size
 
 
-def setup(args: Arguments, config: ModelConfig, layout: Layout, loaded: Checkpoint | None):
-    """Model, optimizer and schedule of this rank, with what `loaded` holds."""
+def starting_point(flags: CheckpointFlags) -> tuple[Checkpoint | None, bool]:
+    """The checkpoint to start from, if any, and whether to go on with its training.
+
+    Raises:
+        ValueError: --load holds none and nothing takes its place, or one is damaged.
+    """
+    if flags.pretrained_checkpoint and not (flags.load and checkpoint.exists(flags.load)):
+        return checkpoint.find(flags.pretrained_checkpoint), False
+    if flags.load:
+        return checkpoint.find(flags.load), not flags.finetune
+    return None, False
+
+
+def setup(
+    args: Arguments, config: ModelConfig, layout: Layout, loaded: Checkpoint | None, resume: bool
+) -> "Trainer":
+    """Model, optimizer and schedule of this rank; from `loaded` the weights, and all if `resume`.
+    """
     core = transformer_config(config, args)
     chunks = args.parallel.virtual_pipeline_size(config.num_layers)
     stages = [build_model(core, config, args, i) for i in range(chunks)] if chunks else [
         build_model(core, config, args)]
-    finetune = args.checkpoint.finetune or loaded is None
     if loaded is None:
         for stage in stages:
             initialize(stage, args.training.seed, args.model.init_method_std, config.num_layers)
-    elif finetune:
+    elif not resume:
         checkpoint.load(loaded, stages)
     reduction = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
@@ -71,8 +89,12 @@ def setup(args: Arguments, config: ModelConfig, layout: Layout, loaded: Checkpoi
     optimizer = build_optimizer(args.training, args.parallel, models)
     scheduler = build_scheduler(args.training, layout, optimizer)
     core.grad_scale_func = optimizer.scale_loss
-    trainer = Trainer(args, config, layout, stages, models, optimizer, scheduler)
-    if not finetune:
+    if args.data.tokenizer_model:
+        files = build_tokenizer(args.data.tokenizer_type, args.data.tokenizer_model).files
+    else:
+        files = loaded.tokenizer_files if loaded else []
+    trainer = Trainer(args, config, layout, stages, models, optimizer, scheduler, files)
+    if resume:
         checkpoint.load(loaded, stages, optimizer, scheduler)
         trainer.iteration = loaded.iteration
         if loaded.consumed_samples != trainer.consumed_samples:
@@ -85,10 +107,13 @@ def setup(args: Arguments, config: ModelConfig, layout: Layout, loaded: Checkpoi
 
 
 def train(trainer: Trainer, train_set: PoseDataset | None, valid_set: PoseDataset | None) -> None:
-    """Trains to --train-iters, with validations and checkpoints on the way and at the end."""
+    """Trains to --train-iters, with validations and checkpoints on the way and at the end.
+
+    SIGTERM, SIGUSR1 and --exit-duration-in-mins end it after the step in hand, with a checkpoint.
+    """
     args, t = trainer.args, trainer.args.training
     data = _streams(trainer, train_set, trainer.consumed_samples, args.data.num_workers)
-    log = Log(trainer)
+    log, stop = Log(trainer), Stop(t.exit_duration_in_mins)
     for model in trainer.models:
         model.train()
     while trainer.iteration < t.train_iters:
@@ -96,32 +121,50 @@ def train(trainer: Trainer, train_set: PoseDataset | None, valid_set: PoseDatase
         loss, grad_norm = train_step(trainer, data)
         log.step(loss, grad_norm, lr)
         at = trainer.iteration
-        last = at == t.train_iters
+        reason = stop.agreed()
+        last = at == t.train_iters or reason is not None
         if args.logging.eval_interval and (at % args.logging.eval_interval == 0 or last):
             log.validation(evaluate(trainer, valid_set))
         every = args.checkpoint.save_interval
         if args.checkpoint.save and (last or (every and at % every == 0)):
             log.saved(save(trainer))
+        if reason:
+            print_rank_0(f"stopped at {at} by {reason}")
+            break
     log.close()
+
+
+class Stop:
+    """Whether to end before --train-iters: by a signal to any rank, or by the clock."""
+
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+    def __init__(self, minutes: float | None):
+        self.deadline = time.monotonic() + 60 * minutes if minutes else math.inf
+        self.caught = 0
+        for number in self.SIGNALS:
+            signal.signal(number, self._catch)
+
+    def _catch(self, number: int, frame) -> None:
+        self.caught = number
+
+    def agreed(self) -> str | None:
+        """The reason, the same on every rank; None to go on."""
+        votes = torch.tensor([self.caught, time.monotonic() > self.deadline], device=device())
+        dist.all_reduce(votes, op=dist.ReduceOp.MAX)
+        number, late = votes.tolist()
+        if number:
+            return signal.Signals(number).name
+        return "--exit-duration-in-mins" if late else None
 
 
 def save(trainer: Trainer) -> Path:
     args = trainer.args
     return checkpoint.save(
         args.checkpoint.save, trainer.iteration, trainer.consumed_samples, trainer.config,
-        trainer.stages, trainer.optimizer, trainer.scheduler, tokenizer_files(args),
+        trainer.stages, trainer.optimizer, trainer.scheduler, trainer.tokenizer_files,
+        args.checkpoint.save_retain,
     )
-
-
-def tokenizer_files(args: Arguments) -> list[Path]:
-    """Of --tokenizer-model, else those that the loaded checkpoint carries."""
-    if args.data.tokenizer_model:
-        from pose_megatron.tokenizer import build_tokenizer
-
-        return build_tokenizer(args.data.tokenizer_type, args.data.tokenizer_model).files
-    if args.checkpoint.load:
-        return checkpoint.find(args.checkpoint.load).tokenizer_files
-    return []
 
 
 def train_step(trainer: Trainer, data: Iterator | None) -> tuple[torch.Tensor, float]:

@@ -29,6 +29,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from pose_megatron.durable import fsync
 from pose_megatron.jsonl import LineError, Lines, corpus_files, parse_line, read_lines
 from pose_megatron.tokenizer import TOKENIZER_TYPES, Tokenizer, build_tokenizer, replace_surrogates
 
@@ -155,14 +156,14 @@ class Output:
     def finalize(self) -> None:
         self._builder.finalize(str(self.temporary[1]))
         for path in self.temporary:
-            _fsync(path)
+            fsync(path)
 
     def publish(self) -> None:
         # A dataset is found by its .idx: it goes first and comes last.
         self.final[1].unlink(missing_ok=True)
         for temporary, final in zip(self.temporary, self.final, strict=True):
             temporary.replace(final)
-        _fsync(self.final[1].parent)
+        fsync(self.final[1].parent)
 
     def discard(self) -> None:
         for path in self.temporary:
@@ -262,7 +263,7 @@ def preprocess(args: argparse.Namespace) -> dict:
         summary = _summary(args, tokenizer, outputs, report)
         temporary = _temporary(summary_path)
         temporary.write_text(json.dumps(summary, indent=2) + "\n")
-        _fsync(temporary)
+        fsync(temporary)
         for output in outputs.values():
             output.publish()
         temporary.replace(summary_path)
@@ -320,14 +321,6 @@ def _refuse_existing(*paths: Path) -> None:
 
 def _temporary(path: Path) -> Path:
     return path.with_name(f"{path.name}.{os.getpid()}.tmp")
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def parser() -> argparse.ArgumentParser:

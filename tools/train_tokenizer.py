@@ -24,6 +24,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from pose_megatron.durable import fsync
 from pose_megatron.jsonl import LineError, corpus_files, parse_line, read_lines
 from pose_megatron.tokenizer import replace_surrogates
 
@@ -214,10 +215,10 @@ def run(args: argparse.Namespace) -> None:
         check(folder, PROBES)
         tokens = check(folder, checked)
         for name in FILES:
-            _fsync(folder / name)
+            fsync(folder / name)
         for name in FILES:
             (folder / name).replace(args.output_dir / name)
-        _fsync(args.output_dir)
+        fsync(args.output_dir)
     size = sum(len(text.encode()) for text in checked)
     print(
         f"{args.output_dir}: {args.vocab_size} tokens, {size / tokens:.2f} bytes/token on "
@@ -231,14 +232,6 @@ def _say(text: str, started: float) -> None:
 
 def _start(text: str) -> str:
     return repr(text[:80]) + ("" if len(text) <= 80 else f"... ({len(text)} characters)")
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def parser() -> argparse.ArgumentParser:

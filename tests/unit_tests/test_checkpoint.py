@@ -50,7 +50,8 @@ def stage_of(model, *words):
 
 def trainer_of(model, *words, loaded=None):
     args = arguments(*words)
-    return training.setup(args, model, args.check(model, 1), loaded)
+    return training.setup(args, model, args.check(model, 1), loaded,
+                          resume=loaded is not None and not args.checkpoint.finetune)
 
 
 def stepped(trainer, iteration=1):

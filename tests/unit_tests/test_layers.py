@@ -11,7 +11,7 @@ LAYERS = [
     {"positions", "rope", "convert", "evaluation"},
     {"arguments", "model_config"},
     {"cpu", "distributed", "dataset", "batch", "attention", "model", "optimizer", "checkpoint",
-     "tokenizer", "jsonl", "huggingface"},
+     "tokenizer", "jsonl", "durable", "huggingface"},
     {"training"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}

@@ -1,0 +1,140 @@
+"""Runs that are told to stop, that keep few checkpoints, that compute activations twice: each gives
+the losses of the run that does none of it."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+WORDS = """
+    --num-layers 2 --hidden-size 32 --num-attention-heads 2 --vocab-size 257 --seq-length 32
+    --max-position-embeddings 256 --rope-scaling linear --init-method-std 0.1 --split 100,0,0
+    --micro-batch-size 2 --global-batch-size 4 --num-workers 0 --lr 1e-2 --log-interval 1""".split()
+
+
+class Job:
+    """One rank of pretrain_pose.py, its log as {iteration: values}, its stages folder."""
+
+    def __init__(self, folder: Path, corpus: str):
+        self.folder, self.corpus = folder, corpus
+
+    def start(self, name: str, *words) -> subprocess.Popen:
+        command = [sys.executable, "-u", str(ROOT / "pretrain_pose.py"), *WORDS,
+                   "--data-path", self.corpus, "--log-file", str(self.folder / f"{name}.jsonl")]
+        env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+        return subprocess.Popen([*command, *map(str, words)], env=env | {"OMP_NUM_THREADS": "1"},
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def log(self, name: str) -> dict[int, dict]:
+        lines = (self.folder / f"{name}.jsonl").read_text().splitlines()
+        return {row["iteration"]: row for row in map(json.loads, lines)}
+
+    def run(self, name: str, *words) -> tuple[dict[int, dict], str]:
+        process = self.start(name, *words)
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 0, out[-2000:] + err[-2000:]
+        return self.log(name), out
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory, stdlib_corpus):
+    return Job(tmp_path_factory.mktemp("jobs"), stdlib_corpus)
+
+
+@pytest.fixture(scope="module")
+def straight(job):
+    return job.run("straight", "--train-iters", 6, "--lr-decay-style", "constant",
+                   "--save", job.folder / "straight", "--save-interval", 2, "--save-retain", 2)
+
+
+def losses(log: dict[int, dict]) -> dict[int, tuple]:
+    return {step: (row["loss"], row["grad_norm"], row["lr"]) for step, row in log.items()}
+
+
+def test_a_signal_saves_and_the_same_command_goes_on(job, straight):
+    """SIGTERM in the middle; a restart of the very same command reaches the end exactly."""
+    base, folder = job.folder / "straight", job.folder / "stopped"
+    words = ["--lr-decay-style", "constant", "--pretrained-checkpoint", base, "--load", folder,
+             "--save", folder, "--seed", 7]
+    whole, _ = job.run("whole", "--train-iters", 120, *words[:2], "--load", base, "--finetune",
+                       "--seed", 7)
+    process = job.start("stopped", "--train-iters", 120, *words)
+    for line in process.stdout:
+        if line.startswith("iteration   5/"):
+            process.send_signal(signal.SIGTERM)
+            break
+    rest, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    at = int(re.search(r"stopped at (\d+) by SIGTERM", rest)[1])
+    assert 5 <= at < 120
+    assert (folder / "latest_checkpointed_iteration.txt").read_text() == str(at)
+    first = losses(job.log("stopped"))
+    assert max(first) == at
+    again, _ = job.run("again", "--train-iters", 120, *words)
+    assert min(again) == at + 1 and max(again) == 120
+    assert first | losses(again) == losses(whole)
+
+
+def test_only_the_last_checkpoints_are_kept(job, straight):
+    kept = sorted(p.name for p in (job.folder / "straight").glob("iter_*"))
+    assert kept == ["iter_0000004", "iter_0000006"]
+
+
+def test_a_time_limit_saves_and_stops(job):
+    log, out = job.run("limited", "--train-iters", 100000, "--exit-duration-in-mins", 0.01,
+                       "--save", job.folder / "limited", "--lr-decay-style", "constant")
+    at = max(log)
+    assert f"stopped at {at} by --exit-duration-in-mins" in out and at < 100000
+    tracker = job.folder / "limited" / "latest_checkpointed_iteration.txt"
+    assert tracker.read_text() == str(at)
+
+
+@pytest.mark.parametrize("words", [
+    "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
+    "--recompute-granularity full --recompute-method block --recompute-num-layers 1",
+    "--recompute-granularity selective",
+])
+def test_recomputation_changes_no_loss(job, straight, words):
+    log, _ = job.run(words, "--train-iters", 6, "--lr-decay-style", "constant", *words.split())
+    assert losses(log) == losses(straight[0])
+
+
+def test_wsd_is_constant_and_then_decays_to_the_minimum(job):
+    log, _ = job.run("wsd", "--train-iters", 6, "--lr-decay-style", "WSD", "--min-lr", 1e-3,
+                     "--lr-wsd-decay-iters", 4, "--lr-wsd-decay-style", "linear")
+    # Two steps at the peak, then a straight line over four steps towards the minimum.
+    expected = [1e-2, 1e-2, 1e-2, 7.75e-3, 5.5e-3, 3.25e-3]
+    assert [log[i]["lr"] for i in range(1, 7)] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    ("--lr-decay-style WSD", "--lr-decay-style WSD needs --lr-wsd-decay-iters"),
+    ("--recompute-granularity full", "--recompute-granularity full needs --recompute-method"),
+    ("--exit-duration-in-mins 5", "--exit-duration-in-mins needs a folder to save to"),
+    ("--pretrained-checkpoint {}/nowhere", "nowhere is not a checkpoint folder"),
+    ("--save {} --save-retain 0", "--save-retain must be at least 1, not 0"),
+])
+def test_mistakes_are_named(job, words, message, refusals):
+    assert message in refusals[words]
+
+
+@pytest.fixture(scope="module")
+def refusals(job, request):
+    marks = test_mistakes_are_named.pytestmark[0].args[1]
+
+    def refuse(words: str) -> str:
+        process = job.start("refused", "--train-iters", 2, *words.format(job.folder).split())
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 1 and "Traceback" not in err
+        return err
+
+    commands = [words for words, _ in marks]
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(commands, pool.map(refuse, commands), strict=True))
