@@ -112,7 +112,9 @@ class CheckpointFlags:
     load: str | None = flag(None, "folder with latest_checkpointed_iteration.txt")
     save: str | None = flag(None, "folder to write iter_0000000/ into")
     save_interval: int | None = flag(None, "steps between saves (default: only at the end)")
+    async_save: bool = flag(False, "write checkpoints in the background")
     save_retain: int | None = flag(None, "keep only so many checkpoints of --save (default: all)")
+    load_fallback: bool = flag(False, "where the latest of --load is damaged, take the one before")
     finetune: bool = flag(False, "take only the weights of --load and start at step 0")
     pretrained_checkpoint: str | None = flag(
         None, "take its weights and start at step 0 where --load holds no checkpoint yet: a job "

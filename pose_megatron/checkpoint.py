@@ -12,19 +12,23 @@ points at is complete; a directory that a killed run left unfinished is never po
 
 import argparse
 import multiprocessing
+import os
 import random
-import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from multiprocessing.managers import SyncManager
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.safe_globals import register_safe_globals
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -34,8 +38,7 @@ from pose_megatron.optimizer import prime
 
 TRACKER = "latest_checkpointed_iteration.txt"
 # The library has no error of its own for damaged files, and torch's is no Exception.
-_ANY_FAILURE = (Exception, CheckpointException)
-_LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
+ANY_FAILURE = (Exception, CheckpointException)
 
 register_safe_globals()
 
@@ -100,12 +103,27 @@ def find(root: str | Path, iteration: int | None = None) -> Checkpoint:
         common = dist_checkpointing.load_common_state_dict(str(path))
     except Exception as error:  # unpickling fails in many ways on damaged bytes
         raise ValueError(
-            f"checkpoint {path}: common.pt cannot be read ({_gist(error)})"
+            f"checkpoint {path}: common.pt cannot be read ({gist(error)})"
         ) from None
     if "args" not in common:
         raise ValueError(f"checkpoint {path}: common.pt holds no 'args' to take the model from")
     steps = 0 if word == "release" else int(word)
     return Checkpoint(root, steps, path, _model_of(common, path), common)
+
+
+def fall_back(root: str | Path, error: ValueError, below: int | None = None) -> Checkpoint:
+    """The newest checkpoint of a folder that can be found, below an iteration that failed.
+
+    Raises:
+        ValueError: `error`, when there is none.
+    """
+    for iteration in whole_iterations(Path(root)):
+        if below is None or iteration < below:
+            try:
+                return find(root, iteration)
+            except ValueError:
+                continue
+    raise ValueError(f"{error}; and {root} has no other checkpoint to fall back to")
 
 
 def _path(root: Path, word: str | int) -> Path:
@@ -135,7 +153,7 @@ def _model_of(common: dict, path: Path) -> ModelConfig:
     )
 
 
-def _common(model: ModelConfig, iteration: int, consumed_samples: int, **more) -> dict:
+def common_state(model: ModelConfig, iteration: int, consumed_samples: int, **more) -> dict:
     """What Megatron-LM keeps in common.pt, and our own key."""
     scaling = model.rope_scaling
     args = argparse.Namespace(
@@ -157,7 +175,7 @@ def _common(model: ModelConfig, iteration: int, consumed_samples: int, **more) -
     }
 
 
-def _metadata() -> dict:
+def content_metadata() -> dict:
     return {
         # The one form of optimizer state that every other layout of ranks can read back.
         "distrib_optim_sharding_type": "fully_reshardable",
@@ -169,6 +187,7 @@ def _metadata() -> dict:
 def save(
     root: str | Path, iteration: int, consumed_samples: int, model: ModelConfig, stages: list,
     optimizer, scheduler, tokenizer_files: Iterable[Path] = (), retain: int | None = None,
+    queue: AsyncCallsQueue | None = None, done: Callable[[Path], None] = lambda path: None,
 ) -> Path:
     """Writes a whole training state; every rank calls it.
 
@@ -177,17 +196,20 @@ def save(
         stages: this rank's unwrapped GPTModel, or its chunks of an interleaved pipeline.
         tokenizer_files: copied to <root>/tokenizer.
         retain: checkpoints to keep, this one included; older ones are removed after it is whole.
+        queue: writes in the background and finishes in the queue's maybe_finalize_async_calls.
+        done: told of the checkpoint's folder when it is whole.
     """
     p = parallel_state
-    state = _common(
+    state = common_state(
         model, iteration, consumed_samples,
         world_size=dist.get_world_size(),
         tensor_model_parallel_size=p.get_tensor_model_parallel_world_size(),
         pipeline_model_parallel_size=p.get_pipeline_model_parallel_world_size(),
         data_parallel_size=p.get_data_parallel_world_size(),
         no_save_optim=False, no_save_rng=False,
+        use_distributed_optimizer=_is_distributed(optimizer),
     )
-    metadata = _metadata()
+    metadata = content_metadata()
     with_group = metadata | {"dp_cp_group": p.get_data_parallel_group(with_context_parallel=True)}
     models = _sharded_models(stages, with_group)
     state |= models
@@ -196,15 +218,38 @@ def save(
     )
     state["opt_param_scheduler"] = scheduler.state_dict()
     state["rng_state"] = _random_state()
-    path = _write(Path(root), iteration, state, metadata, tokenizer_files)
-    if retain and dist.get_rank() == 0:
-        # Names are padded with zeros: they sort by iteration.
-        for older in sorted(p for p in Path(root).glob("iter_*") if p <= path)[:-retain]:
-            shutil.rmtree(older)
-    return path
+    root = Path(root)
+
+    def finish(path: Path) -> None:
+        if dist.get_rank() == 0:
+            publish(root, path, iteration)
+            for older in [i for i in whole_iterations(root) if i <= iteration][retain or 1 << 62 :]:
+                shutil.rmtree(_path(root, older))
+        done(path)
+
+    return write(root, iteration, state, metadata, tokenizer_files, finish, queue)
 
 
-def _write(root: Path, word, state: dict, metadata: dict, tokenizer_files) -> Path:
+def whole_iterations(root: Path) -> list[int]:
+    """Iterations of the complete checkpoints in a folder, newest first."""
+    # The writer makes metadata.json last.
+    found = (p.parent.name.removeprefix("iter_") for p in root.glob("iter_*/metadata.json"))
+    return sorted((int(i) for i in found if i.isdecimal()), reverse=True)
+
+
+def publish(root: Path, path: Path, word) -> None:
+    """Makes a complete checkpoint the one that is found."""
+    for file in path.iterdir():
+        fsync(file)
+    fsync(path)
+    write_atomically(root / TRACKER, str(word))
+
+
+def write(
+    root: Path, word, state: dict, metadata: dict, tokenizer_files, finish: Callable[[Path], None],
+    queue: AsyncCallsQueue | None = None,
+) -> Path:
+    """Writes a state dict as <root>/iter_... or <root>/release, then calls `finish`."""
     path = _path(root, word)
     if dist.get_rank() == 0:
         root.mkdir(parents=True, exist_ok=True)
@@ -215,27 +260,42 @@ def _write(root: Path, word, state: dict, metadata: dict, tokenizer_files) -> Pa
         _copy_tokenizer(root, tokenizer_files)
     dist.barrier()
     _quick_results_queue()
-    dist_checkpointing.save(state, str(path), content_metadata=metadata)
-    if dist.get_rank() == 0:
-        for file in path.iterdir():
-            fsync(file)
-        fsync(path)
-        write_atomically(root / TRACKER, str(word))
-    dist.barrier()
+    request = dist_checkpointing.save(
+        state, str(path), content_metadata=metadata, async_sharded_save=queue is not None
+    )
+    if queue is None:
+        finish(path)
+        dist.barrier()
+    else:
+        request.add_finalize_fn(lambda: finish(path))
+        queue.schedule_async_request(request)
     return path
 
 
 def _quick_results_queue() -> None:
     """The writer reports through a manager process that it would spawn, importing everything anew
-    (seconds, and the memory of a whole rank); a forked one is there at once."""
+    (seconds, and the memory of a whole rank); a forked one is there at once. It ends with this
+    rank, also when that is killed."""
     if filesystem_async._results_queue is None:
-        manager = multiprocessing.get_context("fork").Manager()
+        manager = SyncManager(ctx=multiprocessing.get_context("fork"))
+        manager.start(_end_with_parent)
         filesystem_async._results_queue = manager.Queue()
 
 
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
 def _forget(root: Path, word) -> None:
+    """Before a checkpoint is written over: the tracker points at the one before, or at none."""
     tracker = root / TRACKER
-    if tracker.is_file() and tracker.read_text().strip() == str(word):
+    if not tracker.is_file() or tracker.read_text().strip() != str(word):
+        return
+    others = [i for i in whole_iterations(root) if i != word]
+    if others:
+        write_atomically(tracker, str(others[0]))
+    else:
         tracker.unlink()
 
 
@@ -254,7 +314,8 @@ def load(checkpoint: Checkpoint, stages: list, optimizer=None, scheduler=None) -
         ValueError: the checkpoint is damaged or holds other tensors than the model.
     """
     p = parallel_state
-    metadata = _metadata() | {"dp_cp_group": p.get_data_parallel_group(with_context_parallel=True)}
+    group = p.get_data_parallel_group(with_context_parallel=True)
+    metadata = content_metadata() | {"dp_cp_group": group}
     padded = getattr(checkpoint.common["args"], "padded_vocab_size", stages[0].vocab_size)
     if padded != stages[0].vocab_size:  # megatron-core would cut or fill the tables silently
         raise ValueError(
@@ -272,6 +333,12 @@ def load(checkpoint: Checkpoint, stages: list, optimizer=None, scheduler=None) -
                 f"checkpoint {checkpoint.path} holds weights only: add --finetune to start "
                 "training from them"
             )
+        was = checkpoint.common["args"].use_distributed_optimizer
+        if was != _is_distributed(optimizer):
+            raise ValueError(
+                f"checkpoint {checkpoint.path} was saved {'with' if was else 'without'} "
+                "--use-distributed-optimizer: resume the same way, or start anew with --finetune"
+            )
         prime(optimizer)
         sharded["optimizer"] = optimizer.sharded_state_dict(
             _of_optimizer(models), is_loading=True, metadata=metadata
@@ -283,9 +350,9 @@ def load(checkpoint: Checkpoint, stages: list, optimizer=None, scheduler=None) -
             sharded["rng_state"] = _random_state()
     try:
         state = dist_checkpointing.load(sharded, str(checkpoint.path))
-    except _ANY_FAILURE as error:
+    except ANY_FAILURE as error:
         raise ValueError(
-            f"checkpoint {checkpoint.path} cannot be loaded: {_gist(error)}"
+            f"checkpoint {checkpoint.path} cannot be loaded: {gist(error)}"
         ) from error
     for stage, name in zip(stages, models, strict=True):
         missing, _ = stage.load_state_dict(state[name], strict=False)
@@ -296,6 +363,11 @@ def load(checkpoint: Checkpoint, stages: list, optimizer=None, scheduler=None) -
         scheduler.load_state_dict(state["opt_param_scheduler"])
         if "rng_state" in state:
             _restore_random_state(state["rng_state"])
+
+
+def _is_distributed(optimizer) -> bool:
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    return isinstance(parts[0], DistributedOptimizer)
 
 
 def _sharded_models(stages: list, metadata: dict) -> dict[str, dict]:
@@ -312,7 +384,7 @@ def _of_optimizer(models: dict[str, dict]) -> dict:
     return models["model"] if len(models) == 1 else models
 
 
-def _gist(error: BaseException) -> str:
+def gist(error: BaseException) -> str:
     if isinstance(error, CheckpointException):  # by rank: what the first one said
         error = next(iter(error.failures.values()))[0]
     lines = [line for line in str(error).splitlines() if line.strip()]
@@ -349,69 +421,3 @@ def _restore_random_state(states: list[dict]) -> None:
     torch.set_rng_state(state["torch_rng_state"])
     torch.cuda.set_rng_state(state["cuda_rng_state"])
     tensor_parallel.get_cuda_rng_tracker().set_states(state["rng_tracker_states"])
-
-
-def write_weights(
-    root: str | Path, tensors: dict[str, torch.Tensor], model: ModelConfig,
-    tokenizer_files: Iterable[Path] = (),
-) -> Path:
-    """Writes whole tensors as the `release` checkpoint of a folder, in one process.
-
-    Args:
-        tensors: by the names of an undivided model, as pose_megatron.convert makes them
-            (`decoder.layers.3.mlp.linear_fc2.weight`).
-    """
-    state = _common(model, 0, 0, tensor_model_parallel_size=1, pipeline_model_parallel_size=1,
-                    world_size=1, data_parallel_size=1, no_save_optim=True, no_save_rng=True)
-    state["model"] = {}
-    for name, tensor in tensors.items():
-        key, layer = _key(name)
-        offsets = () if layer is None else ((0, layer, model.num_layers),)
-        state["model"][name] = ShardedTensor.from_rank_offsets(
-            key, tensor.contiguous(), *offsets, prepend_axis_num=len(offsets)
-        )
-    _alone()
-    return _write(Path(root), "release", state, _metadata(), tokenizer_files)
-
-
-def read_weights(
-    root: str | Path, iteration: int | None = None
-) -> tuple[dict[str, torch.Tensor], ModelConfig]:
-    """Whole tensors by the names of an undivided model, in one process, whatever layout saved them.
-
-    Raises:
-        ValueError: there is no such checkpoint, or it is damaged.
-    """
-    checkpoint = find(root, iteration)
-    _alone()
-    try:
-        stored = dist_checkpointing.load_tensors_metadata(str(checkpoint.path))
-        wanted = {k: tensor for k, tensor in stored.items() if not k.startswith("optimizer.")}
-        stored = dist_checkpointing.load(
-            wanted, str(checkpoint.path), validate_access_integrity=False
-        )
-    except _ANY_FAILURE as error:
-        raise ValueError(
-            f"checkpoint {checkpoint.path} cannot be loaded: {_gist(error)}"
-        ) from error
-    tensors = {}
-    for key in wanted:
-        if key.startswith("decoder.layers."):
-            for layer, tensor in enumerate(stored[key]):
-                tensors[key.replace("layers.", f"layers.{layer}.", 1)] = tensor
-        else:
-            tensors[key] = stored[key]
-    return tensors, checkpoint.model
-
-
-def _key(name: str) -> tuple[str, int | None]:
-    match = _LAYER.match(name)
-    if not match:
-        return name, None
-    return _LAYER.sub("decoder.layers.", name), int(match[1])
-
-
-def _alone() -> None:
-    """dist_checkpointing wants a process group, also for one process."""
-    if not dist.is_initialized():
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)

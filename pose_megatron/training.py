@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
@@ -54,9 +55,20 @@ def starting_point(flags: CheckpointFlags) -> tuple[Checkpoint | None, bool]:
     """
     if flags.pretrained_checkpoint and not (flags.load and checkpoint.exists(flags.load)):
         return checkpoint.find(flags.pretrained_checkpoint), False
-    if flags.load:
+    if not flags.load:
+        return None, False
+    try:
         return checkpoint.find(flags.load), not flags.finetune
-    return None, False
+    except ValueError as error:
+        return _fall_back(flags, error), not flags.finetune
+
+
+def _fall_back(flags: CheckpointFlags, error: ValueError, below: int | None = None) -> Checkpoint:
+    if not flags.load_fallback:
+        raise error
+    earlier = checkpoint.fall_back(flags.load, error, below)
+    print_rank_0(f"{error}; falling back to {earlier.path}")
+    return earlier
 
 
 def setup(
@@ -72,7 +84,7 @@ def setup(
         for stage in stages:
             initialize(stage, args.training.seed, args.model.init_method_std, config.num_layers)
     elif not resume:
-        checkpoint.load(loaded, stages)
+        loaded = _load(args.checkpoint, loaded, stages)
     reduction = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=args.parallel.use_distributed_optimizer,
@@ -95,7 +107,7 @@ def setup(
         files = loaded.tokenizer_files if loaded else []
     trainer = Trainer(args, config, layout, stages, models, optimizer, scheduler, files)
     if resume:
-        checkpoint.load(loaded, stages, optimizer, scheduler)
+        loaded = _load(args.checkpoint, loaded, stages, optimizer, scheduler)
         trainer.iteration = loaded.iteration
         if loaded.consumed_samples != trainer.consumed_samples:
             raise ValueError(
@@ -106,6 +118,16 @@ def setup(
     return trainer
 
 
+def _load(flags: CheckpointFlags, loaded: Checkpoint, *into) -> Checkpoint:
+    """Loads it, or with --load-fallback the next earlier one that can be loaded; returns which."""
+    while True:
+        try:
+            checkpoint.load(loaded, *into)
+            return loaded
+        except ValueError as error:
+            loaded = _fall_back(flags, error, loaded.iteration)
+
+
 def train(trainer: Trainer, train_set: PoseDataset | None, valid_set: PoseDataset | None) -> None:
     """Trains to --train-iters, with validations and checkpoints on the way and at the end.
 
@@ -114,6 +136,7 @@ def train(trainer: Trainer, train_set: PoseDataset | None, valid_set: PoseDatase
     args, t = trainer.args, trainer.args.training
     data = _streams(trainer, train_set, trainer.consumed_samples, args.data.num_workers)
     log, stop = Log(trainer), Stop(t.exit_duration_in_mins)
+    queue = AsyncCallsQueue() if args.checkpoint.async_save else None
     for model in trainer.models:
         model.train()
     while trainer.iteration < t.train_iters:
@@ -127,7 +150,9 @@ def train(trainer: Trainer, train_set: PoseDataset | None, valid_set: PoseDatase
             log.validation(evaluate(trainer, valid_set))
         every = args.checkpoint.save_interval
         if args.checkpoint.save and (last or (every and at % every == 0)):
-            log.saved(save(trainer))
+            save(trainer, queue, log.saved)
+        if queue:
+            queue.maybe_finalize_async_calls(blocking=last)
         if reason:
             print_rank_0(f"stopped at {at} by {reason}")
             break
@@ -158,12 +183,14 @@ class Stop:
         return "--exit-duration-in-mins" if late else None
 
 
-def save(trainer: Trainer) -> Path:
+def save(trainer: Trainer, queue: AsyncCallsQueue | None = None, done=lambda path: None) -> Path:
     args = trainer.args
+    if queue:
+        queue.maybe_finalize_async_calls(blocking=True)  # one at a time
     return checkpoint.save(
         args.checkpoint.save, trainer.iteration, trainer.consumed_samples, trainer.config,
         trainer.stages, trainer.optimizer, trainer.scheduler, trainer.tokenizer_files,
-        args.checkpoint.save_retain,
+        args.checkpoint.save_retain, queue, done,
     )
 
 

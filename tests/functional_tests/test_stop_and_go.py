@@ -3,10 +3,13 @@ the losses of the run that does none of it."""
 
 import json
 import os
+import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -63,9 +66,9 @@ def test_a_signal_saves_and_the_same_command_goes_on(job, straight):
     base, folder = job.folder / "straight", job.folder / "stopped"
     words = ["--lr-decay-style", "constant", "--pretrained-checkpoint", base, "--load", folder,
              "--save", folder, "--seed", 7]
-    whole, _ = job.run("whole", "--train-iters", 120, *words[:2], "--load", base, "--finetune",
+    whole, _ = job.run("whole", "--train-iters", 60, *words[:2], "--load", base, "--finetune",
                        "--seed", 7)
-    process = job.start("stopped", "--train-iters", 120, *words)
+    process = job.start("stopped", "--train-iters", 60, *words)
     for line in process.stdout:
         if line.startswith("iteration   5/"):
             process.send_signal(signal.SIGTERM)
@@ -73,12 +76,12 @@ def test_a_signal_saves_and_the_same_command_goes_on(job, straight):
     rest, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     at = int(re.search(r"stopped at (\d+) by SIGTERM", rest)[1])
-    assert 5 <= at < 120
+    assert 5 <= at < 60
     assert (folder / "latest_checkpointed_iteration.txt").read_text() == str(at)
     first = losses(job.log("stopped"))
     assert max(first) == at
-    again, _ = job.run("again", "--train-iters", 120, *words)
-    assert min(again) == at + 1 and max(again) == 120
+    again, _ = job.run("again", "--train-iters", 60, *words)
+    assert min(again) == at + 1 and max(again) == 60
     assert first | losses(again) == losses(whole)
 
 
@@ -138,3 +141,61 @@ def refusals(job, request):
     commands = [words for words, _ in marks]
     with ThreadPoolExecutor(2) as pool:
         return dict(zip(commands, pool.map(refuse, commands), strict=True))
+
+
+def test_a_checkpoint_written_in_the_background_is_the_same(job, straight):
+    folder = job.folder / "async"
+    job.run("async", "--train-iters", 4, "--lr-decay-style", "constant", "--save", folder,
+            "--save-interval", 2, "--async-save", "--use-distributed-optimizer")
+    on, _ = job.run("async on", "--train-iters", 6, "--lr-decay-style", "constant", "--load",
+                    folder, "--use-distributed-optimizer")
+    assert losses(on) == {step: losses(straight[0])[step] for step in (5, 6)}
+
+
+def test_the_optimizer_must_be_the_one_that_saved(job, straight):
+    process = job.start("other", "--train-iters", 8, "--load", job.folder / "straight",
+                        "--use-distributed-optimizer")
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1 and "Traceback" not in err
+    assert "was saved without --use-distributed-optimizer: resume the same way" in err
+
+
+@pytest.mark.parametrize("damage", ["*.distcp", "common.pt", "metadata.json"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_can_be_taken(
+        job, straight, tmp_path, damage):
+    folder = shutil.copytree(job.folder / "straight", tmp_path / "damaged")
+    for file in (folder / "iter_0000006").glob(damage):
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+        if damage == "metadata.json":
+            file.unlink()
+    words = ["--train-iters", 6, "--lr-decay-style", "constant", "--load", folder]
+    if damage == "*.distcp":
+        process = job.start("damaged", *words)
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 1 and err.count("error:") == 1 and "Traceback" not in err
+        assert "iter_0000006 cannot be loaded" in err
+    log, out = job.run(f"fell back {damage}", *words, "--load-fallback")
+    assert f"checkpoint {folder}/iter_0000006" in out  # named, with what is wrong
+    assert f"falling back to {folder}/iter_0000004" in out
+    assert losses(log) == {step: losses(straight[0])[step] for step in (5, 6)}
+
+
+@pytest.mark.parametrize("background", [(), ("--async-save",)])
+def test_a_run_killed_again_and_again_comes_to_the_same_end(job, straight, background):
+    """SIGKILL at arbitrary instants of a run that saves at every step, most of its time."""
+    folder, chance = job.folder / f"killed{len(background)}", random.Random(len(background))
+    words = ["--train-iters", 6, "--lr-decay-style", "constant", "--load", folder, "--save", folder,
+             "--save-interval", 1, "--pretrained-checkpoint", folder.with_suffix(".start"),
+             *background]
+    job.run("start", "--train-iters", 1, "--lr", 0, "--save", folder.with_suffix(".start"))
+    name = f"killed {background}"
+    for _ in range(2):
+        process = job.start(name, *words)
+        for line in process.stdout:
+            if line.startswith("iteration"):
+                time.sleep(chance.uniform(0, 0.15))
+                process.kill()
+                break
+        process.communicate(timeout=120)
+    job.run(name, *words)
+    assert losses(job.log(name)) == losses(straight[0])

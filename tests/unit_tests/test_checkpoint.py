@@ -8,7 +8,7 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 
-from pose_megatron import checkpoint, training
+from pose_megatron import checkpoint, training, weights
 from pose_megatron.arguments import parse
 from pose_megatron.convert import table
 from pose_megatron.model import build_model, transformer_config
@@ -93,10 +93,10 @@ def damage(path, left):
 @pytest.mark.parametrize("model", [MODEL, tied()], ids=["untied", "tied"])
 def test_weights_come_back_bit_by_bit(tmp_path, model, dtype):
     tensors = random_weights(model, dtype)
-    path = checkpoint.write_weights(tmp_path / "out", tensors, model)
+    path = weights.write_weights(tmp_path / "out", tensors, model)
     assert path == tmp_path / "out" / "release"
     assert (tmp_path / "out" / "latest_checkpointed_iteration.txt").read_text() == "release"
-    back, shape = checkpoint.read_weights(tmp_path / "out")
+    back, shape = weights.read_weights(tmp_path / "out")
     assert shape == model and set(back) == set(tensors)
     for name, tensor in tensors.items():
         assert back[name].dtype == dtype and torch.equal(back[name], tensor), name
@@ -106,7 +106,7 @@ def test_weights_come_back_bit_by_bit(tmp_path, model, dtype):
 
 @pytest.mark.parametrize("model", [MODEL, tied()], ids=["untied", "tied"])
 def test_a_release_has_the_names_that_stock_megatron_core_loads(tmp_path, model):
-    path = checkpoint.write_weights(tmp_path, random_weights(model), model)
+    path = weights.write_weights(tmp_path, random_weights(model), model)
     assert stored_keys(path) == stock_keys(model)
 
 
@@ -119,15 +119,15 @@ def test_a_training_checkpoint_has_the_names_of_stock_megatron_core(tmp_path, mo
     assert path == tmp_path / "iter_0000001"
     assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "1"
     stored = stored_keys(path)
-    weights = {k: v for k, v in stored.items() if not k.startswith("optimizer.")}
-    assert weights == stock_keys(model)
+    parameters = {k: v for k, v in stored.items() if not k.startswith("optimizer.")}
+    assert parameters == stock_keys(model)
     # Each weight has its two moments and its main copy under megatron-core's names.
     for key, shape in stored.items():
         if key.startswith("optimizer."):
             weight = key.split(".", 3)[3]
-            assert key.startswith("optimizer.state.") and weights[weight] == shape, key
+            assert key.startswith("optimizer.state.") and parameters[weight] == shape, key
     moments = {k.split(".", 3)[3] for k in stored if k.startswith("optimizer.state.exp_avg_sq.")}
-    assert moments == set(weights)
+    assert moments == set(parameters)
     names = {"args", "checkpoint_version", "iteration", "opt_param_scheduler", "pose_megatron",
              "num_floating_point_operations_so_far"}
     found = checkpoint.find(tmp_path)
@@ -138,7 +138,7 @@ def test_a_training_checkpoint_has_the_names_of_stock_megatron_core(tmp_path, mo
 
 def test_a_stock_model_loads_a_release(tmp_path):
     tensors = random_weights(MODEL)
-    path = checkpoint.write_weights(tmp_path, tensors, MODEL)
+    path = weights.write_weights(tmp_path, tensors, MODEL)
     config = transformer_config(MODEL, arguments())
     stock = GPTModel(config, get_gpt_layer_local_spec(normalization="RMSNorm"), vocab_size=384,
                      max_sequence_length=256, position_embedding_type="rope",
@@ -155,22 +155,22 @@ def test_a_stock_model_loads_a_release(tmp_path):
 
 def test_a_model_takes_the_weights_of_a_release(tmp_path):
     tensors = random_weights(MODEL)
-    checkpoint.write_weights(tmp_path, tensors, MODEL)
+    weights.write_weights(tmp_path, tensors, MODEL)
     stage = stage_of(MODEL)
     checkpoint.load(checkpoint.find(tmp_path), [stage])
-    weights = dict(stage.named_parameters())
-    assert torch.equal(weights["output_layer.weight"], tensors["output_layer.weight"])
+    parameters = dict(stage.named_parameters())
+    assert torch.equal(parameters["output_layer.weight"], tensors["output_layer.weight"])
     for layer in range(3):
         ours, theirs = f"decoder.layers.{layer}.", f"decoder.layers.{layer}."
-        assert torch.equal(weights[ours + "input_layernorm.weight"],
+        assert torch.equal(parameters[ours + "input_layernorm.weight"],
                            tensors[theirs + "self_attention.linear_qkv.layer_norm_weight"])
-        assert torch.equal(weights[ours + "mlp.linear_fc1.weight"],
+        assert torch.equal(parameters[ours + "mlp.linear_fc1.weight"],
                            tensors[theirs + "mlp.linear_fc1.weight"])
 
 
 def test_float32_weights_load_into_a_bf16_model(tmp_path):
     tensors = random_weights(MODEL)
-    checkpoint.write_weights(tmp_path, tensors, MODEL)
+    weights.write_weights(tmp_path, tensors, MODEL)
     stage = stage_of(MODEL, "--bf16")
     checkpoint.load(checkpoint.find(tmp_path), [stage])
     weight = dict(stage.named_parameters())["output_layer.weight"]
@@ -180,22 +180,22 @@ def test_float32_weights_load_into_a_bf16_model(tmp_path):
 def test_training_weights_can_be_read_for_export(tmp_path):
     trainer = trainer_of(MODEL, "--save", str(tmp_path))
     training.save(trainer)
-    tensors, model = checkpoint.read_weights(tmp_path)
+    tensors, model = weights.read_weights(tmp_path)
     assert model == MODEL and set(tensors) == set(random_weights(MODEL))
-    weights = dict(trainer.stages[0].named_parameters())
+    parameters = dict(trainer.stages[0].named_parameters())
     for layer in range(3):
         name = f"decoder.layers.{layer}.mlp.linear_fc2.weight"
-        assert torch.equal(tensors[name], weights[name])
+        assert torch.equal(tensors[name], parameters[name])
 
 
 def test_tokenizer_files_travel_with_the_weights(tmp_path):
     tokenizer = tmp_path / "tokenizer.json"
     tokenizer.write_text("{}")
-    checkpoint.write_weights(tmp_path / "out", random_weights(MODEL), MODEL, [tokenizer])
+    weights.write_weights(tmp_path / "out", random_weights(MODEL), MODEL, [tokenizer])
     found = checkpoint.find(tmp_path / "out")
     assert [f.name for f in found.tokenizer_files] == ["tokenizer.json"]
     # Saving again into the same folder, from its own copies.
-    checkpoint.write_weights(tmp_path / "out", random_weights(MODEL), MODEL, found.tokenizer_files)
+    weights.write_weights(tmp_path / "out", random_weights(MODEL), MODEL, found.tokenizer_files)
     assert found.tokenizer_files[0].read_text() == "{}"
 
 
@@ -205,7 +205,7 @@ def test_tokenizer_files_travel_with_the_weights(tmp_path):
 @pytest.fixture(scope="module")
 def written(world, tmp_path_factory):
     folder = tmp_path_factory.mktemp("written")
-    checkpoint.write_weights(folder, random_weights(MODEL), MODEL)
+    weights.write_weights(folder, random_weights(MODEL), MODEL)
     return folder
 
 
@@ -271,7 +271,7 @@ def test_damage_is_an_error_of_one_sentence(folder, name, left):
             read()
         assert "\n" not in str(error.value)
 
-    loads(lambda: checkpoint.read_weights(folder))
+    loads(lambda: weights.read_weights(folder))
     loads(lambda: checkpoint.load(checkpoint.find(folder), [stage_of(MODEL)]))
 
 
@@ -279,7 +279,7 @@ def test_a_missing_shard_is_an_error(folder):
     for file in (folder / "release").glob("*.distcp"):
         file.unlink()
     with pytest.raises(ValueError, match="release cannot be loaded"):
-        checkpoint.read_weights(folder)
+        weights.read_weights(folder)
 
 
 @pytest.mark.parametrize("change", [
@@ -334,5 +334,5 @@ def test_an_older_iteration_can_be_asked_for(tmp_path):
         trainer.stages[0].output_layer.weight.add_(1)
     trainer.iteration = 2
     training.save(trainer)
-    new, old = (checkpoint.read_weights(tmp_path, i)[0]["output_layer.weight"] for i in (None, 0))
+    new, old = (weights.read_weights(tmp_path, i)[0]["output_layer.weight"] for i in (None, 0))
     torch.testing.assert_close(new, old + 1)

@@ -11,7 +11,7 @@ LAYERS = [
     {"positions", "rope", "convert", "evaluation"},
     {"arguments", "model_config"},
     {"cpu", "distributed", "dataset", "batch", "attention", "model", "optimizer", "checkpoint",
-     "tokenizer", "jsonl", "durable", "huggingface"},
+     "tokenizer", "jsonl", "durable", "huggingface", "weights"},
     {"training"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}

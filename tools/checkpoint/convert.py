@@ -24,11 +24,12 @@ from pose_megatron import cpu
 cpu.install()
 
 from pose_megatron import huggingface
-from pose_megatron.checkpoint import find, read_weights, write_weights
+from pose_megatron.checkpoint import find
 from pose_megatron.convert import hf_to_megatron, megatron_to_hf
 from pose_megatron.distributed import one_sentence_errors
 from pose_megatron.durable import write_atomically
 from pose_megatron.model_config import ModelConfig
+from pose_megatron.weights import read_weights, write_weights
 
 EXAMPLES = """examples:
   # a Hugging Face folder into Megatron's format

@@ -1,0 +1,279 @@
+"""Trains the same weights on the same batches in many layouts of ranks, many to a process.
+
+    python tests/functional_tests/layouts.py                   all of them, as a Markdown table
+
+    torchrun --standalone --nproc-per-node 2 tests/functional_tests/layouts.py --load weights
+        --data-path corpus --output rows.jsonl --layouts "TP2, tied" "CP2"      some, as JSON rows
+
+Start-up is paid once for each number of ranks: between two layouts only megatron-core's groups are
+made anew. Micro-batches hold two samples, each with skip-wise positions of its own up to T = 8 L.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+TESTS = Path(__file__).resolve().parents[1]
+STEPS = 4
+COMMON = f"""
+    --seq-length 32 --max-position-embeddings 256 --rope-scaling yarn --pose-num-chunks 3
+    --micro-batch-size 2 --global-batch-size 8 --train-iters {STEPS} --split 100,0,0 --num-workers 0
+    --lr 3e-3 --lr-warmup-iters 1 --lr-decay-iters 8 --clip-grad 0.5 --init-method-std 0.2"""
+SHAPE = "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --vocab-size 257"
+MODELS = {
+    "grouped": f"{SHAPE} --group-query-attention --num-query-groups 2 "
+               "--untie-embeddings-and-output-weights",
+    "tied": SHAPE,  # embedding and output layer are one table; every head has its own keys
+}
+
+TP, PP, CP = (f"--{name}-parallel-size" for name in ("tensor-model", "pipeline-model", "context"))
+SP = "--sequence-parallel"
+VPP2 = "--num-layers-per-virtual-pipeline-stage 1"  # of PP2: four layers, two to a rank
+SHARDED = "--use-distributed-optimizer"
+FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+BLOCK = "--recompute-granularity full --recompute-method block --recompute-num-layers 1"
+SELECTIVE = "--recompute-granularity selective"
+
+
+@dataclass(frozen=True)
+class Layout:
+    ranks: int
+    words: str
+    model: str = "grouped"
+    fault: str | None = None  # of FAULTS
+
+    @property
+    def reference(self) -> str:
+        return f"1 rank, {self.model}"
+
+
+LAYOUTS = {
+    "1 rank, grouped": Layout(1, ""),
+    "1 rank, tied": Layout(1, "", "tied"),
+    "1 rank, selective recompute": Layout(1, SELECTIVE),
+    "DP2": Layout(2, ""),
+    "DP2, distributed optimizer": Layout(2, SHARDED, "tied"),
+    "TP2": Layout(2, f"{TP} 2"),
+    "TP2, tied": Layout(2, f"{TP} 2", "tied"),
+    "TP2 SP": Layout(2, f"{TP} 2 {SP}"),
+    "TP2 SP, distributed optimizer, full recompute": Layout(2, f"{TP} 2 {SP} {SHARDED} {FULL}"),
+    "TP2 SP, tied, selective recompute": Layout(2, f"{TP} 2 {SP} {SELECTIVE}", "tied"),
+    "PP2": Layout(2, f"{PP} 2"),
+    "PP2, tied, full recompute": Layout(2, f"{PP} 2 {BLOCK}", "tied"),
+    "PP2 VPP2": Layout(2, f"{PP} 2 {VPP2}"),
+    "PP2 VPP2, tied, full recompute": Layout(2, f"{PP} 2 {VPP2} {FULL}", "tied"),
+    "PP2 VPP2, distributed optimizer, selective recompute": Layout(
+        2, f"{PP} 2 {VPP2} {SHARDED} {SELECTIVE}"),
+    "CP2": Layout(2, f"{CP} 2"),
+    "CP2, distributed optimizer, full recompute": Layout(2, f"{CP} 2 {SHARDED} {FULL}"),
+    "CP2, tied, selective recompute": Layout(2, f"{CP} 2 {SELECTIVE}", "tied"),
+    "TP4 SP, 2 query groups": Layout(4, f"{TP} 4 {SP}"),
+    "CP4, distributed optimizer": Layout(4, f"{CP} 4 {SHARDED}"),
+    "CP2 TP2 SP": Layout(4, f"{CP} 2 {TP} 2 {SP}"),
+    "PP2 CP2": Layout(4, f"{PP} 2 {CP} 2"),
+    "PP2 VPP2 CP2, tied, full recompute": Layout(4, f"{PP} 2 {VPP2} {CP} 2 {FULL}", "tied"),
+    "TP2 PP2 SP": Layout(4, f"{TP} 2 {PP} 2 {SP}"),
+    "TP2 PP2 VPP2 SP, tied, distributed optimizer": Layout(
+        4, f"{TP} 2 {PP} 2 {VPP2} {SP} {SHARDED}", "tied"),
+    "PP4, tied": Layout(4, f"{PP} 4", "tied"),
+    "DP2 TP2 SP, distributed optimizer": Layout(4, f"{TP} 2 {SP} {SHARDED}"),
+    "DP2 PP2 VPP2, tied": Layout(4, f"{PP} 2 {VPP2}", "tied"),
+    "DP2 CP2, distributed optimizer": Layout(4, f"{CP} 2 {SHARDED}"),
+}
+
+# Mistakes of position ids that the comparison must see. Not among them: the same number added to
+# all ids of a stage, which leaves every distance, and so the model, as it is.
+FAULTS = {
+    "plain": lambda ids: ids.new_tensor(range(ids.size(1))).expand_as(ids),
+    "of the next sample": lambda ids: ids.roll(1, 0),
+    "of the other chunk": lambda ids: ids.roll(ids.size(1) // 2, 1),
+}
+BROKEN = {
+    "1 rank, plain positions": Layout(1, "", fault="plain"),
+    "PP2, plain positions on the last stage": Layout(2, f"{PP} 2", fault="plain"),
+    "PP2, the next sample's positions on the last stage": Layout(
+        2, f"{PP} 2", fault="of the next sample"),
+    "PP2 VPP2, the next sample's positions in the last chunk": Layout(
+        2, f"{PP} 2 {VPP2}", fault="of the next sample"),
+    "TP2, the next sample's positions on the last rank": Layout(
+        2, f"{TP} 2", fault="of the next sample"),
+    "CP2, the other chunk's positions on the last rank": Layout(
+        2, f"{CP} 2", fault="of the other chunk"),
+}
+
+
+def train_each(names: list[str], weights: Path, corpus: str, output: Path) -> None:
+    """Trains in each layout; rank 0 appends a row for each to `output`.
+
+    Args:
+        names: of LAYOUTS or BROKEN.
+        weights: folder with a checkpoint of each model; one rank makes what is missing.
+        corpus: a --data-path.
+    """
+    sys.path.insert(0, str(TESTS.parent))
+    from pose_megatron import cpu
+
+    cpu.install()
+    from pose_megatron import distributed
+    from pose_megatron.arguments import ParallelFlags
+
+    distributed.initialize(ParallelFlags(), seed=0)
+    for model, shape in MODELS.items() if distributed.world_size() == 1 else ():
+        if not (weights / model).exists():
+            # Of another seed: a layout that did not load them would be seen.
+            words = f"{COMMON} {shape} --data-path {corpus} --seed 5 --save {weights / model}"
+            train(words.split(), save=True)
+    for name in names:
+        layout = (LAYOUTS | BROKEN)[name]
+        words = (f"{COMMON} {layout.words} --data-path {corpus} "
+                 f"--load {weights / layout.model} --finetune")
+        values = train(words.split(), layout.fault)
+        if distributed.rank() == 0:
+            with output.open("a") as file:
+                file.write(json.dumps({"layout": name, **values}) + "\n")
+
+
+def train(words: list[str], fault: str | None = None, save: bool = False) -> dict:
+    """STEPS steps of pretrain_pose.py's parts.
+
+    Args:
+        words: flags of pretrain_pose.py.
+        fault: of FAULTS, for `spoil`.
+        save: into --save, at the end.
+
+    Returns:
+        {"losses": per token of each step, "grad_norms": before clipping}, the same on every rank.
+    """
+    import torch.distributed as dist
+
+    from pose_megatron import distributed, training
+    from pose_megatron.arguments import parse
+    from pose_megatron.batch import batches, fields_here
+    from pose_megatron.dataset import build_datasets
+    from pose_megatron.model_config import resolve_model
+    from pretrain_pose import position_sampler
+
+    args = parse(words)
+    loaded, resume = training.starting_point(args.checkpoint)
+    config = resolve_model(args.model, args.data.seq_length, loaded and loaded.model, None)
+    layout = args.check(config, distributed.world_size())
+    regroup(args, config)
+    train_set, _ = build_datasets(
+        args.data, position_sampler(args, config), config.vocab_size,
+        STEPS * layout.global_batch_size, 0, "tokens" not in fields_here(),
+    )
+    trainer = training.setup(args, config, layout, loaded, resume)
+    if fault:
+        spoil(trainer.stages[-1], FAULTS[fault])
+    streams = [batches(train_set, 0, args.training.micro_batch_size, 0) for _ in trainer.models]
+    losses, grad_norms = [], []
+    for _ in range(STEPS):
+        loss, grad_norm = training.train_step(trainer, streams if streams[1:] else streams[0])
+        # Complete on the last pipeline stage, zero on the others.
+        dist.all_reduce(loss, op=dist.ReduceOp.MAX)
+        losses.append((loss[0] / loss[1]).item())
+        grad_norms.append(grad_norm)
+    if save:
+        training.save(trainer)
+    return {"losses": losses, "grad_norms": grad_norms}
+
+
+def regroup(args, config) -> None:
+    """megatron-core's groups for another layout, of the ranks that have met already."""
+    import torch.distributed as dist
+    from megatron.core import parallel_state, tensor_parallel
+
+    dist.barrier()
+    for group in parallel_state._global_process_group_list[1:]:  # [0] is the world
+        dist.destroy_process_group(group)
+    parallel_state.destroy_model_parallel()
+    p = args.parallel
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=p.tensor_model_parallel_size,
+        pipeline_model_parallel_size=p.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=p.virtual_pipeline_size(config.num_layers),
+        context_parallel_size=p.context_parallel_size,
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(args.training.seed)
+
+
+def spoil(stage, change) -> None:
+    """On the last rank, changes the position ids on their way into its last stage."""
+    import torch.distributed as dist
+
+    if dist.get_rank() == dist.get_world_size() - 1:
+        stage.register_forward_pre_hook(
+            lambda _, inputs: (inputs[0], change(inputs[1]), *inputs[2:]))
+
+
+def measure(folder: Path, corpus: str) -> dict[str, dict]:
+    """Every layout, in one start for each number of ranks: rows by name."""
+    output = folder / "rows.jsonl"
+    for ranks in (1, 2, 4):
+        program = [__file__, "--load", str(folder), "--data-path", corpus, "--output", str(output)]
+        if ranks > 1:
+            program = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+                       str(ranks), *program]
+        env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+        # On CPU also where there are GPUs: float32 is the same there everywhere.
+        env |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        run = subprocess.run([sys.executable, *program], env=env, capture_output=True, text=True,
+                             timeout=300)
+        if run.returncode:
+            raise RuntimeError(run.stdout[-2000:] + run.stderr[-6000:])
+    return {row.pop("layout"): row for row in map(json.loads, output.read_text().splitlines())}
+
+
+def deviation(rows: dict[str, dict], name: str) -> tuple[float, float]:
+    """Of losses and gradient norms from one rank's, relative, the largest of all steps."""
+    row, alone = rows[name], rows[(LAYOUTS | BROKEN)[name].reference]
+    return tuple(
+        max(abs(a - b) / b for a, b in zip(row[key], alone[key], strict=True))
+        for key in ("losses", "grad_norms")
+    )
+
+
+def table(rows: dict[str, dict]) -> str:
+    """Markdown; the references are left out."""
+    lines = ["| layout | ranks | loss | gradient norm |", "|---|---|---|---|"]
+    for name, layout in (LAYOUTS | BROKEN).items():
+        if name != layout.reference:
+            loss, norm = deviation(rows, name)
+            lines.append(f"| {name} | {layout.ranks} | {loss:.1e} | {norm:.1e} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layouts", nargs="+", help="names (default: all of so many ranks)")
+    parser.add_argument("--load", type=Path, help="folder of checkpoints; one rank fills it")
+    parser.add_argument("--data-path", help="corpus prefix (default: some of Python's library)")
+    parser.add_argument("--output", type=Path, help="append one JSON row per layout here")
+    args = parser.parse_args()
+    if args.output:
+        ranks = int(os.environ.get("WORLD_SIZE", 1))
+        names = args.layouts or [n for n, x in (LAYOUTS | BROKEN).items() if x.ranks == ranks]
+        train_each(names, args.load, args.data_path, args.output)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        print(table(measure(Path(folder), args.data_path or stdlib_corpus(folder))))
+
+
+def stdlib_corpus(folder: str) -> str:
+    sys.path.insert(0, str(TESTS))
+    from conftest import EOD, STDLIB, write_corpus
+
+    library = Path(sysconfig.get_path("stdlib"))
+    documents = [[*(library / f"{name}.py").read_bytes(), EOD] for name in STDLIB]
+    return write_corpus(Path(folder) / "text_document", documents)
+
+
+if __name__ == "__main__":
+    main()

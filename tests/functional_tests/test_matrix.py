@@ -1,0 +1,39 @@
+"""Every layout of ranks trains the model that one rank trains: losses and gradient norms of four
+steps, from the same checkpoint and on the same batches, whatever divides the work."""
+
+from itertools import pairwise
+
+import pytest
+from layouts import BROKEN, LAYOUTS, MODELS, STEPS, deviation, measure, table
+
+TOLERANCE = 1e-5  # relative, in float32
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory, stdlib_corpus):
+    rows = measure(tmp_path_factory.mktemp("matrix"), stdlib_corpus)
+    print(table(rows))  # with any test that fails, and with --capture=no
+    return rows
+
+
+@pytest.mark.parametrize("name", [n for n, x in LAYOUTS.items() if n != x.reference])
+def test_a_layout_trains_the_model_of_one_rank(rows, name):
+    loss, grad_norm = deviation(rows, name)
+    assert loss < TOLERANCE and grad_norm < TOLERANCE
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_wrong_positions_on_a_single_rank_are_seen(rows, name):
+    loss, grad_norm = deviation(rows, name)
+    assert loss > 10 * TOLERANCE and grad_norm > 10 * TOLERANCE
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_step_of_the_reference_counts(rows, model):
+    row = rows[f"1 rank, {model}"]
+    assert len(row["losses"]) == len(row["grad_norms"]) == STEPS
+    for key in ("losses", "grad_norms"):  # another batch and other weights each time
+        values = sorted(row[key])
+        assert all(b / a - 1 > 100 * TOLERANCE for a, b in pairwise(values)), row
+    # Above --clip-grad: the norm is part of every update.
+    assert min(row["grad_norms"]) > 0.5
