@@ -247,12 +247,14 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="pretrain_pose.py",
-        description="Train a RoPE language model on windows of --seq-length tokens whose position "
+        description="Train a RoPE language model on windows of --seq-length tokens whose position\n"
         "ids reach --max-position-embeddings (PoSE), on megatron-core.",
-        epilog="example: torchrun --nproc-per-node 8 pretrain_pose.py --load llama --finetune "
-        "--save out --data-path books_text_document --seq-length 2048 "
-        "--max-position-embeddings 131072 --rope-scaling yarn --train-iters 1000 "
-        "--global-batch-size 64 --lr 2e-5 --lr-warmup-iters 10 --bf16",
+        epilog="example:\n"
+        "  torchrun --nproc-per-node 8 pretrain_pose.py --load llama --finetune --save out \\\n"
+        "      --data-path books_text_document --seq-length 4096 \\\n"
+        "      --max-position-embeddings 131072 --rope-scaling yarn --train-iters 1000 \\\n"
+        "      --global-batch-size 64 --lr 2e-5 --lr-warmup-iters 10 --bf16",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("--config", help="a YAML file of the same names; flags win over it")

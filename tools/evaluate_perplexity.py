@@ -24,11 +24,12 @@ from pose_megatron.rope import METHODS
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Perplexity at each context length, over the same documents and the same "
+        description="Perplexity at each context length, over the same documents and the same\n"
         "scored tokens, so that the row is comparable.",
-        epilog="example: python tools/evaluate_perplexity.py --load checkpoints/pose "
-        "--data-path books_text_document --context-lengths 2048 4096 8192 16384 "
-        "--output results.jsonl",
+        epilog="example:\n  python tools/evaluate_perplexity.py --load checkpoints/pose \\\n"
+        "      --data-path books_text_document --context-lengths 2048 4096 8192 16384 \\\n"
+        "      --output results.jsonl",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("--load", required=True, help="Megatron checkpoint folder")

@@ -10,7 +10,8 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Reads the JSON lines of the evaluation tools; the last line of a name and "
         "context length counts.",
-        epilog="example: python tools/plot_results.py results.jsonl --output perplexity.png",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="example:\n  python tools/plot_results.py results.jsonl --output perplexity.png",
     )
     parser.add_argument("results", nargs="+", help="files of JSON lines")
     parser.add_argument("--output", default="results.png", help="PNG; the table is .md beside it")
