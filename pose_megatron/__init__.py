@@ -21,7 +21,8 @@ __all__ = list(_HOMES)
 # Said on every start by megatron-core and torch, about packages that are optional and names that
 # only they can change.
 for _message in (".*Apex (is|are) not installed", "full scope is deprecated",
-                 r"`(torch\.distributed\.)?\w+` is deprecated", "Please use DTensor instead"):
+                 r"`(torch\.distributed\.)?\w+` is deprecated", "Please use DTensor instead",
+                 "The .grad attribute of a Tensor that is not a leaf"):
     warnings.filterwarnings("ignore", message=_message)
 
 

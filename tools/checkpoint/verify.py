@@ -19,8 +19,8 @@ from pose_megatron.model import build_model, logits_function, transformer_config
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Runs both models in float32 on the same random tokens, at plain positions and\n"
-        "at both ends of the extended window, and prints the largest difference of a logit.",
+        description="Runs both models in float32 on the same random tokens, at plain positions\n"
+        "and at both ends of the extended window, and prints the largest difference of a logit.",
         epilog="example:\n"
         "  python tools/checkpoint/verify.py --megatron checkpoints/pose --hf models/pose",
         formatter_class=argparse.RawDescriptionHelpFormatter,
