@@ -163,9 +163,11 @@ def test_train_iters_is_needed_except_for_a_dry_run():
     assert parse(["--dry-run"]).training.train_iters is None
 
 
-def test_the_schedules_are_those_of_megatron_core():
+def test_every_schedule_can_be_asked_for():
     for style in LR_DECAY_STYLES:
-        assert parse([*RUN, "--lr-decay-style", style]).training.lr_decay_style == style
+        length = ["--lr-wsd-decay-iters", "2"] if style == "WSD" else []
+        args = parse([*RUN, "--lr-decay-style", style, *length])
+        assert args.training.lr_decay_style == style
 
 
 # The model.
