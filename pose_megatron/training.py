@@ -134,6 +134,9 @@ def train(trainer: Trainer, train_set: PoseDataset | None, valid_set: PoseDatase
     SIGTERM, SIGUSR1 and --exit-duration-in-mins end it after the step in hand, with a checkpoint.
     """
     args, t = trainer.args, trainer.args.training
+    if trainer.iteration >= t.train_iters:
+        print_rank_0(f"nothing to do: {trainer.iteration} steps done, --train-iters {t.train_iters}")
+        return
     data = _streams(trainer, train_set, trainer.consumed_samples, args.data.num_workers)
     log, stop = Log(trainer), Stop(t.exit_duration_in_mins)
     queue = AsyncCallsQueue() if args.checkpoint.async_save else None
