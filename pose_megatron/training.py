@@ -135,7 +135,7 @@ def train(trainer: Trainer, train_set: PoseDataset | None, valid_set: PoseDatase
     """
     args, t = trainer.args, trainer.args.training
     if trainer.iteration >= t.train_iters:
-        print_rank_0(f"nothing to do: {trainer.iteration} steps done, --train-iters {t.train_iters}")
+        print_rank_0(f"nothing to do: --train-iters {t.train_iters}, {trainer.iteration} done")
         return
     data = _streams(trainer, train_set, trainer.consumed_samples, args.data.num_workers)
     log, stop = Log(trainer), Stop(t.exit_duration_in_mins)
