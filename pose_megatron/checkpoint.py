@@ -11,15 +11,16 @@ points at is complete; a directory that a killed run left unfinished is never po
 """
 
 import argparse
+import ctypes
 import multiprocessing
 import os
 import random
 import shutil
+import signal
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from multiprocessing.managers import SyncManager
 from pathlib import Path
-from threading import Thread
 
 import numpy as np
 import torch
@@ -274,17 +275,31 @@ def write(
 
 def _quick_results_queue() -> None:
     """The writer reports through a manager process that it would spawn, importing everything anew
-    (seconds, and the memory of a whole rank); a forked one is there at once. It ends with this
-    rank, also when that is killed."""
+    (seconds, and the memory of a whole rank); a forked one is there at once."""
     if filesystem_async._results_queue is None:
-        manager = SyncManager(ctx=multiprocessing.get_context("fork"))
-        manager.start(_end_with_parent)
+        _children_end_with_this_rank()
+        manager = multiprocessing.get_context("fork").Manager()
         filesystem_async._results_queue = manager.Queue()
 
 
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+def _children_end_with_this_rank() -> None:
+    """The writer's processes would outlive a rank that is killed: they would keep its memory, and
+    write on into a checkpoint that the next start writes anew. Linux ends them with it."""
+    if sys.platform != "linux":
+        return
+    prctl, set_death_signal = ctypes.CDLL(None).prctl, 1
+    parent = 0
+
+    def note() -> None:
+        nonlocal parent
+        parent = os.getpid()
+
+    def end_with_parent() -> None:
+        prctl(set_death_signal, signal.SIGKILL)
+        if os.getppid() != parent:  # it died before the line above
+            os._exit(1)
+
+    os.register_at_fork(before=note, after_in_child=end_with_parent)
 
 
 def _forget(root: Path, word) -> None:

@@ -195,6 +195,7 @@ def test_a_run_killed_again_and_again_comes_to_the_same_end(job, straight, backg
                 time.sleep(chance.uniform(0, 0.15))
                 process.kill()
                 break
+        # Read to the end: what the killed rank had started has ended too, or this would wait.
         process.communicate(timeout=120)
     job.run(name, *words)
     assert losses(job.log(name)) == losses(straight[0])
