@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pose_megatron.model_config import ModelConfig, ModelFlags, flag, spell
-from pose_megatron.positions import CONTENTS
+from pose_megatron.samplers import CONTENTS
 
 LR_DECAY_STYLES = ("constant", "linear", "cosine", "inverse-square-root", "WSD")
 

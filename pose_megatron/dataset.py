@@ -31,7 +31,8 @@ from megatron.core.datasets.indexed_dataset import (
 from megatron.core.datasets.megatron_dataset import MegatronDataset
 
 from pose_megatron.arguments import DataFlags
-from pose_megatron.positions import PoseSampler, SkipPlan
+from pose_megatron.positions import PoseSampler
+from pose_megatron.samplers import SkipPlan
 
 logger = logging.getLogger(__name__)
 

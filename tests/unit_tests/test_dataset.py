@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from pose_megatron.arguments import DataFlags
 from pose_megatron.dataset import Shuffle, build_datasets
-from pose_megatron.positions import SAMPLERS, PoseSampler
+from pose_megatron.positions import PoseSampler
+from pose_megatron.samplers import SAMPLERS
 
 ALL_TRAIN = "1,0,0"
 SIZES = [40, 9, 8, 1, 17, 100, 3, 33, 8, 25]  # with L = 8: four do not fill a window
