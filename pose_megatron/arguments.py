@@ -16,8 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pose_megatron.model_config import ModelConfig, ModelFlags, flag, spell
-from pose_megatron.samplers import CONTENTS
+from pose_megatron.positions import PoseSampler
+from pose_megatron.samplers import CONTENTS, SAMPLERS, SKIP_LAWS
 
+SENTENCE_ENDS = (".", "!", "?", "\n")
 LR_DECAY_STYLES = ("constant", "linear", "cosine", "inverse-square-root", "WSD")
 
 
@@ -26,10 +28,21 @@ class PositionFlags:
     """Positions of the training samples; validation always uses plain ones"""
 
     position_sampler: str | None = flag(
-        None, "pose, randpos, full (plain) (default: pose when T > L, else full)")
+        None, f"{', '.join(SAMPLERS)} (plain) (default: pose when T > L, else full)")
     pose_num_chunks: int = flag(2, "chunks N that a window is cut into")
     pose_content: str = flag(
         "uniform", "where a chunk's text comes from: v uniform, v = 0, or v = u", CONTENTS)
+    pose_skip_law: str = flag(
+        "chain", "of u: the paper's equation 4, or N - 1 uniform values in order, which for many "
+        "chunks does not crowd toward T", SKIP_LAWS)
+    pose_boundaries: list[str] = flag(
+        [], "pose-boundary, longrecipe: chunks start after these tokens; an id, or a text that "
+        "the token is or ends with (longrecipe's default: . ! ? and newline)", nargs="+")
+    pose_plain_fraction: float = flag(
+        0.0, "share of samples with plain positions and contiguous text")
+    pose_target_schedule: list[str] = flag(
+        [], "a target that grows: '0:8192 64000:32768 128000:131072' says from which sample on "
+        "which target, the last of them T", nargs="+")
 
 
 @dataclass(frozen=True)
@@ -38,7 +51,23 @@ class DataFlags:
 
     data_path: list[str] = flag(
         [], "corpus prefixes, or 'weight prefix weight prefix ...'", nargs="+")
-    split: str = flag("969,30,1", "train,valid,test shares of the documents")
+    data_args_path: str | None = flag(None, "a file with the words of --data-path")
+    train_data_path: list[str] = flag([], "corpora of training alone, like --data-path", nargs="+")
+    valid_data_path: list[str] = flag([], "corpora of validation alone", nargs="+")
+    test_data_path: list[str] = flag([], "corpora of a test after the last step", nargs="+")
+    split: str | None = flag(
+        None, "train,valid,test shares of the documents (default: 969,30,1)")
+    data_cache_path: str | None = flag(
+        None, "folder for dataset indices, made once and memory-mapped; jobs may share it "
+        "(default: in memory)")
+    data_mode: str = flag(
+        "document", "a sample is cut from one document, or from all packed end to end",
+        ("document", "packed"))
+    packed_skips: str = flag(
+        "document", "packed: text skips stay inside a document, or go up to T tokens along the "
+        "stream", ("document", "stream"))
+    materialized: str | None = flag(
+        None, "train on the samples that tools/materialize_positions.py wrote at this prefix")
     seq_length: int = flag(2048, "training window L in tokens")
     short_documents: str = flag(
         "drop", "documents below L + 1 tokens: drop them, or pack them end to end",
@@ -144,6 +173,38 @@ class Arguments:
     parallel: ParallelFlags
     checkpoint: CheckpointFlags
     logging: LoggingFlags
+
+    def positions_asked_for(self) -> dict:
+        """The position flags that are not at their defaults."""
+        defaults = dataclasses.asdict(PositionFlags())
+        given = dataclasses.asdict(self.position)
+        return {name: value for name, value in given.items() if value != defaults[name]}
+
+    def sampler(self, target: int, tokenizer=None) -> PoseSampler:
+        """The sampler of training positions.
+
+        Args:
+            target: T, in tokens.
+            tokenizer: a tokenizer.Tokenizer, where chunks start after tokens named by their text.
+
+        Raises:
+            ValueError: naming the flag, its value and the way out.
+        """
+        p, window = self.position, self.data.seq_length
+        name = p.position_sampler or ("pose" if target > window else "full")
+        boundaries = p.pose_boundaries
+        if name in SAMPLERS and SAMPLERS[name].reads_tokens:
+            boundaries = boundaries or list(SENTENCE_ENDS if name == "longrecipe" else ())
+        elif boundaries:
+            raise ValueError(
+                f"--pose-boundaries {' '.join(boundaries)} has no effect with --position-sampler "
+                f"{name}, which does not read tokens"
+            )
+        return PoseSampler(
+            window, target, name, p.pose_num_chunks, p.pose_content, self.training.seed,
+            p.pose_skip_law, _token_ids(boundaries, tokenizer), p.pose_plain_fraction,
+            _stages(p.pose_target_schedule),
+        )
 
     def check(self, model: ModelConfig, world_size: int) -> "Layout":
         """Hold the run to its layout.
@@ -336,6 +397,31 @@ def _words_of_config(path: Path) -> list[str]:
         elif value is not None:
             words += [spell(name), *map(str, value if isinstance(value, list) else [value])]
     return words
+
+
+def _token_ids(words: list[str], tokenizer) -> tuple[int, ...]:
+    """Ids, or texts that tokens are or end with, to ids."""
+    ids = {int(word) for word in words if word.isdecimal()}
+    for text in [word for word in words if not word.isdecimal()]:
+        if tokenizer is None:
+            raise ValueError(
+                f"--pose-boundaries {text!r} is a text: name the tokenizer with --tokenizer-model, "
+                "or give token ids"
+            )
+        found = tokenizer.ids_ending(text)
+        if not found:
+            raise ValueError(f"--pose-boundaries {text!r}: no token of the tokenizer is that text "
+                             "or ends with it")
+        ids.update(found)
+    return tuple(sorted(ids))
+
+
+def _stages(words: list[str]) -> tuple[tuple[int, int], ...]:
+    try:
+        return tuple((int(first), int(target)) for first, target in (w.split(":") for w in words))
+    except ValueError:
+        raise ValueError(f"--pose-target-schedule {' '.join(words)}: give 'first-sample:target' "
+                         "words, such as 0:8192 64000:131072") from None
 
 
 def _check_ranges(args: Arguments) -> None:

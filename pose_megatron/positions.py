@@ -92,6 +92,21 @@ class PoseSampler:
                 f"{self.window} or more to --max-position-embeddings {self.target}"
             )
 
+    def describe(self) -> str:
+        """Law and sizes, for people."""
+        words = [self.name, f"window L = {self.window}", f"target T = {self.target}"]
+        if self.name in ("pose", "pose-boundary"):
+            words.append(f"{self.num_chunks} chunks")
+        if self.name == "pose":
+            words.append(f"{self.content} text")
+        if self.skip_law != "chain":
+            words.append(f"{self.skip_law} skips")
+        if self.plain_fraction:
+            words.append(f"{self.plain_fraction:.0%} plain samples")
+        if self.target_schedule:
+            words.append(f"growing from T = {self.target_schedule[0][1]}")
+        return ", ".join(words)
+
     @property
     def reads_tokens(self) -> bool:
         """Whether `plan` wants the window's tokens."""

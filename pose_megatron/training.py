@@ -229,6 +229,13 @@ def evaluate(trainer: Trainer, valid_set: PoseDataset | None) -> float:
     return (total[0] / total[1]).item()
 
 
+def test(trainer: Trainer, test_set: PoseDataset | None) -> None:
+    """Reports the mean loss over --eval-iters batches of --test-data-path."""
+    log = Log(trainer)
+    log.validation(evaluate(trainer, test_set), "test")
+    log.close()
+
+
 def _streams(trainer: Trainer, dataset: PoseDataset | None, consumed: int, num_workers: int):
     """The micro-batches of this rank; interleaved, each model chunk reads a stream of its own."""
     streams = [
@@ -331,12 +338,12 @@ class Log:
         self.sum.zero_()
         self.mark, self.seconds, self.steps = time.perf_counter(), 0.0, 0
 
-    def validation(self, loss: float) -> None:
+    def validation(self, loss: float, name: str = "validation") -> None:
         at = self.trainer.iteration
         # exp() of a fresh model's loss can overflow; infinity is then the honest figure.
         perplexity = math.exp(loss) if loss < 700 else math.inf
-        print_rank_0(f"validation at {at} | loss {loss:.4f} | perplexity {perplexity:.3f}")
-        self._record(iteration=at, valid_loss=loss)
+        print_rank_0(f"{name} at {at} | loss {loss:.4f} | perplexity {perplexity:.3f}")
+        self._record(iteration=at, **{"test_loss" if name == "test" else "valid_loss": loss})
         self.mark = time.perf_counter()  # not a step's time
 
     def saved(self, path: Path) -> None:

@@ -171,7 +171,7 @@ def train(words: list[str], fault: str | None = None, save: bool = False) -> dic
     config = resolve_model(args.model, args.data.seq_length, loaded and loaded.model, None)
     layout = args.check(config, distributed.world_size())
     regroup(args, config)
-    train_set, _ = build_datasets(
+    train_set, *_ = build_datasets(
         args.data, position_sampler(args, config), config.vocab_size,
         STEPS * layout.global_batch_size, 0, "tokens" not in fields_here(),
     )

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pose_megatron.arguments import DataFlags
-from pose_megatron.dataset import Shuffle, build_datasets
+from pose_megatron.dataset import build_datasets
 from pose_megatron.positions import PoseSampler
 from pose_megatron.samplers import SAMPLERS
+from pose_megatron.shuffle import Shuffle
 
 ALL_TRAIN = "1,0,0"
 SIZES = [40, 9, 8, 1, 17, 100, 3, 33, 8, 25]  # with L = 8: four do not fill a window
@@ -90,7 +91,7 @@ def test_a_label_is_the_true_next_token_everywhere(world, make_corpus, name, con
     for run in [*[d for d in documents if len(d) > 8], stream]:
         following |= dict(pairwise(run))
     data = train_set(make_corpus(documents), samples=200, name=name, content=content, num_chunks=3,
-                     short=short)
+                     short=short, boundaries=tuple(range(0, 200, 3)))
     for i in range(200):
         sample = data[i]
         assert sample["labels"].tolist() == [following[t] for t in sample["tokens"].tolist()]
@@ -230,7 +231,7 @@ def test_a_blend_mixes_by_weight(world, make_corpus, weights, shares):
 def test_validation_is_plain_and_from_other_documents(world, make_corpus):
     documents = numbered([50] * 40)
     data = DataFlags(data_path=[make_corpus(documents)], split="80,20,0", seq_length=8)
-    train, valid = build_datasets(data, PoseSampler(8, 64), 10**6, 300, 40)
+    train, valid, _ = build_datasets(data, PoseSampler(8, 64), 10**6, 300, 40)
     assert len(valid) == 40
 
     def documents_of(samples):

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 LAYERS = [
-    {"draws", "samplers", "positions", "coverage", "rope", "convert", "evaluation"},
+    {"draws", "shuffle", "samplers", "positions", "coverage", "rope", "convert", "evaluation"},
     {"arguments", "model_config"},
-    {"cpu", "distributed", "dataset", "batch", "attention", "model", "optimizer", "checkpoint",
+    {"cpu", "distributed", "corpus", "index_cache", "blend", "materialized", "dataset", "batch",
+     "attention", "model", "optimizer", "checkpoint",
      "tokenizer", "jsonl", "durable", "huggingface", "weights"},
     {"training"},
 ]

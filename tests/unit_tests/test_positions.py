@@ -1,4 +1,4 @@
-"""positions.py, samplers.py and draws.py against the paper's laws, exact probabilities and an independent Philox."""
+"""positions.py, samplers.py and draws.py against the laws, exact probabilities, another Philox."""
 
 import itertools
 import math
