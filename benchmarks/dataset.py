@@ -5,7 +5,7 @@ Measured on a corpus of random tokens, mapped from disk and read once before the
     samples/s   one process, indices in order: megatron-core's GPTDataset, ours plain (`full`), and
                 ours with PoSE positions, each sample as the training loop gets it
     plans/s     the PoSE authors' rule (three draws of `random`, torch.arange, the second chunk
-                moved), and ours: one at a time, in batches, and both with every position written out
+                moved), and ours: one at a time, in batches, each also with its positions
     start       seconds from files to the first sample of a corpus of many documents
 """
 
