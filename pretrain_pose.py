@@ -17,6 +17,7 @@ from pose_megatron.arguments import parse
 from pose_megatron.batch import fields_here
 from pose_megatron.dataset import build_datasets
 from pose_megatron.distributed import one_sentence_errors, print_rank_0
+from pose_megatron.materialized import read_description
 from pose_megatron.model_config import ModelConfig, resolve_model
 from pose_megatron.positions import PoseSampler
 from pose_megatron.tokenizer import Tokenizer, build_tokenizer
@@ -70,6 +71,10 @@ def describe(args, config: ModelConfig, layout, sampler: PoseSampler) -> None:
     """What this run is, in one look."""
     p, t = args.parallel, args.training
     scaling = config.rope_scaling
+    positions = sampler.describe()
+    if args.data.materialized:
+        law = read_description(args.data.materialized)["law"]
+        positions = f"of {args.data.materialized}: {law}"
     tokens = (t.train_iters or 0) * layout.global_batch_size * sampler.window
     print_rank_0(
         f"model      {config.num_parameters:,} parameters: {config.num_layers} layers, hidden "
@@ -78,7 +83,7 @@ def describe(args, config: ModelConfig, layout, sampler: PoseSampler) -> None:
         f"(padded {config.padded_vocab_size}), {'bf16' if t.bf16 else 'float32'}\n"
         f"rope       theta {config.rotary_base:g}, {scaling.method} x{scaling.factor:g}"
         f"{f' from {scaling.original_max_position_embeddings}' if scaling.factor > 1 else ''}\n"
-        f"positions  {sampler.describe()}\n"
+        f"positions  {positions}\n"
         f"layout     tensor {p.tensor_model_parallel_size} x pipeline "
         f"{p.pipeline_model_parallel_size} x context {p.context_parallel_size} x data "
         f"{layout.data_parallel_size}, batch {layout.global_batch_size} = {t.micro_batch_size} x "
@@ -86,8 +91,8 @@ def describe(args, config: ModelConfig, layout, sampler: PoseSampler) -> None:
         f"training   {t.train_iters} steps, {tokens:,} tokens, seed {t.seed}"
     )
     if args.data.materialized:
-        print_rank_0(f"samples    read from {args.data.materialized}")
-    elif args.logging.dry_run and sampler.reads_tokens:
+        return
+    if args.logging.dry_run and sampler.reads_tokens:
         print_rank_0("plans      depend on the text")
     elif args.logging.dry_run:
         print_rank_0("plans, over a source of 4 L tokens (length @ position <- text):")

@@ -179,17 +179,21 @@ class PackedSpans(Spans):
     def _prepare(self) -> None:
         self.tokens = int(self.dataset.lengths[self.indices].sum(dtype=np.int64))
         self.samples_per_epoch = max(self.tokens - 1, 0) // self.window
-        self._stream: tuple[int, Stream | None] = (-1, None)
+        # The first epoch's here and now: loader processes, forked later, share it.
+        self._stream = 0, self._stream_of(0)
 
     def _source(self, epoch: int, sample: int) -> Source:
         if epoch != self._stream[0]:
-            table = self._cached("packed stream", lambda: self._table(epoch), epoch=epoch,
-                                 seed=self.config.random_seed)
-            self._stream = epoch, Stream(self.dataset, table["order"], table["ends"])
+            self._stream = epoch, self._stream_of(epoch)
         stream, start = self._stream[1], sample * self.window
         if self.config.packed_reach:
             return stream.source(start, min(self.config.packed_reach + 1, self.tokens - start))
         return stream.source(start, self.window + 1, whole_document=True)
+
+    def _stream_of(self, epoch: int) -> "Stream":
+        table = self._cached("packed stream", lambda: self._table(epoch), epoch=epoch,
+                             seed=self.config.random_seed)
+        return Stream(self.dataset, table["order"], table["ends"])
 
     def _table(self, epoch: int) -> dict[str, np.ndarray]:
         n = len(self.indices)

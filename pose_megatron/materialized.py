@@ -29,7 +29,8 @@ def write(prefix: str, samples: Iterable[dict[str, np.ndarray]], vocab_size: int
 
     Args:
         samples: as a PoseDataset yields them.
-        description: window, target and samples, and whatever else the reader should know.
+        description: window, target, samples, law (in words), positions (the flags), and whatever
+            else the reader should know.
 
     Raises:
         OSError: the disk is full, or the folder cannot be written.
@@ -138,6 +139,7 @@ def read_description(prefix: str) -> dict:
         for name in ("window", "target", "samples"):
             int(description[name])
         dict(description["positions"])
+        str(description["law"])
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"--materialized {prefix}: {path} is not what "
                          "tools/materialize_positions.py writes") from None

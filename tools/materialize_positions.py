@@ -71,7 +71,8 @@ def main() -> None:
         description = {
             "window": sampler.window, "target": sampler.target, "samples": samples,
             "vocab_size": config.vocab_size, "positions": dataclasses.asdict(args.position),
-            "sampler": dataclasses.asdict(sampler), "data": dataclasses.asdict(args.data),
+            "law": sampler.describe(), "sampler": dataclasses.asdict(sampler),
+            "data": dataclasses.asdict(args.data),
         }
         with tqdm(total=samples, unit=" samples", disable=not sys.stderr.isatty()) as bar:
             def drawn():

@@ -90,7 +90,7 @@ def test_the_losses_are_the_same_bits(logs):
         for name in ("loss", "grad_norm", "lr", "consumed_samples"):
             assert one[name] == other[name]
     assert len({step["loss"] for step in drawn}) == 5
-    assert f"samples    read from {prefix}" in printed["read"]
+    assert f"positions  of {prefix}: pose-boundary, window L = 32" in printed["read"]
     assert "20 samples of 32 tokens" in printed["tool"]
 
 

@@ -26,7 +26,7 @@ def drawn(corpus, samples=SAMPLES, **options):
 
 
 def description(**other):
-    return {"window": 64, "target": 2048, "samples": SAMPLES, "positions": {}} | other
+    return {"window": 64, "target": 2048, "samples": SAMPLES, "law": "", "positions": {}} | other
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from pose_megatron.draws import Draw, Draws
 from pose_megatron.positions import PoseSampler
-from pose_megatron.samplers import CONTENTS, SAMPLERS, SKIP_LAWS
+from pose_megatron.samplers import CONTENTS, SAMPLERS, SKIP_LAWS, Sampler, SkipPlan
 
 WORD = 2**64
 PLAIN = ("pose", "randpos", "full")  # what the first release had: their plans never change
@@ -559,6 +559,19 @@ def test_golden_coins_never_change():
 def test_golden_randpos_never_changes(target, positions):
     plan = PoseSampler(8, target, "randpos", seed=1234).plan(5, 8, epoch=2)
     assert plan.positions().tolist() == positions
+
+
+def test_a_new_sampler_is_a_function_and_a_line(monkeypatch):
+    def shifted(draw, ask, target, source, cuts):
+        start = draw.integer(0, target - ask.window)
+        return SkipPlan(*np.array([[ask.window], [start], [0]]))
+
+    monkeypatch.setitem(SAMPLERS, "shifted", Sampler(shifted))
+    sampler = PoseSampler(8, 64, "shifted")
+    starts = {int(sampler.plan(i, 8).positions()[0]) for i in range(600)}
+    assert starts == set(range(57))
+    assert sampler.plans(range(4), 8).positions()[3].tolist() == sampler.plan(3, 8).positions(
+    ).tolist()
 
 
 @pytest.mark.parametrize("options, words", [
