@@ -28,7 +28,7 @@ class PositionFlags:
     """Positions of the training samples; validation always uses plain ones"""
 
     position_sampler: str | None = flag(
-        None, f"{', '.join(SAMPLERS)} (plain) (default: pose when T > L, else full)")
+        None, f"{', '.join(SAMPLERS)}; full is plain (default: pose when T > L, else full)")
     pose_num_chunks: int = flag(2, "chunks N that a window is cut into")
     pose_content: str = flag(
         "uniform", "where a chunk's text comes from: v uniform, v = 0, or v = u", CONTENTS)
@@ -442,6 +442,8 @@ def _check_ranges(args: Arguments) -> None:
             value = getattr(group, name)
             if value is not None and value < 1:
                 raise ValueError(f"{spell(name)} must be at least 1, not {value}")
+    if args.data.packed_skips != "document" and args.data.data_mode != "packed":
+        raise ValueError(f"--packed-skips {args.data.packed_skips} needs --data-mode packed")
     if args.data.num_workers < 0:
         raise ValueError(f"--num-workers must be at least 0, not {args.data.num_workers}")
     if not args.logging.dry_run and t.train_iters is None:

@@ -129,8 +129,9 @@ class PoseSampler:
             tokens: the source's first L tokens, where `reads_tokens`.
 
         Raises:
-            ValueError: the source is shorter than the window.
+            ValueError: the source is shorter than the window, or tokens are wanted and missing.
         """
+        index, source = int(index), int(source)  # numpy's would overflow in a Draw
         if source < self.window:
             raise ValueError(
                 f"sample {index}: its source has {source} tokens, fewer than --seq-length "
@@ -177,5 +178,7 @@ class PoseSampler:
     def _plain(self, draw):
         return draw.integer(0, 2**32 - 1) < int(self.plain_fraction * 2**32)
 
-    def _cuts(self, tokens: np.ndarray) -> np.ndarray:
+    def _cuts(self, tokens: np.ndarray | None) -> np.ndarray:
+        if tokens is None:
+            raise ValueError(f"--position-sampler {self.name} cuts at tokens: give it the window's")
         return np.flatnonzero(np.isin(tokens[: self.window - 1], self.boundaries)) + 1

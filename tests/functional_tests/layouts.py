@@ -164,7 +164,6 @@ def train(words: list[str], fault: str | None = None, save: bool = False) -> dic
     from pose_megatron.batch import batches, fields_here
     from pose_megatron.dataset import build_datasets
     from pose_megatron.model_config import resolve_model
-    from pretrain_pose import position_sampler
 
     args = parse(words)
     loaded, resume = training.starting_point(args.checkpoint)
@@ -172,7 +171,7 @@ def train(words: list[str], fault: str | None = None, save: bool = False) -> dic
     layout = args.check(config, distributed.world_size())
     regroup(args, config)
     train_set, *_ = build_datasets(
-        args.data, position_sampler(args, config), config.vocab_size,
+        args.data, args.sampler(config.max_position_embeddings), config.vocab_size,
         STEPS * layout.global_batch_size, 0, "tokens" not in fields_here(),
     )
     trainer = training.setup(args, config, layout, loaded, resume)

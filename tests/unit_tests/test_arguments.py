@@ -441,6 +441,12 @@ def test_a_sampler_that_cannot_be_is_answered_with_a_sentence(words, tokenizer, 
         sampler(words, tokenizer=tokenizer)
 
 
+def test_packed_skips_belong_to_packed_data():
+    with pytest.raises(ValueError, match="--packed-skips stream needs --data-mode packed"):
+        parse([*RUN, "--packed-skips", "stream"])
+    assert parse([*RUN, "--packed-skips", "stream", "--data-mode", "packed"])
+
+
 def test_positions_asked_for_are_those_that_differ_from_the_defaults():
     args = parse(["--pose-num-chunks", "3", "--pose-content", "uniform", *RUN])
     assert args.positions_asked_for() == {"pose_num_chunks": 3}

@@ -561,6 +561,19 @@ def test_golden_randpos_never_changes(target, positions):
     assert plan.positions().tolist() == positions
 
 
+def test_numpys_integers_address_the_same_plan():
+    sampler = PoseSampler(8, 64, num_chunks=3, target_schedule=((0, 20), (5, 64)))
+    for i in range(12):
+        assert sampler.plan(np.int64(i), np.int32(99)).positions().tolist() == sampler.plan(
+            i, 99).positions().tolist()
+
+
+def test_tokens_are_missed():
+    sampler = PoseSampler(8, 64, "longrecipe", boundaries=(3,))
+    with pytest.raises(ValueError, match="--position-sampler longrecipe cuts at tokens: give it"):
+        sampler.plan(0, 8)
+
+
 def test_a_new_sampler_is_a_function_and_a_line(monkeypatch):
     def shifted(draw, ask, target, source, cuts):
         start = draw.integer(0, target - ask.window)

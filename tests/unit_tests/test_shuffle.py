@@ -58,6 +58,16 @@ def test_a_stretch_is_the_elements_one_by_one(n, seed, data):
     assert shuffle.order(start, stop).tolist() == [shuffle[i] for i in range(start, stop)]
 
 
+@given(st.integers(1, 3000), st.lists(st.tuples(st.integers(0, 2999), st.integers(1, 40)),
+                                       max_size=12))
+def test_any_way_of_reading_gives_the_same_order(n, stretches):
+    shuffle = Shuffle(n, 5, 1)
+    order = Shuffle(n, 5, 1).order(0, n).tolist()
+    for start, length in stretches:
+        for i in range(min(start, n - 1), min(start + length, n)):
+            assert shuffle[i] == order[i]
+
+
 def test_streams_have_nothing_in_common():
     one, other = (Shuffle(1000, 1, 0, stream).order(0, 1000) for stream in (0, 1))
     assert (one == other).sum() < 8
