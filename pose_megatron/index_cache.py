@@ -17,6 +17,8 @@ import numpy as np
 
 from pose_megatron.durable import fsync
 
+FORMAT = 1  # counts up when an array comes to mean something else
+
 
 def cached(
     folder: str | None, identity: dict, build: Callable[[], dict[str, np.ndarray]]
@@ -32,7 +34,8 @@ def cached(
     """
     if folder is None:
         return build()
-    name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
+    words = json.dumps([FORMAT, identity], sort_keys=True)
+    name = hashlib.sha256(words.encode()).hexdigest()[:32]
     entry = Path(folder) / name
     if not entry.is_dir():
         _write(entry, identity, build())

@@ -24,10 +24,10 @@ class PoseSampler:
         window: L, tokens of a sample.
         target: T; positions lie in [0, T).
         name: a key of SAMPLERS.
-        num_chunks: N, for `pose` and `pose-boundary`.
+        num_chunks: N, for samplers in chunks (`pose`, `pose-boundary`).
         content: rule for v, one of CONTENTS, for `pose`; `cream` heeds contiguous.
         seed: non-negative, below 2**64.
-        skip_law: rule for u, one of SKIP_LAWS, for `pose` and `pose-boundary`.
+        skip_law: rule for u, one of SKIP_LAWS, for samplers in chunks.
         boundaries: token ids after which a chunk may start, for samplers that read tokens.
         plain_fraction: share of samples with plain positions and contiguous text, in [0, 1].
         target_schedule: (first sample, target) pairs, ascending in both, from sample 0 on and up
@@ -62,7 +62,7 @@ class PoseSampler:
                 f"--seq-length {self.window} (the window L) is greater than "
                 f"--max-position-embeddings {self.target} (the target T); raise the latter"
             )
-        if self.name in ("pose", "pose-boundary") and not 1 <= self.num_chunks <= self.window:
+        if SAMPLERS[self.name].in_chunks and not 1 <= self.num_chunks <= self.window:
             raise ValueError(
                 f"--pose-num-chunks {self.num_chunks} must lie between 1 and --seq-length "
                 f"{self.window}: every chunk has at least one token"
@@ -95,11 +95,11 @@ class PoseSampler:
     def describe(self) -> str:
         """Law and sizes, for people."""
         words = [self.name, f"window L = {self.window}", f"target T = {self.target}"]
-        if self.name in ("pose", "pose-boundary"):
+        if SAMPLERS[self.name].in_chunks:
             words.append(f"{self.num_chunks} chunks")
         if self.name == "pose":
             words.append(f"{self.content} text")
-        if self.skip_law != "chain":
+        if SAMPLERS[self.name].in_chunks and self.skip_law != "chain":
             words.append(f"{self.skip_law} skips")
         if self.plain_fraction:
             words.append(f"{self.plain_fraction:.0%} plain samples")

@@ -237,22 +237,24 @@ class Sampler(NamedTuple):
     Attributes:
         law: the function.
         min_window: smallest L.
+        in_chunks: the law heeds num_chunks and skip_law.
         in_batches: the law takes `Draws` and int64 [B] as well.
         reads_tokens: the law needs `cuts`, so every pipeline stage must read tokens.
     """
 
     law: Callable[..., SkipPlan]
     min_window: int = 1
+    in_chunks: bool = False
     in_batches: bool = False
     reads_tokens: bool = False
 
 
 SAMPLERS: dict[str, Sampler] = {
-    "pose": Sampler(pose, in_batches=True),
+    "pose": Sampler(pose, in_chunks=True, in_batches=True),
     "randpos": Sampler(randpos),
     "full": Sampler(full, in_batches=True),
     "pose-reference": Sampler(pose_reference, min_window=2, in_batches=True),
-    "pose-boundary": Sampler(pose_boundary, reads_tokens=True),
+    "pose-boundary": Sampler(pose_boundary, in_chunks=True, reads_tokens=True),
     "cream": Sampler(cream, min_window=3),
     "longrecipe": Sampler(longrecipe, min_window=2, reads_tokens=True),
 }

@@ -61,7 +61,7 @@ def build_sampler(text: str, flags: argparse.Namespace) -> PoseSampler:
 def label(text: str, sampler: PoseSampler) -> str:
     """The sampler's words, with what the paper calls its curves by."""
     name, *words = text.split(",")
-    if name in ("pose", "pose-boundary"):
+    if SAMPLERS[name].in_chunks:
         words = [w for w in words if not w.startswith("num-chunks")]
         name = f"{name}, {sampler.num_chunks} chunks"
     return ", ".join(["full (plain)" if name == "full" else name,
