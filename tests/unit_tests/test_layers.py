@@ -9,10 +9,10 @@ import pytest
 
 LAYERS = [
     {"positions", "rope", "convert", "evaluation"},
-    {"arguments", "model_config"},
+    {"arguments", "layout", "model_config"},
     {"cpu", "distributed", "dataset", "batch", "attention", "model", "optimizer", "checkpoint",
      "tokenizer", "jsonl", "durable", "huggingface", "weights"},
-    {"training"},
+    {"log", "training"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
 ROOT = Path(__file__).resolve().parents[2]
