@@ -21,8 +21,8 @@ from pose_megatron.arguments import LoggingFlags
 from pose_megatron.distributed import device, print_rank_0, rank, world_size
 
 # Dense bfloat16 FLOP/s of a device by a part of its name, from NVIDIA's data sheets.
-PEAKS = {"H200": 989e12, "H100 80GB HBM3": 989e12, "H100 PCIe": 756e12, "GH200": 989e12,
-         "B200": 2250e12, "A100": 312e12, "A800": 312e12, "H800": 989e12, "L40S": 362e12}
+PEAKS = {"H200": 989e12, "H100 80GB HBM3": 989e12, "H100 PCIe": 756e12, "B200": 2250e12,
+         "A100": 312e12, "A800": 312e12, "H800": 989e12, "L40S": 362e12}
 
 
 class Log:
