@@ -128,7 +128,9 @@ class ParallelFlags:
 class CheckpointFlags:
     """Checkpoints, in Megatron-LM's directory layout"""
 
-    load: str | None = flag(None, "folder with latest_checkpointed_iteration.txt")
+    load: str | None = flag(
+        None, "folder with latest_checkpointed_iteration.txt; where it is --save's, too, the first "
+        "start of a job may find it empty")
     save: str | None = flag(None, "folder to write iter_0000000/ into")
     save_interval: int | None = flag(None, "steps between saves (default: only at the end)")
     async_save: bool = flag(False, "write checkpoints in the background")

@@ -87,6 +87,9 @@ def starting_point(flags: CheckpointFlags) -> tuple[Checkpoint | None, bool]:
         return checkpoint.find(flags.pretrained_checkpoint), False
     if not flags.load:
         return None, False
+    if flags.load == flags.save and not (checkpoint.exists(flags.load) or flags.finetune):
+        print_rank_0(f"{flags.load} holds no checkpoint yet: starting from fresh weights")
+        return None, False
     try:
         return checkpoint.find(flags.load), not flags.finetune
     except ValueError as error:

@@ -11,7 +11,7 @@ LAYERS = [
     {"positions", "rope", "convert", "evaluation"},
     {"arguments", "layout", "model_config"},
     {"cpu", "distributed", "dataset", "batch", "attention", "model", "optimizer", "checkpoint",
-     "tokenizer", "jsonl", "durable", "huggingface", "weights"},
+     "tokenizer", "jsonl", "durable", "lifetime", "huggingface", "weights"},
     {"log", "training"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
