@@ -290,6 +290,12 @@ class PoseDataset(torch.utils.data.Dataset):
         return {"tokens": rows[0], "labels": rows[1],
                 "loss_mask": np.ones_like(positions), "position_ids": positions}
 
+    def name(self, index: int) -> str:
+        """Where a sample comes from, in words for a person."""
+        source = self.sources[index]["source"]
+        document, first, _ = source.pieces[0]
+        return f"sample {index}: {source.corpus.prefix}, document {document} from token {first}"
+
 
 class Datasets(NamedTuple):
     """None where no samples were asked for, or where the rank does not load."""

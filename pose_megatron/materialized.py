@@ -121,6 +121,10 @@ class MaterializedDataset(torch.utils.data.Dataset):
         return {"tokens": tokens, "labels": labels, "loss_mask": np.ones_like(tokens),
                 "position_ids": read("positions")}
 
+    def name(self, index: int) -> str:
+        """Where a sample comes from, in words for a person."""
+        return f"sample {index} of {self.prefix}"
+
 
 def read_description(prefix: str) -> dict:
     """What prefix.json says.

@@ -35,18 +35,21 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument("--output", required=True, help="prefix of the files")
     parser.add_argument("--samples", type=int,
-                        help="default: --train-iters x --global-batch-size")
+                        help="default: --train-samples, or --train-iters x --global-batch-size")
     return parser.parse_known_args()
 
 
 def samples_of(flags: argparse.Namespace, args: arguments.Arguments) -> int:
-    steps, batch = args.training.train_iters, args.training.global_batch_size
+    t = args.training
     if flags.samples is not None:
         samples = flags.samples
-    elif steps and batch:
-        samples = steps * batch
+    elif t.train_samples:
+        samples = t.train_samples
+    elif t.train_iters and t.global_batch_size:
+        samples = t.train_iters * t.global_batch_size  # more than a ramped batch needs
     else:
-        raise ValueError("--samples is missing: give it, or --train-iters and --global-batch-size")
+        raise ValueError("--samples is missing: give it, or --train-samples, or --train-iters and "
+                         "--global-batch-size")
     if samples < 1:
         raise ValueError(f"--samples must be at least 1, not {samples}")
     return samples

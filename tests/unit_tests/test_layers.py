@@ -9,11 +9,11 @@ import pytest
 
 LAYERS = [
     {"draws", "shuffle", "samplers", "positions", "coverage", "rope", "convert", "evaluation"},
-    {"arguments", "model_config"},
+    {"arguments", "layout", "model_config"},
     {"cpu", "distributed", "corpus", "index_cache", "blend", "materialized", "dataset", "batch",
-     "attention", "model", "optimizer", "checkpoint",
-     "tokenizer", "jsonl", "durable", "huggingface", "weights"},
-    {"training"},
+     "attention", "model", "optimizer", "checkpoint", "tokenizer", "jsonl", "durable", "lifetime",
+     "huggingface", "weights"},
+    {"log", "training"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
 ROOT = Path(__file__).resolve().parents[2]

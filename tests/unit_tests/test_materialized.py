@@ -48,7 +48,7 @@ def read(prefix, samples=SAMPLES, window=64, target=2048, vocab=257, asked=None,
 def test_what_is_read_is_what_was_drawn(written):
     prefix, data = written
     stored = read(prefix, asked={"pose_num_chunks": 3})
-    assert len(stored) == SAMPLES
+    assert len(stored) == SAMPLES and stored.name(3) == f"sample 3 of {prefix}"
     for i in range(SAMPLES):
         for name in FIELDS:
             assert stored[i][name].dtype == data[i][name].dtype
@@ -152,7 +152,7 @@ def test_a_full_disk_leaves_nothing_that_counts(written):
 
 
 @pytest.mark.parametrize("words, message", [
-    (["--output", "x", "--vocab-size", "9"], "--samples is missing: give it, or --train-iters"),
+    (["--output", "x", "--vocab-size", "9"], "--samples is missing: give it, or --train-samples"),
     (["--output", "x", "--samples", "0"], "--samples must be at least 1, not 0"),
     (["--output", "x", "--materialized", "y"], "--materialized names such files"),
     (["--output", "x", "--sampels", "1"], "unrecognized arguments: --sampels"),
