@@ -104,6 +104,7 @@ def test_runs_are_the_contiguous_stretches_of_text(sample):
     assert plan.runs() == [(s[0], len(s)) for s in stretches]
 
 
+@settings(deadline=None)
 @given(samples())
 def test_a_plan_depends_on_its_address_alone(sample):
     sampler, source, index, epoch = sample
@@ -125,6 +126,7 @@ def test_seed_epoch_and_index_each_change_the_plan():
     assert len(set(plans)) == len(plans)
 
 
+@settings(deadline=None)
 @given(samples(names=("pose",)))
 def test_one_chunk_or_no_room_means_plain_positions(sample):
     sampler, source, index, _ = sample
@@ -137,6 +139,7 @@ def test_one_chunk_or_no_room_means_plain_positions(sample):
     assert tight.plan(index, sampler.window).text().tolist() == plain
 
 
+@settings(deadline=None)
 @given(samples(names=("full",)))
 def test_full_is_the_plain_window(sample):
     sampler, source, index, epoch = sample
@@ -230,6 +233,7 @@ def test_randpos_draws_every_subset_equally_often(window, target):
     assert abs(misfit(seen, law)) < 4
 
 
+@settings(deadline=None)
 @given(st.integers(1, 80), st.integers(0, 2**20), st.integers(0, 2**40))
 def test_randpos_keeps_the_text_contiguous(window, reach, index):
     plan = PoseSampler(window, window + reach, "randpos").plan(index, window)
@@ -354,6 +358,7 @@ def test_longrecipe_spreads_the_skips_over_slots():
     assert abs(misfit(laws(sampler, 30, tokens), dict(law))) < 4
 
 
+@settings(deadline=None)
 @given(samples(plain_fraction=0.0), st.sampled_from((0.0, 0.1, 0.5, 1.0)))
 def test_a_plain_share_leaves_the_other_samples_alone(sample, share):
     sampler, source, index, epoch = sample
@@ -440,6 +445,7 @@ def test_the_philox_of_this_file_gives_the_published_answers(key, counter, block
 addresses = st.tuples(st.integers(0, WORD - 1), st.integers(0, 2**32), st.integers(0, 2**48))
 
 
+@settings(deadline=None)
 @given(addresses, st.integers(-(10**6), 10**6), st.integers(0, 2**62))
 def test_integer_is_the_top_of_a_philox_word(address, low, span):
     draw, words = Draw(*address), stream(*address)
@@ -447,6 +453,7 @@ def test_integer_is_the_top_of_a_philox_word(address, low, span):
         assert draw.integer(low, low + span) == low + (next(words) * (span + 1) >> 64)
 
 
+@settings(deadline=None)
 @given(addresses, st.integers(1, 2**32 - 1), st.integers(1, 30))
 def test_integers_is_exact_128_bit_arithmetic(address, below, count):
     expected = [word * below >> 64 for word in itertools.islice(stream(*address), count)]
@@ -496,6 +503,7 @@ def test_randpos_is_the_first_distinct_words_of_that_stream(sample):
     assert sampler.plan(index, source, epoch).positions().tolist() == sorted(chosen)
 
 
+@settings(deadline=None)
 @given(st.integers(0, WORD - 1), st.integers(0, 2**32), st.integers(0, 2),
        st.lists(st.integers(0, 2**48), min_size=1, max_size=5),
        st.lists(st.tuples(st.integers(-(10**6), 10**6), st.integers(0, 2**62)), max_size=9))
@@ -507,6 +515,7 @@ def test_a_batch_of_draws_is_that_stream_in_every_row(seed, epoch, kind, indices
             low + (next(row) * (span + 1) >> 64) for row in rows]
 
 
+@settings(deadline=None)
 @given(addresses, st.lists(st.integers(0, 9), max_size=8))
 def test_single_and_bulk_draws_share_one_stream(address, counts):
     draw, words = Draw(*address), stream(*address)

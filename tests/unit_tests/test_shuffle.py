@@ -50,6 +50,7 @@ def test_golden_orders_never_change(n, seed, epoch, first, last):
     assert [shuffle[i] for i in range(len(first))] == first and shuffle[n - 1] == last
 
 
+@settings(deadline=None)
 @given(st.integers(1, 3000), st.integers(0, 2**32), st.data())
 def test_a_stretch_is_the_elements_one_by_one(n, seed, data):
     start = data.draw(st.integers(0, n - 1))
@@ -58,6 +59,7 @@ def test_a_stretch_is_the_elements_one_by_one(n, seed, data):
     assert shuffle.order(start, stop).tolist() == [shuffle[i] for i in range(start, stop)]
 
 
+@settings(deadline=None)
 @given(st.integers(1, 3000), st.lists(st.tuples(st.integers(0, 2999), st.integers(1, 40)),
                                        max_size=12))
 def test_any_way_of_reading_gives_the_same_order(n, stretches):
