@@ -21,6 +21,7 @@ from pose_megatron.layout import lay_out
 from pose_megatron.materialized import read_description
 from pose_megatron.model_config import ModelConfig, resolve_model
 from pose_megatron.positions import PoseSampler
+from pose_megatron.sampler_flags import asked_for, build_sampler
 from pose_megatron.tokenizer import Tokenizer, build_tokenizer
 
 
@@ -39,7 +40,7 @@ def main() -> None:
         tokenizer and tokenizer.vocab_size,
     )
     layout = lay_out(args, config, distributed.world_size())
-    sampler = args.sampler(config.max_position_embeddings, tokenizer)
+    sampler = build_sampler(args, config.max_position_embeddings, tokenizer)
     describe(args, config, layout, sampler)
     if args.logging.dry_run:
         return
@@ -53,7 +54,7 @@ def main() -> None:
     positions_only = "tokens" not in fields_here()
     train_set, valid_set, test_set = build_datasets(
         args.data, sampler, config.vocab_size, samples, validations * layout.global_batch_size,
-        positions_only, tests * layout.global_batch_size, args.positions_asked_for(),
+        positions_only, tests * layout.global_batch_size, asked_for(args.position),
     )
 
     trainer = training.setup(args, config, layout, loaded, resume)

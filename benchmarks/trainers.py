@@ -32,6 +32,7 @@ from pose_megatron.dataset import build_datasets
 from pose_megatron.layout import lay_out
 from pose_megatron.log import peak_memory
 from pose_megatron.model_config import resolve_model
+from pose_megatron.sampler_flags import build_sampler
 
 
 def random_corpus(folder: Path, vocabulary: int, document: int, documents: int = 64) -> str:
@@ -64,7 +65,7 @@ class Run:
             distributed.initialize(args.parallel, args.training.seed, config.num_layers)
         self.trainer = training.setup(args, config, layout, loaded, resume)
         train_set, *_ = build_datasets(
-            args.data, args.sampler(config.max_position_embeddings), config.vocab_size,
+            args.data, build_sampler(args, config.max_position_embeddings), config.vocab_size,
             layout.end(args.training)[1], 0, "tokens" not in fields_here())
         for stage in self.trainer.stages if stock else ():
             stage.__class__ = GPTModel

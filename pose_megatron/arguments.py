@@ -17,10 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pose_megatron.model_config import ModelFlags, flag, spell
-from pose_megatron.positions import PoseSampler
 from pose_megatron.samplers import CONTENTS, SAMPLERS, SKIP_LAWS
 
-SENTENCE_ENDS = (".", "!", "?", "\n")
 LR_DECAY_STYLES = ("constant", "linear", "cosine", "inverse-square-root", "WSD")
 
 
@@ -199,38 +197,6 @@ class Arguments:
     checkpoint: CheckpointFlags
     logging: LoggingFlags
 
-    def positions_asked_for(self) -> dict:
-        """The position flags that are not at their defaults."""
-        defaults = dataclasses.asdict(PositionFlags())
-        given = dataclasses.asdict(self.position)
-        return {name: value for name, value in given.items() if value != defaults[name]}
-
-    def sampler(self, target: int, tokenizer=None) -> PoseSampler:
-        """The sampler of training positions.
-
-        Args:
-            target: T, in tokens.
-            tokenizer: a tokenizer.Tokenizer, where chunks start after tokens named by their text.
-
-        Raises:
-            ValueError: naming the flag, its value and the way out.
-        """
-        p, window = self.position, self.data.seq_length
-        name = p.position_sampler or ("pose" if target > window else "full")
-        boundaries = p.pose_boundaries
-        if name in SAMPLERS and SAMPLERS[name].reads_tokens:
-            boundaries = boundaries or list(SENTENCE_ENDS if name == "longrecipe" else ())
-        elif boundaries:
-            raise ValueError(
-                f"--pose-boundaries {' '.join(boundaries)} has no effect with --position-sampler "
-                f"{name}, which does not read tokens"
-            )
-        return PoseSampler(
-            window, target, name, p.pose_num_chunks, p.pose_content, self.training.seed,
-            p.pose_skip_law, _token_ids(boundaries, tokenizer), p.pose_plain_fraction,
-            _stages(p.pose_target_schedule),
-        )
-
 
 def _groups() -> dict[str, type]:
     return {f.name: f.type for f in dataclasses.fields(Arguments)}
@@ -362,31 +328,6 @@ def _words_of_config(path: Path) -> list[str]:
         elif value is not None:
             words += [spell(name), *map(str, value if isinstance(value, list) else [value])]
     return words
-
-
-def _token_ids(words: list[str], tokenizer) -> tuple[int, ...]:
-    """Ids, or texts that tokens are or end with, to ids."""
-    ids = {int(word) for word in words if word.isdecimal()}
-    for text in [word for word in words if not word.isdecimal()]:
-        if tokenizer is None:
-            raise ValueError(
-                f"--pose-boundaries {text!r} is a text: name the tokenizer with --tokenizer-model, "
-                "or give token ids"
-            )
-        found = tokenizer.ids_ending(text)
-        if not found:
-            raise ValueError(f"--pose-boundaries {text!r}: no token of the tokenizer is that text "
-                             "or ends with it")
-        ids.update(found)
-    return tuple(sorted(ids))
-
-
-def _stages(words: list[str]) -> tuple[tuple[int, int], ...]:
-    try:
-        return tuple((int(first), int(target)) for first, target in (w.split(":") for w in words))
-    except ValueError:
-        raise ValueError(f"--pose-target-schedule {' '.join(words)}: give 'first-sample:target' "
-                         "words, such as 0:8192 64000:131072") from None
 
 
 def _check_ranges(args: Arguments) -> None:

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from pose_megatron import arguments, materialized, training
 from pose_megatron.dataset import build_datasets
 from pose_megatron.model_config import resolve_model
+from pose_megatron.sampler_flags import build_sampler
 from pose_megatron.tokenizer import build_tokenizer
 
 
@@ -69,7 +70,7 @@ def main() -> None:
             args.data.tokenizer_type, args.data.tokenizer_model)
         config = resolve_model(args.model, args.data.seq_length, loaded and loaded.model,
                                tokenizer and tokenizer.vocab_size)
-        sampler = args.sampler(config.max_position_embeddings, tokenizer)
+        sampler = build_sampler(args, config.max_position_embeddings, tokenizer)
         data = build_datasets(args.data, sampler, config.vocab_size, samples, 0).train
         description = {
             "window": sampler.window, "target": sampler.target, "samples": samples,

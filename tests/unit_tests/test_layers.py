@@ -9,7 +9,7 @@ import pytest
 
 LAYERS = [
     {"draws", "shuffle", "samplers", "positions", "coverage", "rope", "convert", "evaluation"},
-    {"arguments", "layout", "model_config"},
+    {"arguments", "layout", "model_config", "sampler_flags"},
     {"cpu", "distributed", "corpus", "index_cache", "blend", "materialized", "dataset", "batch",
      "attention", "model", "optimizer", "checkpoint", "tokenizer", "jsonl", "durable", "lifetime",
      "huggingface", "weights"},
@@ -41,7 +41,7 @@ def ours(path: Path) -> set[str]:
 
 
 def test_this_file_reads_imports():
-    assert {"positions", "model_config"} <= ours(ROOT / "pose_megatron/arguments.py")
+    assert {"samplers", "model_config"} <= ours(ROOT / "pose_megatron/arguments.py")
     assert "checkpoint" in ours(ROOT / "pose_megatron/training.py")
 
 
