@@ -156,20 +156,18 @@ def texts(files: Sequence[Path], keys: Sequence[str], on_error: str) -> Iterator
 
 def sample(files: Sequence[Path], keys: Sequence[str], size: int) -> list[str]:
     """About `size` characters of text from places all over the corpus; long texts are cut."""
-    places = [files[i * len(files) // PLACES] for i in range(PLACES)] if len(files) > PLACES else [
-        *files]
-    each, kept = max(PLACES // len(places), 1), []
-    for path in places:
-        share = size // len(places)
-        for part in _spread(path, each):
-            left = share // each
-            for text in chain.from_iterable(
-                chain.from_iterable(batch.texts.values()) for batch in part.batches(keys)
-            ):
-                kept.append(text[:left])
-                left -= len(kept[-1])
-                if left <= 0:
-                    break
+    if len(files) > PLACES:
+        files = [files[i * len(files) // PLACES] for i in range(PLACES)]
+    places = [part for path in files for part in _spread(path, PLACES // len(files))]
+    kept = []
+    for part in places:
+        left = size // len(places)
+        batches = (batch.texts.values() for batch in part.batches(keys))
+        for text in chain.from_iterable(chain.from_iterable(batches)):
+            kept.append(text[:left])
+            left -= len(kept[-1])
+            if left <= 0:
+                break
     return kept
 
 
