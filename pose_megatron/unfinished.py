@@ -172,11 +172,11 @@ class Unfinished:
         self.save()
 
     def close(self) -> None:
-        """Keeps what is worth keeping: the folder goes if no part of the corpus is done."""
+        """Keeps what is worth keeping: the folder goes if there are no tokens in it."""
         self._thread.shutdown()
         for writer in self.writers.values():
             writer.close()
-        if not self._saved or self._saved == State():
+        if not self._saved or not self._saved.tokens:
             self.remove()
 
     def remove(self) -> None:

@@ -57,9 +57,9 @@ def main() -> None:
     flags = parse()
     prefixes, output = shards(flags.input), flags.output_prefix
     folder = Path(output).parent
+    if output in prefixes:
+        raise ValueError(f"--output-prefix {output}: is one of the shards, choose another")
     for suffix in (".bin", ".idx"):
-        if output in prefixes:
-            raise ValueError(f"--output-prefix {output}: is one of the shards, choose another")
         if (path := Path(output + suffix)).exists() and not flags.overwrite:
             raise ValueError(f"--output-prefix {output}: {path} exists; choose another prefix, or "
                              "replace it with --overwrite")

@@ -11,7 +11,8 @@ LAYERS = [
     {"positions", "rope", "convert", "evaluation"},
     {"arguments", "model_config"},
     {"cpu", "distributed", "dataset", "batch", "attention", "model", "optimizer", "checkpoint",
-     "tokenizer", "jsonl", "durable", "huggingface", "weights"},
+     "tokenizer", "fast_tokenizer", "jsonl", "corpus", "token_files", "encoding", "unfinished",
+     "preprocessing", "durable", "program", "huggingface", "weights"},
     {"training"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
@@ -95,6 +96,10 @@ def test_no_drawer_for_left_overs():
     ("rope", {"megatron", "transformers"}),
     ("convert", {"megatron", "transformers"}),
     ("arguments", {"megatron", "transformers"}),
+    ("preprocessing", {"torch", "megatron", "transformers", "tokenizers", "sentencepiece",
+                       "gigatoken", "pyarrow", "zstandard"}),
+    ("token_files", {"torch", "megatron"}),
+    ("program", {"numpy", "torch", "megatron"}),
 ])
 def test_light_modules_stay_light(module, absent):
     code = f"import sys, pose_megatron.{module}; print(*sys.modules)"
