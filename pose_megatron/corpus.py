@@ -198,7 +198,7 @@ def _compressed(path: Path) -> bool:
 
 def _batch(lines: Lines, keys: Sequence[str]) -> Batch:
     batch = Batch({key: [] for key in keys}, bytes=len(lines.content),
-                  newlines=lines.content.count(b"\n"))
+                  newlines=len(lines.split) - 1)
     for number, row in lines.texts(keys):
         batch.lines += 1
         if isinstance(row, LineError):

@@ -75,7 +75,7 @@ class Encoder:
         paths = {key: Path(f"{self.stem}-{number}-{i}.ids") for i, key in enumerate(self.keys)}
         encoded, lengths = Encoded(paths, {}), {key: [] for key in self.keys}
         with contextlib.ExitStack() as stack:
-            files = {key: stack.enter_context(open(paths[key], "wb", 0)) for key in self.keys}
+            files = {key: stack.enter_context(open(paths[key], "wb")) for key in self.keys}
             for batch in part.batches(self.keys):
                 if self.stopped.value:
                     raise InterruptedError
@@ -86,10 +86,9 @@ class Encoder:
                 if batch.skipped and self.stop_at_error:
                     break
                 for key, texts in batch.texts.items():
-                    ids, counts = self._encode(texts)
+                    ids, counts = self._flat(self._tokenize(part, number, texts))
                     files[key].write(memoryview(ids).cast("B"))
                     lengths[key].append(counts)
-                    self._spot_check(part, number, texts)
                 encoded.lines += batch.lines
                 encoded.newlines += batch.newlines
                 encoded.bytes += batch.bytes
@@ -99,9 +98,8 @@ class Encoder:
         }
         return encoded
 
-    def _encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """All ids end to end, and how many each text has."""
-        documents = (self.fast or self.tokenizer).tokenize_batch(texts)
+    def _flat(self, documents: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of all documents end to end, each with its end, and how many each has."""
         end = np.array([] if self.eod is None else [self.eod], np.uint32)
         pieces = [np.empty(0, np.uint32)]
         for ids in documents:
@@ -116,16 +114,21 @@ class Encoder:
         counts = np.fromiter(map(len, documents), np.int64, len(documents))
         return flat.astype(token_dtype(self.tokenizer.vocab_size)), counts + (counts > 0) * end.size
 
-    def _spot_check(self, part: Part, number: int, texts: Sequence[str]) -> None:
+    def _tokenize(self, part: Part, number: int, texts: Sequence[str]) -> Sequence[Sequence[int]]:
         if not self.fast or not texts:
-            return
+            return self.tokenizer.tokenize_batch(texts)
         text = texts[number % len(texts)]
         start = len(text) // 2 if len(text) > SPOT else 0
-        if found := difference(self.fast, self.tokenizer, [text[start : start + SPOT]]):
+        wrong = difference(self.fast, self.tokenizer, [text[start : start + SPOT]])
+        try:
+            documents = self.fast.tokenize_batch(texts)
+        except ValueError as error:
+            wrong = str(error)
+        if wrong:
             raise ValueError(
-                f"{part.path}: gigatoken's ids differ from the tokenizer's own library on {found}; "
-                "start over with --tokenizer-library own --overwrite"
+                f"{part.path}: {wrong}; start over with --tokenizer-library own --overwrite"
             )
+        return documents
 
 
 def encode_in_order(

@@ -28,14 +28,23 @@ class FastTokenizer:
         except ImportError:
             raise ValueError("gigatoken is not installed") from None
         form = tokenizer.as_json()
-        self.vocab_size = tokenizer.vocab_size
         self.added = [token["content"] for token in form["added_tokens"]]
         self._json, self._load = json.dumps(form), gigatoken_rs.load_hf_json
         self._reload()
 
     def tokenize_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Ids of each text, uint32. No lone surrogates, please."""
-        ids = [self._encode(text) for text in texts]
+        """Ids of each text, uint32; texts without lone surrogates.
+
+        Raises:
+            ValueError: gigatoken fails on one.
+        """
+        try:
+            ids = [self._encode(text) for text in texts]
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt | MemoryError):
+                raise
+            # a panic in Rust is no Exception
+            raise ValueError(f"gigatoken fails ({error})") from error
         if _resident() > self._limit:
             self._reload()
         return ids
@@ -45,20 +54,20 @@ class FastTokenizer:
         self._encode = None
         try:
             self._encode = self._load(self._json).encode
-        except Exception as error:  # whatever its bindings raise
+        except Exception as error:
             raise ValueError(f"gigatoken cannot express it ({error})") from error
         self._limit = _resident() + CACHE_BYTES
 
 
 def difference(fast: FastTokenizer, tokenizer: Tokenizer, texts: Sequence[str]) -> str | None:
-    """The start of the first text whose ids differ; None: there is none."""
+    """What is wrong with the fast ids on one of the texts; None: nothing."""
     try:
         ours = fast.tokenize_batch(texts)
-    except Exception as error:  # whatever its bindings raise
+    except ValueError as error:
         return str(error)
     for text, ids, expected in zip(texts, ours, tokenizer.tokenize_batch(texts), strict=True):
         if not np.array_equal(ids, expected):
-            return repr(text[:40])
+            return f"gigatoken's ids differ on {text[:40]!r}"
     return None
 
 
@@ -68,19 +77,17 @@ def prove(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[FastTokenizer | N
     Returns:
         The fast tokenizer or None, and why, in one sentence.
     """
-    size = sum(map(len, texts))
     try:
         fast = FastTokenizer(tokenizer)
+        added = [f"x{token} {token}y" for token in fast.added[:1000]]
+        wrong = difference(fast, tokenizer, [*PROBES, *added, *texts])
     except ValueError as error:
-        return None, f"tokenizing with the tokenizer's own library: {error}"
-    added = [f"x{token} {token}y" for token in fast.added[:1000]]
-    if (text := difference(fast, tokenizer, [*PROBES, *added, *texts])) is not None:
-        return None, (
-            f"tokenizing with the tokenizer's own library: gigatoken's ids differ on {text}"
-        )
+        wrong = str(error)
+    if wrong:
+        return None, f"tokenizing with the tokenizer's own library: {wrong}"
     return fast, (
-        f"tokenizing with gigatoken: its ids are those of the tokenizer's own library on "
-        f"{len(texts):,} texts of the corpus ({size / 1e6:.1f} M characters)"
+        "tokenizing with gigatoken: its ids are those of the tokenizer's own library on "
+        f"{len(texts):,} texts of the corpus ({sum(map(len, texts)) / 1e6:.1f} M characters)"
     )
 
 

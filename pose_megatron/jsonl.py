@@ -8,6 +8,7 @@ import json
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO
 
@@ -26,12 +27,17 @@ class Lines:
     content: bytes
     position: int
 
+    @cached_property
+    def split(self) -> list[bytes]:
+        """The lines, and what follows the last newline."""
+        return self.content.split(b"\n")
+
     def texts(self, keys: Sequence[str]) -> Iterator["tuple[int, list[str] | LineError]"]:
         """(number, texts under the keys, or why there are none) of each line that is not blank.
 
         Numbers count from 1 within these lines.
         """
-        for number, line in enumerate(self.content.split(b"\n"), 1):
+        for number, line in enumerate(self.split, 1):
             if not line or line.isspace():
                 continue
             try:

@@ -42,8 +42,8 @@ def one_sentence_errors(main: Callable[[], None]) -> Callable[[], int]:
             print_error(error)
             return 1
         except KeyboardInterrupt as stop:
-            text = f": interrupted, {stop}" if str(stop) else ": interrupted, nothing kept"
-            print(f"{os.path.basename(sys.argv[0])}{text}", file=sys.stderr)
+            left = f", {stop}" if str(stop) else ""
+            print(f"{os.path.basename(sys.argv[0])}: interrupted{left}", file=sys.stderr)
             return 130
         return 0
 

@@ -92,10 +92,11 @@ def test_a_hugging_face_tokenizer_that_it_cannot_express_keeps_its_library(tmp_p
 def test_other_ids_are_found(tokenizers):
     """Another tokenizer's gigatoken stands for one that is wrong."""
     wrong, right = FastTokenizer(tokenizers["Hugging Face"]), tokenizers["LLaMA's sentencepiece"]
-    assert difference(wrong, right, ["", TEXTS[0]]) == repr(TEXTS[0][:40])
+    assert difference(wrong, right, ["", TEXTS[0]]) == (
+        f"gigatoken's ids differ on {TEXTS[0][:40]!r}")
     assert difference(wrong, tokenizers["Hugging Face"], ["", *TEXTS]) is None
-    special = "a <eos> b"
-    assert difference(wrong, tokenizers["special tokens are text"], [special]) == repr(special)
+    assert difference(wrong, tokenizers["special tokens are text"], ["a <eos> b"]) == (
+        "gigatoken's ids differ on 'a <eos> b'")
 
 
 def test_memory_is_bounded_by_loading_again(tokenizers, monkeypatch):
