@@ -46,7 +46,7 @@ class Lines:
                 texts = [row[key] for key in keys]
             except (ValueError, TypeError, LookupError):
                 texts = ()
-            if not texts or any(type(text) is not str for text in texts):
+            if {*map(type, texts)} != {str}:
                 try:
                     texts = parse_line(line, keys)
                 except LineError as error:
