@@ -61,6 +61,7 @@ class Part:
     """Consecutive documents of one file.
 
     Attributes:
+        file: index in the corpus.
         span: bytes of a plain file, or row groups of a Parquet file, [start, end); None: all.
         lines: what was read already.
         end: where the next part begins.
@@ -68,6 +69,7 @@ class Part:
     """
 
     path: Path
+    file: int
     end: Place
     position: int
     span: tuple[int, int] | None = None
@@ -121,20 +123,20 @@ def parts(files: Sequence[Path], workers: int = 1, start: Place = Place()) -> It
             groups = _parquet(path).metadata.num_row_groups
             for group in range(offset, groups):
                 end = Place(index, group + 1) if group + 1 < groups else next_file
-                yield Part(path, end, size * (group + 1) // groups, (group, group + 1))
+                yield Part(path, index, end, size * (group + 1) // groups, (group, group + 1))
         elif not _compressed(path):
             for begin in range(offset, size, PART_BYTES):
                 stop = min(begin + PART_BYTES, size)
                 end = Place(index, stop) if stop < size else next_file
-                yield Part(path, end, stop, (begin, stop))
+                yield Part(path, index, end, stop, (begin, stop))
         elif whole and not offset:
-            yield Part(path, next_file, size)
+            yield Part(path, index, next_file, size)
         else:
             done = 0
             for lines in read_lines(path, PART_BYTES):
                 done += len(lines.content)
                 if done > offset:
-                    yield Part(path, Place(index, done), lines.position, lines=lines)
+                    yield Part(path, index, Place(index, done), lines.position, lines=lines)
 
 
 def texts(files: Sequence[Path], keys: Sequence[str], on_error: str) -> Iterator[str]:
@@ -181,14 +183,14 @@ def line_error(path: Path, before: int, number: int, error: LineError) -> ValueE
 def _spread(path: Path, count: int) -> list[Part]:
     """A few parts from all over one file; of a compressed one, its beginning."""
     if _compressed(path):
-        return [Part(path, Place(), 0)]
+        return [Part(path, 0, Place(), 0)]
     if path.suffix == ".parquet":
         groups = _parquet(path).metadata.num_row_groups
-        return [Part(path, Place(), 0, (i, i + 1))
+        return [Part(path, 0, Place(), 0, (i, i + 1))
                 for i in sorted({n * groups // count for n in range(count)}) if groups]
     size = path.stat().st_size
     step = max(size // count, 1)
-    return [Part(path, Place(), 0, (begin, min(begin + (1 << 16), size)))
+    return [Part(path, 0, Place(), 0, (begin, min(begin + (1 << 16), size)))
             for begin in range(0, size, max(step, 1 << 16))]
 
 

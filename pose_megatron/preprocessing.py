@@ -98,11 +98,11 @@ def _tokenize(
             for part, encoded in results:
                 if encoded.skipped and encoder.stop_at_error:
                     raise corpus.line_error(
-                        part.path, run.state.lines_before, *encoded.first_skipped[0])
+                        part.path, run.state.lines_before(part), *encoded.first_skipped[0])
                 run.add(part, encoded)
                 progress.show(part, run.state)
         _require_tokens(job, run.state)
-        run.finish(progress.seconds)
+        run.finish()
     except BaseException as error:
         with contextlib.suppress(OSError):
             run.save()
@@ -199,19 +199,15 @@ class Progress:
         self._next, self._shown = state.lines + interval, float("-inf")
         self._begun = None  # share of the corpus that earlier runs had done
 
-    @property
-    def seconds(self) -> float:
-        return max(time.monotonic() - self._started, 1e-9)
-
     def show(self, part: Part, state: State) -> None:
-        before = part.end.file - (part.end.offset == 0)
-        done = (self._sizes[before] + part.position) / max(self._sizes[-1], 1)
+        done = (self._sizes[part.file] + part.position) / max(self._sizes[-1], 1)
         if self._begun is None:
             self._begun = done
-        if state.lines < self._next or self.seconds - self._shown < 1:
+        seconds = max(time.monotonic() - self._started, 1e-9)
+        if state.lines < self._next or seconds - self._shown < 1:
             return
-        self._next, self._shown = state.lines + self._interval, self.seconds
-        seconds, share = self.seconds, max(done - self._begun, 1e-9)
+        self._next, self._shown = state.lines + self._interval, seconds
+        share = max(done - self._begun, 1e-9)
         left = round(seconds * (1 - done) / share) if done > self._begun else 0
         text = (
             f"{state.lines:,} documents, {done:.0%}, "

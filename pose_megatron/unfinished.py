@@ -31,7 +31,8 @@ class State:
     """How far the token files are whole, and what was counted on the way.
 
     Attributes:
-        place: where in the corpus to go on; `lines_before` of it in that file.
+        place: where in the corpus to go on.
+        file_lines: a file by its index, and how many lines of it are done.
         sizes: by key, of the token files.
         empty: by key, documents without tokens.
         histogram: by key, documents of [2^i, 2^(i+1)) tokens, by i.
@@ -39,7 +40,7 @@ class State:
     """
 
     place: Place = Place()
-    lines_before: int = 0
+    file_lines: tuple[int, int] = (0, 0)
     sizes: dict[str, Size] = field(default_factory=dict)
     empty: Counter = field(default_factory=Counter)
     histogram: dict[str, Counter] = field(default_factory=dict)
@@ -60,6 +61,7 @@ class State:
     def load(cls, values: dict) -> "State":
         return cls(**values | {
             "place": Place(**values["place"]),
+            "file_lines": tuple(values["file_lines"]),
             "sizes": {key: Size(**size) for key, size in values["sizes"].items()},
             "histogram": {key: Counter({int(i): n for i, n in counts.items()})
                           for key, counts in values["histogram"].items()},
@@ -72,13 +74,19 @@ class State:
     def tokens(self) -> int:
         return sum(size.tokens for size in self.sizes.values())
 
-    def after(self, part: Part, encoded: Encoded, sizes: dict[str, Size]) -> "State":
-        room = max(FIRST_SKIPPED - len(self.first_skipped), 0)
-        same_file = part.end.file == self.place.file
+    def lines_before(self, part: Part) -> int:
+        """Lines of its file before the part that comes next."""
+        file, lines = self.file_lines
+        return lines if file == part.file else 0
+
+    def after(
+        self, part: Part, encoded: Encoded, sizes: dict[str, Size], seconds: float
+    ) -> "State":
+        room, before = max(FIRST_SKIPPED - len(self.first_skipped), 0), self.lines_before(part)
         return dataclasses.replace(
             self,
             place=part.end,
-            lines_before=self.lines_before + encoded.newlines if same_file else 0,
+            file_lines=(part.file, before + encoded.newlines),
             sizes=sizes,
             empty=self.empty + Counter(
                 {key: int((n == 0).sum()) for key, n in encoded.lengths.items()}),
@@ -89,8 +97,9 @@ class State:
             replaced=self.replaced + encoded.replaced,
             skipped=self.skipped + encoded.skipped,
             first_skipped=(*self.first_skipped, *(
-                f"{part.path}:{self.lines_before + line}: {error}"
+                f"{part.path}:{before + line}: {error}"
                 for line, error in encoded.first_skipped[:room])),
+            seconds=seconds,
         )
 
 
@@ -143,6 +152,7 @@ class Unfinished:
         for i, key in enumerate(keys):
             self.writers[key] = TokenWriter(
                 self.folder, str(i), token_dtype(vocab_size), self.state.sizes.get(key))
+        self._started = time.monotonic() - self.state.seconds
         self._next = time.monotonic() + COMMIT_SECONDS
 
     def add(self, part: Part, encoded: Encoded) -> None:
@@ -154,7 +164,7 @@ class Unfinished:
             writer.append(encoded.ids[key], lengths[lengths > 0], np.cumsum(lengths > 0))
             encoded.ids[key].unlink()
         sizes = {key: writer.size for key, writer in self.writers.items()}
-        self.state = self.state.after(part, encoded, sizes)
+        self.state = self.state.after(part, encoded, sizes, time.monotonic() - self._started)
         if time.monotonic() > self._next and (not self._saving or self._saving.done()):
             self._next = time.monotonic() + COMMIT_SECONDS
             self._begin_to_save()
@@ -164,11 +174,11 @@ class Unfinished:
         self._begin_to_save()
         self._saving.result()
 
-    def finish(self, seconds: float) -> None:
+    def finish(self) -> None:
         for writer in self.writers.values():
             writer.finish()
         self.state = dataclasses.replace(
-            self.state, complete=True, seconds=self.state.seconds + seconds)
+            self.state, complete=True, seconds=time.monotonic() - self._started)
         self.save()
 
     def close(self) -> None:

@@ -1,6 +1,7 @@
 """Preprocessing that is killed anywhere ends with the same bytes; what it refuses, and says."""
 
 import dataclasses
+import gzip
 import json
 import os
 import signal
@@ -119,6 +120,20 @@ def test_on_error_skip_goes_on_after_the_line_that_stopped_it(half, capsys):
     assert "going on after" in capsys.readouterr().err
     assert summary["skipped"] == {"not JSON": 1} and summary["lines"] == 19
     assert summary["first_skipped"][0].startswith(f"{job.input[1]}:10: not JSON")
+
+
+def test_lines_are_counted_by_file_whatever_its_kind(job, tmp_path):
+    good = (json.dumps({"text": TEXTS[0], "title": "x"}) + "\n").encode() * 2
+    names = ("a.jsonl.gz", "b.jsonl", "c.jsonl", "d.jsonl.gz")
+    for name in names:
+        content = good + (b"{bad\n" + good if name[0] in "bd" else b"")
+        (tmp_path / name).write_bytes(gzip.compress(content) if name[-1] == "z" else content)
+    files = [str(tmp_path / name) for name in names]
+    summary = preprocess(dataclasses.replace(job, input=files, on_error="skip"))
+    assert [line.split(": ")[0] for line in summary["first_skipped"]] == [
+        f"{tmp_path}/b.jsonl:3", f"{tmp_path}/d.jsonl.gz:3"]
+    with pytest.raises(ValueError, match=r"d\.jsonl\.gz:3: not JSON"):
+        preprocess(dataclasses.replace(job, input=[files[0], files[3]], overwrite=True))
 
 
 @pytest.mark.parametrize("change, flag", [
