@@ -240,7 +240,7 @@ def main() -> None:
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="example:\n  python benchmarks/preprocess.py --output preprocess.json")
-    p.add_argument("--folder", type=Path, default=Path("benchmarks/.cache/preprocess"),
+    p.add_argument("--folder", type=Path, default=Path("runs/benchmark-preprocess"),
                    help="for corpora and tokenizers, kept (default: %(default)s)")
     p.add_argument("--megabytes", type=int, default=50, help="of text (default: %(default)s)")
     p.add_argument("--workers", type=int, default=2, help="(default: %(default)s)")

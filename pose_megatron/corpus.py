@@ -100,6 +100,8 @@ def corpus_files(patterns: Sequence[str | Path]) -> list[Path]:
     """
     files = []
     for pattern in map(str, patterns):
+        if Path(pattern).is_dir():
+            raise ValueError(f"--input {pattern}: is a folder, name its files: '{pattern}/*.jsonl'")
         found = [Path(pattern)] if Path(pattern).is_file() else sorted(
             path for path in map(Path, glob.glob(pattern, recursive=True)) if path.is_file())
         if not found:

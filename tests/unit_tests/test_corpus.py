@@ -200,6 +200,8 @@ def test_patterns_are_sorted_and_keep_their_order(files):
     assert corpus_files([folder / "*.jsonl", folder / "c.*"]) == [
         paths[0], paths[4], paths[3], paths[2]]
     assert list(texts(paths, ["text"], "stop")) == expected
+    with pytest.raises(ValueError, match="is a folder, name its files: '.*/[*]"):
+        corpus_files([folder])
     with pytest.raises(ValueError, match=r"none\*\.jsonl: no such file"):
         corpus_files([folder / "none*.jsonl"])
 
