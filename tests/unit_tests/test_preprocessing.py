@@ -184,6 +184,18 @@ def test_gigatoken_that_goes_wrong_later_is_caught(job, monkeypatch):
     monkeypatch.undo()
 
 
+def test_two_runs_of_one_output_are_refused(job):
+    run = unfinished.Unfinished(job.output_prefix, {}, False)
+    if not (child := os.fork()):
+        try:
+            preprocess(job)
+        except ValueError as error:
+            os._exit(7 if "another run is at work on it" in str(error) else 1)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    run.close()
+
+
 def test_ids_beyond_the_vocabulary_are_refused(job, tmp_path):
     tokenizer = build_tokenizer(job.tokenizer_type, job.tokenizer_model)
     tokenizer.vocab_size = 10
