@@ -11,8 +11,9 @@ LAYERS = [
     {"draws", "shuffle", "samplers", "positions", "coverage", "rope", "convert", "evaluation"},
     {"arguments", "layout", "model_config", "sampler_flags"},
     {"cpu", "distributed", "corpus", "index_cache", "blend", "materialized", "dataset", "batch",
-     "attention", "model", "optimizer", "checkpoint", "tokenizer", "jsonl", "durable", "lifetime",
-     "huggingface", "weights"},
+     "attention", "model", "optimizer", "checkpoint", "tokenizer", "fast_tokenizer", "jsonl",
+     "text_corpus", "token_files", "encoding", "unfinished", "preprocessing", "durable", "lifetime",
+     "program", "huggingface", "weights"},
     {"log", "training"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
@@ -95,6 +96,10 @@ def test_no_drawer_for_left_overs():
     ("rope", {"megatron", "transformers"}),
     ("convert", {"megatron", "transformers"}),
     ("arguments", {"megatron", "transformers"}),
+    ("preprocessing", {"torch", "megatron", "transformers", "tokenizers", "sentencepiece",
+                       "gigatoken", "pyarrow", "zstandard"}),
+    ("token_files", {"torch", "megatron"}),
+    ("program", {"numpy", "torch", "megatron"}),
 ])
 def test_light_modules_stay_light(module, absent):
     code = f"import sys, pose_megatron.{module}; print(*sys.modules)"
