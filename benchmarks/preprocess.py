@@ -165,8 +165,8 @@ def ceiling(kind: str, tokenizer: str, corpus: str, way: str, workers: int) -> N
     print(time.perf_counter() - started, sum(os.times()[:4]) - before)
 
 
-def run(*command) -> tuple[float, float, float, str]:
-    """Seconds by the clock and of processors, megabytes of the largest process, and stdout."""
+def run(*command) -> tuple[float, float, str]:
+    """Seconds by the clock and of processors, and stdout."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
                                 "HF_HUB_OFFLINE": "1"}
     started = time.perf_counter()
@@ -177,17 +177,16 @@ def run(*command) -> tuple[float, float, float, str]:
     seconds = time.perf_counter() - started
     process.returncode = os.waitstatus_to_exitcode(status)
     assert process.returncode == 0, errors
-    return seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024 / 1e6, output
+    return seconds, usage.ru_utime + usage.ru_stime, output
 
 
 def measure(kind: str, folder: Path, sizes: dict[str, int], workers: int, repeats: int) -> dict:
     tokenizer, (tokenizer_type, _) = folder / kind, TOKENIZERS[kind]
-    clock, processor, memory = {}, {}, {}
+    clock, processor = {}, {}
 
-    def keep(name: str, seconds: float, processors: float, megabytes: float = 0) -> None:
+    def keep(name: str, seconds: float, processors: float) -> None:
         clock.setdefault(name, []).append(seconds)
         processor.setdefault(name, []).append(processors / workers)
-        memory[name.split()[0]] = max(memory.get(name.split()[0], 0), round(megabytes))
 
     for _ in range(repeats):
         for name in ("one", "small", "whole"):
@@ -197,14 +196,14 @@ def measure(kind: str, folder: Path, sizes: dict[str, int], workers: int, repeat
                     ROOT / "tools/preprocess_data.py", "--input", corpus, "--output-prefix",
                     folder / "ours", "--tokenizer-type", tokenizer_type, "--tokenizer-model",
                     tokenizer, "--append-eod", "--workers", workers, "--overwrite",
-                    "--log-interval", 10**9)[:3])
+                    "--log-interval", 10**9)[:2])
             keep(f"theirs {name}", *run(
-                __file__, "theirs", kind, tokenizer, corpus, folder / "theirs", workers)[:3])
+                __file__, "theirs", kind, tokenizer, corpus, folder / "theirs", workers)[:2])
             for suffix in ("bin", "idx"):
                 ours = (folder / f"ours_text_document.{suffix}").read_bytes()
                 assert ours == (folder / f"theirs.{suffix}").read_bytes(), f".{suffix} differs"
         for way in ("threads", "processes") * OFTEN:
-            output = run(__file__, "ceiling", kind, tokenizer, corpus, way, workers)[3]
+            output = run(__file__, "ceiling", kind, tokenizer, corpus, way, workers)[2]
             keep(f"gigatoken's {way}", *map(float, output.split()))
     return {
         "by the clock": rates(clock, sizes),
@@ -212,7 +211,6 @@ def measure(kind: str, folder: Path, sizes: dict[str, int], workers: int, repeat
         "goal": GOALS[kind],
         "start-up, seconds": {who: round(statistics.median(clock[f"{who} one"]), 2)
                               for who in ("ours", "theirs")},
-        "largest process, MB": {who: memory[who] for who in ("ours", "theirs")},
         "tokens": json.loads((folder / "ours_summary.json").read_text())["tokens"],
         "seconds by the clock": clock,
         "seconds of processors / workers": processor,
@@ -242,7 +240,7 @@ def main() -> None:
         epilog="example:\n  python benchmarks/preprocess.py --output preprocess.json")
     p.add_argument("--folder", type=Path, default=Path("runs/benchmark-preprocess"),
                    help="for corpora and tokenizers, kept (default: %(default)s)")
-    p.add_argument("--megabytes", type=int, default=50, help="of text (default: %(default)s)")
+    p.add_argument("--megabytes", type=int, default=100, help="of text (default: %(default)s)")
     p.add_argument("--workers", type=int, default=2, help="(default: %(default)s)")
     p.add_argument("--repeats", type=int, default=3, help="(default: %(default)s)")
     p.add_argument("--output", type=Path, help="JSON of everything measured")

@@ -55,7 +55,8 @@ class FastTokenizer:
         try:
             self._encode = self._load(self._json).encode
         except Exception as error:
-            raise ValueError(f"gigatoken cannot express it ({error})") from error
+            reason = str(error).strip().partition("\n")[0]
+            raise ValueError(f"gigatoken cannot express it ({reason})") from error
         self._limit = _resident() + CACHE_BYTES
 
 

@@ -271,7 +271,7 @@ def test_no_end_of_sequence_token(tmp_path, tokenizer):
 
 def test_stopped_runs_go_on_to_the_same_bytes(tmp_path, tokenizer):
     corpus = tmp_path / "corpus.jsonl"
-    corpus.write_bytes(jsonl({"text": text} for text in TEXTS) * 16)
+    corpus.write_bytes(jsonl({"text": text} for text in TEXTS) * 10)
     runs = {}
     for stop, workers in ((signal.SIGINT, 2), (signal.SIGTERM, 1), (signal.SIGKILL, 2)):
         folder = tmp_path / stop.name
@@ -306,7 +306,7 @@ def test_stopped_runs_go_on_to_the_same_bytes(tmp_path, tokenizer):
         assert "going on after" in result.stderr or stop == signal.SIGKILL
         assert len(list(folder.iterdir())) == 3
         summary = json.loads((folder / "c_summary.json").read_text())
-        assert summary["documents"] == summary["lines"] == 256
+        assert summary["documents"] == summary["lines"] == 160
         assert summary["bytes"] == corpus.stat().st_size
         outcomes.add(files(folder / "c_text_document"))
     assert len(outcomes) == 1
