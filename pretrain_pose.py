@@ -75,15 +75,13 @@ def position_sampler(args, config: ModelConfig) -> PoseSampler:
 def describe(args, config: ModelConfig, layout, sampler: PoseSampler) -> None:
     """What this run is, in one look."""
     p, t = args.parallel, args.training
-    scaling = config.rope_scaling
     tokens = (t.train_iters or 0) * layout.global_batch_size * sampler.window
     print_rank_0(
         f"model      {config.num_parameters:,} parameters: {config.num_layers} layers, hidden "
         f"{config.hidden_size}, ffn {config.ffn_hidden_size}, {config.num_attention_heads} heads, "
         f"{config.num_query_groups} groups, vocabulary {config.vocab_size} "
         f"(padded {config.padded_vocab_size}), {'bf16' if t.bf16 else 'float32'}\n"
-        f"rope       theta {config.rotary_base:g}, {scaling.method} x{scaling.factor:g}"
-        f"{f' from {scaling.original_max_position_embeddings}' if scaling.factor > 1 else ''}\n"
+        f"rope       theta {config.rotary_base:g}, {config.rope_scaling}\n"
         f"positions  {sampler.name}, window L = {sampler.window}, target T = {sampler.target}"
         f"{f', {sampler.num_chunks} chunks, {sampler.content} text' * (sampler.name == 'pose')}\n"
         f"layout     tensor {p.tensor_model_parallel_size} x pipeline "

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from pose_megatron.model_config import ModelConfig, ModelFlags, flag, spell
 from pose_megatron.positions import CONTENTS
+from pose_megatron.rope import inverse_frequencies
 
 LR_DECAY_STYLES = ("constant", "linear", "cosine", "inverse-square-root", "WSD")
 
@@ -207,6 +208,9 @@ class Arguments:
                 f"--max-position-embeddings {model.max_position_embeddings} (the target T); "
                 "raise the latter or shorten the former"
             )
+        if model.rope_scaling.method == "dynamic":
+            # says why not
+            inverse_frequencies(model.rotary_dim, model.rotary_base, model.rope_scaling)
         return Layout(dp, gbs, gbs // (t.micro_batch_size * dp))
 
     def _check_interleaving(self, layers: int, num_microbatches: int) -> None:

@@ -112,6 +112,12 @@ def find(root: str | Path, iteration: int | None = None) -> Checkpoint:
     return Checkpoint(root, steps, path, _model_of(common, path), common)
 
 
+def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """The precision of the weights on disk."""
+    stored = dist_checkpointing.load_tensors_metadata(str(checkpoint.path))
+    return next(entry.dtype for key, entry in stored.items() if not key.startswith("optimizer."))
+
+
 def fall_back(root: str | Path, error: ValueError, below: int | None = None) -> Checkpoint:
     """The newest checkpoint of a folder that can be found, below an iteration that failed.
 

@@ -24,7 +24,9 @@ def initialize(parallel: ParallelFlags, seed: int, num_layers: int = 1) -> None:
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    if "RANK" in os.environ:
+    if dist.is_initialized():  # by a reader of checkpoints, in a job of one rank
+        pass
+    elif "RANK" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)

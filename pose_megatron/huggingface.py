@@ -22,7 +22,8 @@ from safetensors.torch import save_file
 from pose_megatron.checkpoint import TRACKER
 from pose_megatron.durable import fsync
 from pose_megatron.model_config import ModelConfig
-from pose_megatron.rope import attention_factor, from_hf, inverse_frequencies, to_hf
+from pose_megatron.rope import attention_factor, inverse_frequencies
+from pose_megatron.rope_config import from_hf, rotary_percent, to_hf
 from pose_megatron.tokenizer import FOLDER_FILES
 
 # config.json goes along for the ids of special tokens.
@@ -74,6 +75,10 @@ def read_config(folder: Path, make_vocab_size_divisible_by: int = 128) -> ModelC
         config.setdefault("num_key_value_heads", heads)
         config.setdefault("head_dim", whole("hidden_size") // max(heads, 1))
         base, scaling = from_hf(config)
+        if rotary_percent(config) != 1:
+            raise ValueError(
+                "config.json: partial_rotary_factor other than 1 is not a LLaMA layout"
+            )
         return ModelConfig(
             **{ours: whole(theirs) for theirs, ours in NAMES.items()},
             make_vocab_size_divisible_by=make_vocab_size_divisible_by,
@@ -82,6 +87,12 @@ def read_config(folder: Path, make_vocab_size_divisible_by: int = 128) -> ModelC
             rotary_base=base,
             rope_scaling=scaling,
         )
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """The precision that config.json says the weights have."""
+    config = _read_json(folder / "config.json")
+    return getattr(torch, config.get("dtype") or config.get("torch_dtype") or "float32")
 
 
 def sizes(model: ModelConfig) -> dict:
@@ -163,7 +174,8 @@ def find_sidecars(source: Path) -> dict[str, Path]:
 
 
 def write_config(
-    folder: Path, model: ModelConfig, dtype: torch.dtype, sidecars: Mapping[str, Path]
+    folder: Path, model: ModelConfig, dtype: torch.dtype, sidecars: Mapping[str, Path],
+    rope_as_longrope: bool = False,
 ) -> None:
     """Writes all that a folder holds beside the weights.
 
@@ -195,7 +207,7 @@ def write_config(
         **_special_tokens(folder, sidecars),
     }
     rope = to_hf(model.rope_scaling, base=model.rotary_base, rotary_dim=model.rotary_dim,
-                 max_position_embeddings=window)
+                 max_position_embeddings=window, as_longrope=rope_as_longrope)
     _write_json(folder / "config.json", config | rope)
 
 
@@ -277,20 +289,27 @@ def rope_errors(folder: Path, model: ModelConfig) -> dict[str, float]:
     except Exception as error:  # of many classes, for what it finds wrong in the file
         reason = " ".join(str(error).split())
         raise ValueError(f"{folder}: transformers refuses config.json: {reason}") from error
-    ours = inverse_frequencies(model.rotary_dim, model.rotary_base, model.rope_scaling)
-    errors = {"inv_freq": 0.0}
-    for position in (0, model.max_position_embeddings - 1):  # longrope chooses a list by position
-        rotary(torch.zeros(1), torch.tensor([[position]]))
+    scaling, errors = model.rope_scaling, {"inv_freq": 0.0}
+    window = scaling.original_max_position_embeddings
+    lengths = {1, model.max_position_embeddings}
+    if scaling.depends_on_length:  # transformers chooses by the largest position
+        lengths |= {window, window + 1, 4 * window}
+    for length in sorted(lengths):
+        rotary(torch.zeros(1), torch.tensor([[0, length - 1]]))
+        ours = inverse_frequencies(
+            model.rotary_dim, model.rotary_base, scaling,
+            length if scaling.depends_on_length else None,
+        )
         theirs = rotary.inv_freq.double()
         same = theirs.shape == ours.shape
         wrong = ((theirs - ours).abs() / ours).max().item() if same else float("inf")
         errors["inv_freq"] = max(errors["inv_freq"], wrong)
-    factor = attention_factor(model.rope_scaling)
+    factor = attention_factor(scaling)
     errors["attention_factor"] = abs(rotary.attention_scaling - factor) / factor
     if not all(error <= 1e-6 for error in errors.values()):
         raise ValueError(
             f"{folder}: transformers reads another rope from config.json than "
-            f"{model.rope_scaling}; relative errors {errors}"
+            f"{scaling}; relative errors {errors}"
         )
     return errors
 

@@ -21,8 +21,10 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from pose_megatron.arguments import Arguments
+from pose_megatron import checkpoint, distributed
+from pose_megatron.arguments import Arguments, defaults
 from pose_megatron.attention import layer_spec
+from pose_megatron.checkpoint import Checkpoint
 from pose_megatron.distributed import device
 from pose_megatron.model_config import ModelConfig
 from pose_megatron.rope import RopeScaling, angles, attention_factor, inverse_frequencies
@@ -41,10 +43,13 @@ class PoseRotaryEmbedding(RotaryEmbedding):
         super().__init__(kv_channels, rotary_percent, rotary_base=rotary_base,
                          use_cpu_initialization=True, cp_group=cp_group)
         self.scaling = scaling
-        self.inv_freq = inverse_frequencies(
-            int(kv_channels * rotary_percent), rotary_base, scaling
-        )
+        self._plain = (int(kv_channels * rotary_percent), rotary_base)
+        self.fit(scaling.original_max_position_embeddings if scaling.method == "dynamic" else None)
         self._position_ids = None
+
+    def fit(self, length: int | None) -> None:
+        """Takes the frequencies for sequences of `length` tokens; None: those that train."""
+        self.inv_freq = inverse_frequencies(*self._plain, self.scaling, length)
 
     @contextlib.contextmanager
     def bound(self, position_ids):
@@ -75,6 +80,8 @@ class PoseRotaryEmbedding(RotaryEmbedding):
                 f"position ids have shape {tuple(ids.shape)}; this rank needs [b, {here}], sliced "
                 "for context parallelism exactly once"
             )
+        if self.training and self.scaling.method == "dynamic":
+            self.fit(None)  # says why not
         self.inv_freq = self.inv_freq.to(ids.device)
         return angles(ids, self.inv_freq)
 
@@ -254,13 +261,17 @@ def logits_function(stage: PoseGPTModel, vocab_size: int):
     """`logits(tokens [b, s], last, position_ids [b, s]) -> float32 [b, last, vocab_size]`.
 
     Positions are plain when not given. Only the last ones pass the output layer, so memory stays
-    small at long contexts. For an undivided model (one pipeline stage, one tensor rank).
+    small at long contexts. For an undivided model (one pipeline stage, one tensor rank). Where
+    frequencies depend on the length, they are those of the largest position, as in transformers.
     """
+    rotary = stage.rotary_pos_emb
 
     @torch.no_grad()
     def logits(tokens, last: int, position_ids=None):
         if position_ids is None:
             position_ids = torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)
+        if rotary.scaling.depends_on_length:
+            rotary.fit(int(position_ids.max()) + 1)
         hook = stage.output_layer.register_forward_pre_hook(
             lambda _, args: (args[0][-last:], *args[1:])  # hidden states are [s, b, h]
         )
@@ -270,6 +281,33 @@ def logits_function(stage: PoseGPTModel, vocab_size: int):
             hook.remove()
 
     return logits
+
+
+def load_logits(
+    found: Checkpoint, model: ModelConfig | None = None, bf16: bool = False,
+    rounded_to: torch.dtype | None = None,
+):
+    """`logits_function` of a checkpoint's weights in one process, in float32 or bfloat16.
+
+    Args:
+        model: its shape and rope, where they differ from the checkpoint's own.
+        rounded_to: gives the weights the values that they have in another precision.
+    """
+    model, args = model or found.model, defaults(bf16=bf16)
+    if not parallel_state.model_parallel_is_initialized():
+        distributed.initialize(args.parallel, args.training.seed)
+    stage = build_model(transformer_config(model, args), model, args)
+    checkpoint.load(found, [stage])
+    if rounded_to is not None:
+        round_to(rounded_to, stage)
+    return logits_function(stage.eval(), model.vocab_size)
+
+
+@torch.no_grad()
+def round_to(dtype: torch.dtype, model: torch.nn.Module) -> None:
+    """Gives weights the values that they have in another precision; their own stays."""
+    for parameter in model.parameters():
+        parameter.copy_(parameter.to(dtype))
 
 
 @torch.no_grad()

@@ -4,7 +4,8 @@ import dataclasses
 import math
 from dataclasses import dataclass, field
 
-from pose_megatron.rope import METHODS, RopeScaling
+from pose_megatron import rope_config
+from pose_megatron.rope import METHODS, RopeScaling, inverse_frequencies
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,8 @@ class ModelConfig:
                 f"--kv-channels {self.kv_channels} x --rotary-percent {self.rotary_percent} gives "
                 f"{self.rotary_dim} rotary dimensions; they must be even"
             )
+        # What the scaling cannot do with this many dimensions, it says itself.
+        inverse_frequencies(self.rotary_dim, self.rotary_base, self.rope_scaling, length=1)
 
     @property
     def rotary_dim(self) -> int:
@@ -117,6 +120,9 @@ class ModelFlags:
     rotary_percent: float | None = flag(None, "share of a head that rotates (default: 1.0)")
     rope_scaling: str | None = flag(None, "interpolation of the rotary frequencies", METHODS)
     rope_scaling_factor: float | None = flag(None, "default: T / original window")
+    rope_scaling_config: str | None = flag(
+        None, "JSON object, or a file with one, of what else the method takes, in Hugging Face's "
+        "words: beta_fast, low_freq_factor, long_factor, attention_factor, ...")
     transformer_impl: str = flag(
         "torch", "torch runs everywhere; transformer_engine needs a GPU and the package",
         ("torch", "transformer_engine"))
@@ -201,29 +207,69 @@ def _shape_of_checkpoint(flags: ModelFlags, loaded: ModelConfig) -> dict:
 def _resolve_scaling(
     flags: ModelFlags, target: int, seq_length: int, loaded: ModelConfig | None
 ) -> RopeScaling:
+    """The scaling for the target window: the checkpoint's, a new one, or a new one over it."""
     before = loaded.rope_scaling if loaded else RopeScaling()
-    original = flags.original_max_position_embeddings
-    asked = (flags.rope_scaling, flags.rope_scaling_factor, original)
-    if before.method != "none":
-        now = (before.method, before.factor, before.original_max_position_embeddings)
-        if any(a is not None and a != b for a, b in zip(asked, now, strict=True)):
+    asked = _asked_scaling(flags)
+    if before.method == "none":
+        original = loaded.max_position_embeddings if loaded else seq_length
+        return _new_scaling(asked, original, target)
+    if all(getattr(before, name) == value for name, value in asked.items()):
+        if target == loaded.max_position_embeddings:
+            return before  # trained further, or resumed
+    if target <= loaded.max_position_embeddings or not asked.get("method"):
+        raise ValueError(
+            f"the checkpoint is interpolated already, to {loaded.max_position_embeddings} "
+            f"positions (--rope-scaling {before.method} --rope-scaling-factor {before.factor:g}); "
+            "leave the rope flags out to train it further, or give --rope-scaling and a greater "
+            "--max-position-embeddings to extend it once more"
+        )
+    further = target / loaded.max_position_embeddings
+    if asked["method"] != before.method:
+        return _new_scaling(asked, loaded.max_position_embeddings, target, over=before)
+    # The same method again is one extension from the first window, by the product of both factors.
+    again = {"factor": before.factor * further} | asked
+    if again["factor"] < before.factor:
+        raise ValueError(
+            f"--rope-scaling-factor {again['factor']:g} is less than {before.factor:g}, the "
+            f"checkpoint's: of the same method give the whole factor, from the first window to "
+            f"{target}"
+        )
+    return dataclasses.replace(before, **again)
+
+
+def _asked_scaling(flags: ModelFlags) -> dict:
+    """Fields of RopeScaling that the flags name."""
+    named = {
+        "method": flags.rope_scaling,
+        "factor": flags.rope_scaling_factor,
+        "original_max_position_embeddings": flags.original_max_position_embeddings,
+    }
+    asked = rope_config.options(flags.rope_scaling_config) if flags.rope_scaling_config else {}
+    for name, value in named.items():
+        if value is not None and asked.setdefault(name, value) != value:
             raise ValueError(
-                f"the checkpoint is interpolated already (--rope-scaling {now[0]} "
-                f"--rope-scaling-factor {now[1]}); leave the rope flags out to train it further, "
-                "or extend the checkpoint it came from"
+                f"--rope-scaling-config says {name} {asked[name]!r}, another flag {value!r}"
             )
-        if target != loaded.max_position_embeddings:
-            raise ValueError(
-                f"--max-position-embeddings {target} contradicts the checkpoint, already "
-                f"interpolated to {loaded.max_position_embeddings}; extend the one it came from"
-            )
-        return before
-    original = original or (loaded.max_position_embeddings if loaded else seq_length)
-    factor = flags.rope_scaling_factor
-    method = flags.rope_scaling or "none"
-    if method == "none":
+    for name in ("short_factor", "long_factor"):
+        if isinstance(asked.get(name), list):
+            asked[name] = tuple(asked[name])
+    return asked
+
+
+def _new_scaling(
+    asked: dict, original: int, target: int, over: RopeScaling | None = None
+) -> RopeScaling:
+    if asked.get("method", "none") == "none":
+        factor = asked.get("factor")
         if factor not in (None, 1.0):
             raise ValueError(f"--rope-scaling-factor {factor} needs a --rope-scaling method")
+        if options := asked.keys() - {"method", "factor", "original_max_position_embeddings"}:
+            raise ValueError(f"--rope-scaling-config {min(options)} needs a --rope-scaling method")
+        if over is not None:
+            raise ValueError(
+                f"--rope-scaling none contradicts the checkpoint, which has {over.method}"
+            )
         return RopeScaling()
-    factor = max(target / original, 1.0) if factor is None else factor
-    return RopeScaling(method, factor=factor, original_max_position_embeddings=original)
+    asked = {"original_max_position_embeddings": original} | asked
+    factor = max(target / asked["original_max_position_embeddings"], 1.0)
+    return RopeScaling(**{"factor": factor, "over": over} | asked)

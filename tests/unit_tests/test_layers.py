@@ -9,9 +9,9 @@ import pytest
 
 LAYERS = [
     {"positions", "rope", "convert", "evaluation"},
-    {"arguments", "model_config"},
+    {"arguments", "model_config", "rope_config"},
     {"cpu", "distributed", "dataset", "batch", "attention", "model", "optimizer", "checkpoint",
-     "tokenizer", "jsonl", "durable", "huggingface", "weights"},
+     "tokenizer", "jsonl", "durable", "huggingface", "weights", "parity"},
     {"training"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}

@@ -23,12 +23,13 @@ from pose_megatron import cpu
 
 cpu.install()
 
-from pose_megatron import huggingface
+from pose_megatron import huggingface, parity
 from pose_megatron.checkpoint import find
 from pose_megatron.convert import hf_to_megatron, megatron_to_hf
 from pose_megatron.distributed import one_sentence_errors
 from pose_megatron.durable import write_atomically
 from pose_megatron.model_config import ModelConfig
+from pose_megatron.rope_config import notes
 from pose_megatron.weights import read_weights, write_weights
 
 EXAMPLES = """examples:
@@ -77,10 +78,15 @@ def parser() -> argparse.ArgumentParser:
         "--max-shard-size", default="5GB", help="saver hf: of one safetensors file [5GB]"
     )
     p.add_argument(
+        "--rope-as-longrope",
+        action="store_true",
+        help="saver hf: write yarn as longrope, which transformers 4.43 to 4.54 read exactly",
+    )
+    p.add_argument(
         "--verify",
         action=argparse.BooleanOptionalAction,
-        default=True,
-        help="read the result back and compare every bit; the rope is always checked",
+        help="read the result back and compare every bit, then its logits with transformers' "
+        "[logits of models up to 100M parameters only; the rope is always checked]",
     )
     p.add_argument(
         "--json", type=Path, metavar="FILE", help="write tensors, bytes, seconds, rope errors there"
@@ -124,7 +130,7 @@ def convert(args: argparse.Namespace) -> None:
             with huggingface.naming(load):
                 tensors = megatron_to_hf(tensors, **huggingface.sizes(model))
             dtype = tensors["model.embed_tokens.weight"].dtype
-            huggingface.write_config(folder, model, dtype, sidecars)
+            huggingface.write_config(folder, model, dtype, sidecars, args.rope_as_longrope)
             if not (folder / "tokenizer_config.json").is_file():
                 print("note: no tokenizer to copy; name one with --tokenizer-model", flush=True)
             rope = _check_rope(folder, model)
@@ -134,7 +140,7 @@ def convert(args: argparse.Namespace) -> None:
             with _phase("write", total := _total(tensors)) as advance:
                 write_weights(folder, tensors, model, sidecars.values())
                 advance(total)
-        if args.verify:
+        if args.verify is not False:
             with _phase("verify", total) as advance:
                 if args.saver == "hf":
                     again = huggingface.Tensors(folder)
@@ -143,15 +149,17 @@ def convert(args: argparse.Namespace) -> None:
                     if model_again != model:
                         raise ValueError(f"read back {model_again}, wrote {model}")
                 _compare(tensors, again, advance)
-    if args.saver == "hf" and model.rope_scaling.method == "linear":
-        print(
-            "note: vLLM multiplies the window by the factor of linear interpolation; start it with "
-            f"--max-model-len {model.max_position_embeddings}"
-        )
+        sides = {args.loader: load, args.saver: folder}
+        logits = parity.check_conversion(model, sides, args.iteration, args.verify)
+    if args.saver == "hf":
+        for note in notes(model.rope_scaling, model.max_position_embeddings, args.rope_as_longrope):
+            print(f"note: {note}")
     if args.json:
         seconds = round(time.perf_counter() - start, 3)
         counts = {"tensors": len(tensors), "bytes": total, "seconds": seconds}
-        write_atomically(args.json, json.dumps(counts | {"rope_errors": rope}) + "\n")
+        write_atomically(args.json, json.dumps(
+            counts | {"rope_errors": rope, "logits_errors": {d.where: d.error for d in logits}}
+        ) + "\n")
     print(f"wrote {save}", flush=True)
 
 
