@@ -10,11 +10,11 @@ one layout loads under any other. The tracker file is written, atomically, only 
 points at is complete; a directory that a killed run left unfinished is never pointed at.
 """
 
-import argparse
 import ctypes
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -33,7 +33,9 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.safe_globals import register_safe_globals
 from torch.distributed.checkpoint.api import CheckpointException
 
+from pose_megatron import megatron_args
 from pose_megatron.durable import fsync, write_atomically
+from pose_megatron.legacy import Legacy, is_legacy
 from pose_megatron.model_config import ModelConfig
 from pose_megatron.optimizer import prime
 
@@ -71,6 +73,10 @@ class Checkpoint:
         return self.path.name == "release"
 
     @property
+    def is_legacy(self) -> bool:
+        return is_legacy(self.path)
+
+    @property
     def tokenizer_files(self) -> list[Path]:
         folder = self.root / "tokenizer"
         return sorted(p for p in folder.iterdir()) if folder.is_dir() else []
@@ -84,36 +90,34 @@ def exists(root: str | Path) -> bool:
 def find(root: str | Path, iteration: int | None = None) -> Checkpoint:
     """The latest checkpoint of a folder, or that of `iteration`.
 
+    The folder of one iteration, or `release`, may be named itself. Megatron-LM's and
+    Megatron-Bridge's checkpoints are found too, also those in Megatron-LM's legacy layout.
+
     Raises:
-        ValueError: there is none, or it is damaged; names the file.
+        ValueError: there is none, it is damaged, or is of no LLaMA; names the file.
     """
-    root = Path(root)
+    root, word = Path(root), None if iteration is None else str(iteration)
     tracker = root / TRACKER
-    if not tracker.is_file():
+    if word is None and not exists(root) and re.fullmatch(r"iter_\d{7,}|release", root.name):
+        root, word = root.parent, root.name.removeprefix("iter_")
+    elif not exists(root):
         raise ValueError(f"{root} is not a checkpoint folder: it has no {TRACKER}")
-    word = tracker.read_text(errors="replace").strip()
-    if iteration is not None:
-        word = str(iteration)
+    word = word or tracker.read_text(errors="replace").strip()
     if word != "release" and not word.isdecimal():
         raise ValueError(f"{tracker} says '{word}': neither an iteration nor 'release'")
     path = _path(root, word)
-    for name in ("metadata.json", "common.pt", ".metadata"):
-        if not (path / name).is_file():
-            raise ValueError(f"checkpoint {path} is incomplete: {name} is missing")
-    try:
-        common = dist_checkpointing.load_common_state_dict(str(path))
-    except Exception as error:  # unpickling fails in many ways on damaged bytes
-        raise ValueError(
-            f"checkpoint {path}: common.pt cannot be read ({gist(error)})"
-        ) from None
-    if "args" not in common:
-        raise ValueError(f"checkpoint {path}: common.pt holds no 'args' to take the model from")
     steps = 0 if word == "release" else int(word)
-    return Checkpoint(root, steps, path, _model_of(common, path), common)
+    if is_legacy(path):
+        old = Legacy(path)
+        common = {"args": old.args, "iteration": old.iteration}
+        return Checkpoint(root, steps, path, old.model, common)
+    return Checkpoint(root, steps, path, *_read_whole(path))
 
 
 def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
     """The precision of the weights on disk."""
+    if checkpoint.is_legacy:
+        return next(iter(Legacy(checkpoint.path).values())).dtype
     stored = dist_checkpointing.load_tensors_metadata(str(checkpoint.path))
     return next(entry.dtype for key, entry in stored.items() if not key.startswith("optimizer."))
 
@@ -137,46 +141,55 @@ def _path(root: Path, word: str | int) -> Path:
     return root / (word if word == "release" else f"iter_{int(word):07d}")
 
 
-def _model_of(common: dict, path: Path) -> ModelConfig:
-    if "pose_megatron" in common:
-        return ModelConfig.from_dict(common["pose_megatron"]["model"])
-    args = vars(common["args"])
-    if args.get("normalization") != "RMSNorm" or not args.get("swiglu") or args.get(
-            "position_embedding_type") != "rope" or args.get("use_rope_scaling"):
+def _read_whole(path: Path) -> tuple[ModelConfig, dict]:
+    """Model and common.pt of a torch_dist checkpoint, ours, Megatron-LM's or Megatron-Bridge's."""
+    for name in ("metadata.json", "common.pt", ".metadata"):
+        if not (path / name).is_file():
+            raise ValueError(f"checkpoint {path} is incomplete: {name} is missing")
+    try:
+        common = dist_checkpointing.load_common_state_dict(str(path))
+    except Exception as error:  # unpickling fails in many ways on damaged bytes
         raise ValueError(
-            f"checkpoint {path} is no LLaMA with plain RoPE: normalization "
-            f"{args.get('normalization')}, swiglu {args.get('swiglu')}, position_embedding_type "
-            f"{args.get('position_embedding_type')}, use_rope_scaling "
-            f"{args.get('use_rope_scaling')}"
+            f"checkpoint {path}: common.pt cannot be read ({gist(error)})"
+        ) from None
+    if "pose_megatron" in common:
+        return ModelConfig.from_dict(common["pose_megatron"]["model"]), common
+    run_config = path / "run_config.yaml"
+    if "args" not in common and not run_config.is_file():
+        raise ValueError(
+            f"checkpoint {path}: common.pt holds no 'args' to take the model from, and there is no "
+            "run_config.yaml"
         )
-    grouped = args.get("group_query_attention")
-    names = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels",
-             "max_position_embeddings", "make_vocab_size_divisible_by",
-             "untie_embeddings_and_output_weights", "norm_epsilon", "rotary_base", "rotary_percent")
-    return ModelConfig(
-        num_query_groups=args["num_query_groups"] if grouped else args["num_attention_heads"],
-        vocab_size=args.get("vocab_size") or args["padded_vocab_size"],
-        **{name: args[name] for name in names if args.get(name) is not None},
-    )
+    try:
+        stored = dist_checkpointing.load_tensors_metadata(str(path))
+        rows = stored["embedding.word_embeddings.weight"].global_shape[0]
+    except KeyError as error:
+        raise ValueError(f"checkpoint {path} holds no {error}") from None
+    except ANY_FAILURE as error:
+        raise ValueError(f"checkpoint {path} cannot be loaded: {gist(error)}") from error
+    try:
+        if "args" in common:
+            return megatron_args.from_args(vars(common["args"]), rows), common
+        model, run = megatron_args.read_run_config(run_config, rows)
+    except ValueError as error:
+        raise ValueError(f"checkpoint {path}: {error}") from None
+    # Megatron-Bridge keeps its progress in a file of its own.
+    state = path / "train_state.pt"
+    progress = torch.load(state, weights_only=True) if state.is_file() else {}
+    consumed = int(progress.get("consumed_train_samples", 0))
+    args = megatron_args.to_args(model, int(progress.get("step", 0)), consumed, **run)
+    return model, common | {"args": args}
 
 
-def common_state(model: ModelConfig, iteration: int, consumed_samples: int, **more) -> dict:
-    """What Megatron-LM keeps in common.pt, and our own key."""
-    scaling = model.rope_scaling
-    args = argparse.Namespace(
-        **{k: v for k, v in model.to_dict().items() if k != "rope_scaling"},
-        padded_vocab_size=model.padded_vocab_size,
-        group_query_attention=model.num_query_groups != model.num_attention_heads,
-        swiglu=True, normalization="RMSNorm", add_bias_linear=False, add_qkv_bias=False,
-        position_embedding_type="rope", use_rope_scaling=False,
-        rotary_seq_len_interpolation_factor=(
-            scaling.factor if scaling.method == "linear" else None),
-        seq_length=model.max_position_embeddings, iteration=iteration,
-        consumed_train_samples=consumed_samples, consumed_valid_samples=0,
-        ckpt_format="torch_dist", **more,
-    )
+def common_state(model: ModelConfig, iteration: int, consumed_samples: int, **run) -> dict:
+    """What Megatron-LM keeps in common.pt, and our own key.
+
+    Args:
+        run: further arguments, by Megatron-LM's names: layout, precision.
+    """
     return {
-        "args": args, "checkpoint_version": 3.0, "iteration": iteration,
+        "args": megatron_args.to_args(model, iteration, consumed_samples, **run),
+        "checkpoint_version": 3.0, "iteration": iteration,
         "num_floating_point_operations_so_far": 0,
         "pose_megatron": {"model": model.to_dict()},
     }
@@ -214,6 +227,7 @@ def save(
         pipeline_model_parallel_size=p.get_pipeline_model_parallel_world_size(),
         data_parallel_size=p.get_data_parallel_world_size(),
         no_save_optim=False, no_save_rng=False,
+        params_dtype=next(stages[0].parameters()).dtype,
         use_distributed_optimizer=_is_distributed(optimizer),
     )
     metadata = content_metadata()
@@ -334,6 +348,11 @@ def load(checkpoint: Checkpoint, stages: list, optimizer=None, scheduler=None) -
     Raises:
         ValueError: the checkpoint is damaged or holds other tensors than the model.
     """
+    if checkpoint.is_legacy:
+        raise ValueError(
+            f"checkpoint {checkpoint.path} is in Megatron-LM's legacy layout; convert it first: "
+            "tools/checkpoint/convert.py --loader megatron --saver megatron"
+        )
     p = parallel_state
     group = p.get_data_parallel_group(with_context_parallel=True)
     metadata = content_metadata() | {"dp_cp_group": group}
@@ -359,6 +378,15 @@ def load(checkpoint: Checkpoint, stages: list, optimizer=None, scheduler=None) -
             raise ValueError(
                 f"checkpoint {checkpoint.path} was saved {'with' if was else 'without'} "
                 "--use-distributed-optimizer: resume the same way, or start anew with --finetune"
+            )
+        ours = metadata["distrib_optim_sharding_type"]
+        theirs = checkpoint.common.get("content_metadata") or {}
+        form = theirs.get("distrib_optim_sharding_type", ours)
+        if was and form != ours:
+            raise ValueError(
+                f"checkpoint {checkpoint.path} keeps its optimizer in the form {form}, which only "
+                "its own program resumes from; add --finetune to start from its weights, or save "
+                "it there with --dist-ckpt-optim-fully-reshardable"
             )
         prime(optimizer)
         sharded["optimizer"] = optimizer.sharded_state_dict(

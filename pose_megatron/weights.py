@@ -21,6 +21,7 @@ from pose_megatron.checkpoint import (
     publish,
     write,
 )
+from pose_megatron.legacy import Legacy
 from pose_megatron.model_config import ModelConfig
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
@@ -37,7 +38,8 @@ def write_weights(
             (`decoder.layers.3.mlp.linear_fc2.weight`).
     """
     state = common_state(model, 0, 0, tensor_model_parallel_size=1, pipeline_model_parallel_size=1,
-                    world_size=1, data_parallel_size=1, no_save_optim=True, no_save_rng=True)
+                    world_size=1, data_parallel_size=1, no_save_optim=True, no_save_rng=True,
+                    params_dtype=next(iter(tensors.values())).dtype)
     state["model"] = {}
     for name, tensor in tensors.items():
         key, layer = _key(name)
@@ -60,6 +62,8 @@ def read_weights(
         ValueError: there is no such checkpoint, or it is damaged.
     """
     checkpoint = find(root, iteration)
+    if checkpoint.is_legacy:
+        return dict(Legacy(checkpoint.path)), checkpoint.model
     _alone()
     try:
         stored = dist_checkpointing.load_tensors_metadata(str(checkpoint.path))

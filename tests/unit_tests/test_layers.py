@@ -9,9 +9,9 @@ import pytest
 
 LAYERS = [
     {"positions", "rope", "convert", "evaluation"},
-    {"arguments", "model_config", "rope_config"},
+    {"arguments", "model_config", "rope_config", "megatron_args"},
     {"cpu", "distributed", "dataset", "batch", "attention", "model", "optimizer", "checkpoint",
-     "tokenizer", "jsonl", "durable", "huggingface", "weights", "parity"},
+     "tokenizer", "jsonl", "durable", "huggingface", "weights", "parity", "legacy"},
     {"training"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
