@@ -445,6 +445,20 @@ def _without_extra_state(sharded: dict) -> dict:
     return {name: v for name, v in sharded.items() if not name.endswith("_extra_state")}
 
 
+def empty_extra_state(num_layers: int) -> dict[str, ShardedObject]:
+    """That state where there is none: stock Megatron-LM does not load a checkpoint that lacks it,
+    by default. The names are those of megatron-core's layers and of Transformer Engine's."""
+    layers = ("self_attention.linear_qkv", "self_attention.core_attention",
+              "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
+    found = {"decoder.final_layernorm._extra_state": ShardedObject(
+        "decoder.final_layernorm._extra_state", None, (1,), (0,))}
+    for part in layers:
+        key = f"decoder.layers.{part}._extra_state"
+        for layer in range(num_layers):
+            found[f"{key}/{layer}"] = ShardedObject(key, None, (num_layers,), (layer,))
+    return found
+
+
 def _random_state() -> ShardedObject:
     """Generators of this tensor and pipeline rank, under Megatron-LM's names."""
     p = parallel_state

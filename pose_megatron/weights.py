@@ -16,6 +16,7 @@ from pose_megatron.checkpoint import (
     ANY_FAILURE,
     common_state,
     content_metadata,
+    empty_extra_state,
     find,
     gist,
     publish,
@@ -40,7 +41,7 @@ def write_weights(
     state = common_state(model, 0, 0, tensor_model_parallel_size=1, pipeline_model_parallel_size=1,
                     world_size=1, data_parallel_size=1, no_save_optim=True, no_save_rng=True,
                     params_dtype=next(iter(tensors.values())).dtype)
-    state["model"] = {}
+    state["model"] = empty_extra_state(model.num_layers)
     for name, tensor in tensors.items():
         key, layer = _key(name)
         offsets = () if layer is None else ((0, layer, model.num_layers),)

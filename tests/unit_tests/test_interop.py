@@ -1,4 +1,4 @@
-"""Megatron-LM's and Megatron-Bridge's checkpoints: ours hold what their loaders ask for, and theirs,
+"""Megatron-LM's and Megatron-Bridge's checkpoints: ours hold what their loaders ask for; theirs,
 written here as they write them, are read. Rotary angles are stock megatron-core's."""
 
 import argparse
@@ -30,8 +30,8 @@ MODEL = ModelConfig(
 
 # Every name that load_args_from_checkpoint, check_checkpoint_args and load_checkpoint of
 # Megatron-LM core_v0.16.1 (megatron/training/checkpointing.py) look up, for a dense GPT ...
-MEGATRON_LM = """num_layers hidden_size ffn_hidden_size seq_length num_attention_heads num_query_groups
-group_query_attention kv_channels max_position_embeddings position_embedding_type
+MEGATRON_LM = """num_layers hidden_size ffn_hidden_size seq_length num_attention_heads
+num_query_groups group_query_attention kv_channels max_position_embeddings position_embedding_type
 add_position_embedding use_rotary_position_embeddings rotary_base rotary_percent rotary_interleaved
 add_bias_linear add_qkv_bias squared_relu swiglu untie_embeddings_and_output_weights
 apply_layernorm_1p normalization apply_query_key_layer_scaling attention_dropout hidden_dropout
@@ -43,8 +43,8 @@ no_save_rng no_save_optim consumed_train_samples skipped_train_samples consumed_
 data_parallel_random_init ckpt_fully_parallel_save""".split()
 # ... and that Megatron-Bridge takes from such args without a default
 # (src/megatron/bridge/training/mlm_compat/arguments.py and model.py).
-BRIDGE = """multi_latent_attention heterogeneous_layers_config_path no_persist_layer_norm params_dtype
-overlap_p2p_comm num_experts rotary_interleaved decoder_first_pipeline_num_layers
+BRIDGE = """multi_latent_attention heterogeneous_layers_config_path no_persist_layer_norm
+params_dtype overlap_p2p_comm num_experts rotary_interleaved decoder_first_pipeline_num_layers
 decoder_last_pipeline_num_layers fp8_param_gather swiglu bias_swiglu_fusion bias_gelu_fusion
 squared_relu init_method_xavier_uniform group_query_attention num_query_groups config_logger_dir
 cp_comm_type is_hybrid_model moe_grouped_gemm qk_layernorm qk_l2_norm normalization transformer_impl
@@ -59,10 +59,13 @@ def whole_tensors(seed=0):
     model = stock_model()
     named = {}
     for name, tensor in model.named_parameters():
-        name = name.replace("input_layernorm.", "self_attention.linear_qkv.layer_norm_")
-        name = name.replace("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_")
-        named[name] = torch.randn_like(tensor)
+        named[todays_name(name)] = torch.randn_like(tensor)
     return named
+
+
+def todays_name(name):
+    name = name.replace("input_layernorm.", "self_attention.linear_qkv.layer_norm_")
+    return name.replace("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_")
 
 
 def stock_model():
@@ -97,8 +100,7 @@ def save_as_they_do(root, common: dict, tensors: dict):
     model = stock_model()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            name = name.replace("input_layernorm.", "self_attention.linear_qkv.layer_norm_")
-            parameter.copy_(tensors[name.replace("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_")])
+            parameter.copy_(tensors[todays_name(name)])
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     state = {"checkpoint_version": 3.0, "iteration": 20, **common,
              "model": model.sharded_state_dict(metadata={"dp_cp_group": group})}
@@ -142,6 +144,20 @@ def test_stock_megatron_core_rotates_as_we_do_from_our_args(scaling):
     ours = angles(torch.arange(100)[None], inverse_frequencies(8, 50000.0, scaling))
     assert torch.allclose(stock(100).cos(), ours.cos(), atol=1e-5)
     assert torch.allclose(stock(100).sin(), ours.sin(), atol=1e-5)
+
+
+def test_stock_megatron_core_finds_all_that_it_asks_for(tmp_path):
+    """Extra state too, which Megatron-LM's loader wants by default (assume_ok_unexpected)."""
+    tensors = whole_tensors()
+    path = weights.write_weights(tmp_path, tensors, MODEL)
+    model = stock_model()
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    asked = model.sharded_state_dict(metadata={"dp_cp_group": group})
+    assert any(name.endswith("_extra_state") for name in asked)
+    state = dist_checkpointing.load({"model": asked}, str(path))["model"]
+    model.load_state_dict(state)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, tensors[todays_name(name)])
 
 
 # Megatron-LM's, as we read it.
@@ -376,8 +392,8 @@ def save_legacy(root, tensors, tp=1, pp=1, vpp=1, rename=lambda name: name, tree
                         if not first <= number < first + layers:
                             continue
                         local = name.replace(f"layers.{number}.", f"layers.{number - first}.")
-                    elif (name.startswith("embedding") and first
-                          or not name.startswith("embedding") and first + layers < 4):
+                    elif ((name.startswith("embedding") and first)
+                          or (not name.startswith("embedding") and first + layers < 4)):
                         continue
                     else:
                         local = name
