@@ -72,6 +72,14 @@ def test_every_rope_agrees_near_0_and_near_the_end(both, scaling, capsys):
     assert capsys.readouterr().out.count("(bound") == 3
 
 
+def test_yarn_as_longrope_is_the_same_model(both):
+    found, hf = both(SCALINGS[2])
+    huggingface.write_config(hf, found.model, torch.float32, {}, rope_as_longrope=True)
+    assert json.loads((hf / "config.json").read_text())["rope_scaling"]["type"] == "longrope"
+    assert huggingface.rope_errors(hf, found.model)["inv_freq"] < 1e-6
+    parity.check(found, hf, tokens=64)
+
+
 @pytest.mark.parametrize("dtype, hf_dtype", [
     (torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32),
     (torch.bfloat16, torch.float16)])

@@ -5,19 +5,24 @@ torch_dist checkpoint that every layout of ranks loads. The output is built in a
 beside --save-dir, read back and compared, and only then renamed: it is whole or it is not there.
 """
 
+import os
+import sys
+
+# Not this folder: its inspect.py would hide Python's own from all that is imported below.
+HERE = os.path.dirname(os.path.abspath(__file__))
+ROOT = os.path.dirname(os.path.dirname(HERE))
+sys.path[:] = [ROOT, *(path for path in sys.path if os.path.abspath(path) != HERE)]
+
 import argparse
 import contextlib
 import json
 import re
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from pose_megatron import cpu
 

@@ -1,11 +1,16 @@
 """Compares a Megatron checkpoint with its Hugging Face export, frequency by frequency and logit by
 logit."""
 
-import argparse
+import os
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+# Not this folder: its inspect.py would hide Python's own from all that is imported below.
+HERE = os.path.dirname(os.path.abspath(__file__))
+ROOT = os.path.dirname(os.path.dirname(HERE))
+sys.path[:] = [ROOT, *(path for path in sys.path if os.path.abspath(path) != HERE)]
+
+import argparse
+from pathlib import Path
 
 from pose_megatron import cpu
 
