@@ -179,7 +179,8 @@ def write_config(
 ) -> None:
     """Writes all that a folder holds beside the weights.
 
-    tokenizer_config.json says the model's window, and is made where the tokenizer has none.
+    tokenizer_config.json says the model's window, and is made where the tokenizer has none. A
+    generation config that stopped at the window before stops at this one.
 
     Raises:
         ValueError: LLaMA's config cannot say what the model is.
@@ -194,6 +195,11 @@ def write_config(
     window = model.max_position_embeddings
     if tokenizer := _tokenizer_config(sidecars):
         _write_json(folder / "tokenizer_config.json", tokenizer | {"model_max_length": window})
+    if {"config.json", "generation_config.json"} <= sidecars.keys():
+        before = _read_json(sidecars["config.json"]).get("max_position_embeddings")
+        generation = _read_json(sidecars["generation_config.json"])
+        if before is not None and generation.get("max_length") == before:
+            _write_json(folder / "generation_config.json", generation | {"max_length": window})
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",

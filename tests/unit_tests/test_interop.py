@@ -245,6 +245,32 @@ def test_what_is_no_llama_is_named(tmp_path, more, said):
         checkpoint.find(tmp_path)
 
 
+@pytest.mark.parametrize("distributed", [False, True])
+def test_a_run_of_theirs_is_resumed(tmp_path, distributed):
+    """Optimizer, scheduler and random state, from a checkpoint that holds nothing of our own."""
+    from pose_megatron import arguments, training
+
+    words = ["--train-iters", "4", "--seq-length", "32", "--global-batch-size", "2",
+             "--save", str(tmp_path), *["--use-distributed-optimizer"] * distributed]
+    args = arguments.parse(words)
+    trainer = training.setup(args, MODEL, args.check(MODEL, 1), None, resume=False)
+    trainer.models[0].zero_grad_buffer()
+    trainer.optimizer.step()
+    trainer.scheduler.step(2)
+    trainer.iteration = 1
+    path = training.save(trainer)
+    common = torch.load(path / "common.pt", weights_only=True)
+    del common["pose_megatron"]
+    torch.save(common, path / "common.pt")
+    found = checkpoint.find(tmp_path)
+    assert found.model == MODEL and found.consumed_samples == 2
+    again = training.setup(args, found.model, args.check(MODEL, 1), found, resume=True)
+    assert again.iteration == 1 and again.scheduler.num_steps == 2
+    assert again.optimizer.param_groups[0]["lr"] == trainer.optimizer.param_groups[0]["lr"]
+    for one, two in zip(again.stages[0].parameters(), trainer.stages[0].parameters(), strict=True):
+        assert torch.equal(one, two)
+
+
 def test_an_optimizer_in_a_form_of_theirs_is_not_resumed(tmp_path):
     from pose_megatron import arguments, training
 

@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from pose_megatron import huggingface, parity
 from pose_megatron.checkpoint import find, stored_dtype
@@ -70,6 +70,28 @@ def test_every_rope_agrees_near_0_and_near_the_end(both, scaling, capsys):
     assert plain.error < 1e-4 and ends.error < 5e-3 and exact.error < 1e-4
     assert "1,023" in ends.where
     assert capsys.readouterr().out.count("(bound") == 3
+
+
+def test_the_window_is_the_new_one_wherever_it_is_written(both, llama, tmp_path):
+    found, _ = both(SCALINGS[2])
+    source, export = tmp_path / "source", tmp_path / "export"
+    source.mkdir()
+    (source / "config.json").write_text((llama / "config.json").read_text())
+    (source / "tokenizer.json").write_text("{}")
+    (source / "tokenizer_config.json").write_text('{"model_max_length": 128, "legacy": true}')
+    for length, written in ((128, 1024), (77, 77)):  # the window before, and another limit
+        (source / "generation_config.json").write_text(
+            json.dumps({"max_length": length, "temperature": 0.6}))
+        (export / str(length)).mkdir(parents=True)
+        huggingface.write_config(export / str(length), found.model, torch.float32,
+                                 huggingface.find_sidecars(source))
+        generation = GenerationConfig.from_pretrained(export / str(length))
+        assert (generation.max_length, generation.temperature) == (written, 0.6)
+    config = AutoConfig.from_pretrained(export / "128")
+    assert config.max_position_embeddings == 1024
+    assert config.rope_parameters["original_max_position_embeddings"] == 128
+    tokenizer = json.loads((export / "128" / "tokenizer_config.json").read_text())
+    assert tokenizer == {"model_max_length": 1024, "legacy": True}
 
 
 def test_yarn_as_longrope_is_the_same_model(both):
