@@ -30,20 +30,15 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.safe_globals import register_safe_globals
-from torch.distributed.checkpoint.api import CheckpointException
 
-from pose_megatron import megatron_args
 from pose_megatron.durable import fsync, write_atomically
 from pose_megatron.legacy import Legacy, is_legacy
+from pose_megatron.megatron_args import common_state
 from pose_megatron.model_config import ModelConfig
 from pose_megatron.optimizer import prime
+from pose_megatron.origin import ANY_FAILURE, gist, model_and_common
 
 TRACKER = "latest_checkpointed_iteration.txt"
-# The library has no error of its own for damaged files, and torch's is no Exception.
-ANY_FAILURE = (Exception, CheckpointException)
-
-register_safe_globals()
 
 
 @dataclass(frozen=True)
@@ -107,11 +102,7 @@ def find(root: str | Path, iteration: int | None = None) -> Checkpoint:
         raise ValueError(f"{tracker} says '{word}': neither an iteration nor 'release'")
     path = _path(root, word)
     steps = 0 if word == "release" else int(word)
-    if is_legacy(path):
-        old = Legacy(path)
-        common = {"args": old.args, "iteration": old.iteration}
-        return Checkpoint(root, steps, path, old.model, common)
-    return Checkpoint(root, steps, path, *_read_whole(path))
+    return Checkpoint(root, steps, path, *model_and_common(path))
 
 
 def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
@@ -139,60 +130,6 @@ def fall_back(root: str | Path, error: ValueError, below: int | None = None) -> 
 
 def _path(root: Path, word: str | int) -> Path:
     return root / (word if word == "release" else f"iter_{int(word):07d}")
-
-
-def _read_whole(path: Path) -> tuple[ModelConfig, dict]:
-    """Model and common.pt of a torch_dist checkpoint, ours, Megatron-LM's or Megatron-Bridge's."""
-    for name in ("metadata.json", "common.pt", ".metadata"):
-        if not (path / name).is_file():
-            raise ValueError(f"checkpoint {path} is incomplete: {name} is missing")
-    try:
-        common = dist_checkpointing.load_common_state_dict(str(path))
-    except Exception as error:  # unpickling fails in many ways on damaged bytes
-        raise ValueError(
-            f"checkpoint {path}: common.pt cannot be read ({gist(error)})"
-        ) from None
-    if "pose_megatron" in common:
-        return ModelConfig.from_dict(common["pose_megatron"]["model"]), common
-    run_config = path / "run_config.yaml"
-    if "args" not in common and not run_config.is_file():
-        raise ValueError(
-            f"checkpoint {path}: common.pt holds no 'args' to take the model from, and there is no "
-            "run_config.yaml"
-        )
-    try:
-        stored = dist_checkpointing.load_tensors_metadata(str(path))
-        rows = stored["embedding.word_embeddings.weight"].global_shape[0]
-    except KeyError as error:
-        raise ValueError(f"checkpoint {path} holds no {error}") from None
-    except ANY_FAILURE as error:
-        raise ValueError(f"checkpoint {path} cannot be loaded: {gist(error)}") from error
-    try:
-        if "args" in common:
-            return megatron_args.from_args(vars(common["args"]), rows), common
-        model, run = megatron_args.read_run_config(run_config, rows)
-    except ValueError as error:
-        raise ValueError(f"checkpoint {path}: {error}") from None
-    # Megatron-Bridge keeps its progress in a file of its own.
-    state = path / "train_state.pt"
-    progress = torch.load(state, weights_only=True) if state.is_file() else {}
-    consumed = int(progress.get("consumed_train_samples", 0))
-    args = megatron_args.to_args(model, int(progress.get("step", 0)), consumed, **run)
-    return model, common | {"args": args}
-
-
-def common_state(model: ModelConfig, iteration: int, consumed_samples: int, **run) -> dict:
-    """What Megatron-LM keeps in common.pt, and our own key.
-
-    Args:
-        run: further arguments, by Megatron-LM's names: layout, precision.
-    """
-    return {
-        "args": megatron_args.to_args(model, iteration, consumed_samples, **run),
-        "checkpoint_version": 3.0, "iteration": iteration,
-        "num_floating_point_operations_so_far": 0,
-        "pose_megatron": {"model": model.to_dict()},
-    }
 
 
 def content_metadata() -> dict:
@@ -431,13 +368,6 @@ def _sharded_models(stages: list, metadata: dict) -> dict[str, dict]:
 def _of_optimizer(models: dict[str, dict]) -> dict:
     """The optimizer looks parameters up by identity and takes one level or two."""
     return models["model"] if len(models) == 1 else models
-
-
-def gist(error: BaseException) -> str:
-    if isinstance(error, CheckpointException):  # by rank: what the first one said
-        error = next(iter(error.failures.values()))[0]
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def _without_extra_state(sharded: dict) -> dict:

@@ -18,10 +18,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pose_megatron import huggingface
-from pose_megatron.checkpoint import ANY_FAILURE, Checkpoint, find, gist
+from pose_megatron.checkpoint import Checkpoint, find
 from pose_megatron.convert import megatron_to_hf
 from pose_megatron.legacy import Legacy
 from pose_megatron.model_config import ModelConfig
+from pose_megatron.origin import ANY_FAILURE, gist
 from pose_megatron.rope import RopeScaling, attention_factor, inverse_frequencies
 from pose_megatron.weights import read_weights
 

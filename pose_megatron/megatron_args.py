@@ -1,6 +1,7 @@
 """A model in Megatron's own words: Megatron-LM's `args` and Megatron-Bridge's run_config.yaml.
 
-    to_args          ModelConfig -> the Namespace in common.pt, with every name that
+    common_state     ModelConfig -> what Megatron-LM keeps in common.pt
+    to_args          ModelConfig -> the Namespace in it, with every name that
                      load_args_from_checkpoint of Megatron-LM (core_v0.16.1) and the reader of
                      Megatron-LM checkpoints in Megatron-Bridge look for
     from_args        that of a checkpoint that Megatron-LM trained -> ModelConfig
@@ -72,6 +73,20 @@ def to_args(
         "iteration": iteration,
         "consumed_train_samples": consumed_samples,
     } | run)
+
+
+def common_state(model: ModelConfig, iteration: int, consumed_samples: int, **run) -> dict:
+    """What Megatron-LM keeps in common.pt, and our own key.
+
+    Args:
+        run: further arguments, by Megatron-LM's names: layout, precision.
+    """
+    return {
+        "args": to_args(model, iteration, consumed_samples, **run),
+        "checkpoint_version": 3.0, "iteration": iteration,
+        "num_floating_point_operations_so_far": 0,
+        "pose_megatron": {"model": model.to_dict()},
+    }
 
 
 def from_args(args: dict, embedding_rows: int) -> ModelConfig:

@@ -76,6 +76,7 @@ class RopeScaling:
             object.__setattr__(self, "short_factor", self.long_factor)
         if isinstance(self.over, dict):
             object.__setattr__(self, "over", RopeScaling(**self.over))
+        self._check_types()
         self._check_factor()
         self._check_window()
         for field in fields(self):
@@ -107,10 +108,18 @@ class RopeScaling:
         text = f"{self.method} x{self.factor:g}" + (f" from {window}" if window else "")
         return text if self.over is None else f"{text} over {self.over}"
 
+    def _check_types(self):
+        for name in ("beta_fast", "beta_slow", "attention_factor", "factor", "low_freq_factor",
+                     "high_freq_factor"):
+            value = getattr(self, name)
+            if value is not None and not _is_number(value):
+                raise ValueError(f"rope scaling {name} {value!r} must be a finite number")
+        if not isinstance(self.truncate, bool):
+            raise ValueError(f"rope scaling truncate {self.truncate!r} must be true or false")
+
     def _check_factor(self):
-        if not (isinstance(self.factor, int | float) and math.isfinite(self.factor)
-                and self.factor >= 1):
-            raise ValueError(f"rope scaling factor {self.factor} must be a finite number >= 1")
+        if self.factor < 1:
+            raise ValueError(f"rope scaling factor {self.factor} must be at least 1")
         if self.method == "none" and self.factor != 1:
             raise ValueError(
                 f"rope scaling 'none' with factor {self.factor} contradicts itself: choose one of "
@@ -151,7 +160,7 @@ class RopeScaling:
                     f"pair (--rope-scaling-config), not {given}"
                 )
             for value in given:
-                if not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
+                if not (_is_number(value) and value > 0):
                     raise ValueError(f"rope scaling {name} holds {value!r}, no number above 0")
         if len(self.short_factor) != len(self.long_factor):
             raise ValueError(
@@ -172,6 +181,11 @@ class RopeScaling:
                 f"rope scaling {self.over.method!r} cannot be extended: its frequencies change "
                 "with the sequence's length"
             )
+
+
+def _is_number(value) -> bool:
+    return (isinstance(value, int | float) and not isinstance(value, bool)
+            and math.isfinite(value))
 
 
 def inverse_frequencies(

@@ -11,7 +11,8 @@ LAYERS = [
     {"positions", "rope", "convert", "evaluation"},
     {"arguments", "model_config", "rope_config", "megatron_args"},
     {"cpu", "distributed", "dataset", "batch", "attention", "model", "optimizer", "checkpoint",
-     "tokenizer", "jsonl", "durable", "huggingface", "weights", "parity", "legacy", "inspection"},
+     "tokenizer", "jsonl", "durable", "huggingface", "weights", "parity",
+     "legacy", "origin", "inspection"},
     {"training"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
