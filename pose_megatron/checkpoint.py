@@ -10,14 +10,10 @@ one layout loads under any other. The tracker file is written, atomically, only 
 points at is complete; a directory that a killed run left unfinished is never pointed at.
 """
 
-import ctypes
 import multiprocessing
-import os
 import random
 import re
 import shutil
-import signal
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +29,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from pose_megatron.durable import fsync, write_atomically
 from pose_megatron.legacy import Legacy, is_legacy
+from pose_megatron.lifetime import children_end_with_this
 from pose_megatron.megatron_args import common_state
 from pose_megatron.model_config import ModelConfig
 from pose_megatron.optimizer import prime
@@ -234,29 +231,9 @@ def _quick_results_queue() -> None:
     """The writer reports through a manager process that it would spawn, importing everything anew
     (seconds, and the memory of a whole rank); a forked one is there at once."""
     if filesystem_async._results_queue is None:
-        _children_end_with_this_rank()
+        children_end_with_this()
         manager = multiprocessing.get_context("fork").Manager()
         filesystem_async._results_queue = manager.Queue()
-
-
-def _children_end_with_this_rank() -> None:
-    """The writer's processes would outlive a rank that is killed: they would keep its memory, and
-    write on into a checkpoint that the next start writes anew. Linux ends them with it."""
-    if sys.platform != "linux":
-        return
-    prctl, set_death_signal = ctypes.CDLL(None).prctl, 1
-    parent = 0
-
-    def note() -> None:
-        nonlocal parent
-        parent = os.getpid()
-
-    def end_with_parent() -> None:
-        prctl(set_death_signal, signal.SIGKILL)
-        if os.getppid() != parent:  # it died before the line above
-            os._exit(1)
-
-    os.register_at_fork(before=note, after_in_child=end_with_parent)
 
 
 def _forget(root: Path, word) -> None:

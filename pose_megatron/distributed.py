@@ -12,6 +12,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
 from pose_megatron.arguments import ParallelFlags
+from pose_megatron.lifetime import end_with_parent
 
 
 def initialize(parallel: ParallelFlags, seed: int, num_layers: int = 1) -> None:
@@ -24,6 +25,8 @@ def initialize(parallel: ParallelFlags, seed: int, num_layers: int = 1) -> None:
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun is the parent
+        end_with_parent(os.getppid())
     if dist.is_initialized():  # by a reader of checkpoints, in a job of one rank
         pass
     elif "RANK" in os.environ:

@@ -13,6 +13,7 @@ from pose_megatron import huggingface, training
 from pose_megatron.arguments import parse
 from pose_megatron.convert import hf_to_megatron
 from pose_megatron.inspection import compare, summarise
+from pose_megatron.layout import lay_out
 from pose_megatron.rope import RopeScaling
 from pose_megatron.weights import write_weights
 
@@ -99,10 +100,10 @@ def test_training_progress(tmp_path, hf):
         huggingface.read_config(hf), rope_scaling=RopeScaling("yarn", 4.0, 128))
     args = parse(["--train-iters", "4", "--seq-length", "32", "--global-batch-size", "2", "--save",
                   str(tmp_path)])
-    trainer = training.setup(args, model, args.check(model, 1), None, resume=False)
+    trainer = training.setup(args, model, lay_out(args, model, 1), None, resume=False)
     trainer.models[0].zero_grad_buffer()
     trainer.optimizer.step()
-    trainer.iteration = 3
+    trainer.go_on_from(3, 6)
     training.save(trainer)
     found = summarise(tmp_path)
     assert found.progress == {

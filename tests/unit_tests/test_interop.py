@@ -18,6 +18,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 
 from pose_megatron import checkpoint, megatron_args, weights
 from pose_megatron.arguments import defaults
+from pose_megatron.layout import lay_out
 from pose_megatron.model import load_logits, transformer_config
 from pose_megatron.model_config import ModelConfig
 from pose_megatron.rope import RopeScaling, angles, attention_factor, inverse_frequencies
@@ -253,18 +254,18 @@ def test_a_run_of_theirs_is_resumed(tmp_path, distributed):
     words = ["--train-iters", "4", "--seq-length", "32", "--global-batch-size", "2",
              "--save", str(tmp_path), *["--use-distributed-optimizer"] * distributed]
     args = arguments.parse(words)
-    trainer = training.setup(args, MODEL, args.check(MODEL, 1), None, resume=False)
+    trainer = training.setup(args, MODEL, lay_out(args, MODEL, 1), None, resume=False)
     trainer.models[0].zero_grad_buffer()
     trainer.optimizer.step()
     trainer.scheduler.step(2)
-    trainer.iteration = 1
+    trainer.go_on_from(1, 2)
     path = training.save(trainer)
     common = torch.load(path / "common.pt", weights_only=True)
     del common["pose_megatron"]
     torch.save(common, path / "common.pt")
     found = checkpoint.find(tmp_path)
     assert found.model == MODEL and found.consumed_samples == 2
-    again = training.setup(args, found.model, args.check(MODEL, 1), found, resume=True)
+    again = training.setup(args, found.model, lay_out(args, MODEL, 1), found, resume=True)
     assert again.iteration == 1 and again.scheduler.num_steps == 2
     assert again.optimizer.param_groups[0]["lr"] == trainer.optimizer.param_groups[0]["lr"]
     for one, two in zip(again.stages[0].parameters(), trainer.stages[0].parameters(), strict=True):
@@ -283,7 +284,7 @@ def test_an_optimizer_in_a_form_of_theirs_is_not_resumed(tmp_path):
     args = arguments.parse(["--train-iters", "4", "--seq-length", "32",
                             "--use-distributed-optimizer", "--load", str(tmp_path)])
     with pytest.raises(ValueError, match="in the form dp_reshardable, .*--finetune"):
-        training.setup(args, found.model, args.check(found.model, 1), found, resume=True)
+        training.setup(args, found.model, lay_out(args, found.model, 1), found, resume=True)
 
 
 # Megatron-Bridge's, as we read it.

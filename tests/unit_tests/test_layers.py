@@ -9,11 +9,11 @@ import pytest
 
 LAYERS = [
     {"positions", "rope", "convert", "evaluation"},
-    {"arguments", "model_config", "rope_config", "megatron_args"},
+    {"arguments", "layout", "model_config", "rope_config", "megatron_args"},
     {"cpu", "distributed", "dataset", "batch", "attention", "model", "optimizer", "checkpoint",
-     "tokenizer", "jsonl", "durable", "huggingface", "weights", "parity",
-     "legacy", "origin", "inspection"},
-    {"training"},
+     "tokenizer", "jsonl", "durable", "lifetime", "huggingface", "weights", "parity", "legacy",
+     "origin", "inspection"},
+    {"log", "training"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
 ROOT = Path(__file__).resolve().parents[2]
