@@ -9,7 +9,6 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state, tensor_parallel
 
 from pose_megatron.arguments import ParallelFlags
 
@@ -20,6 +19,8 @@ def initialize(parallel: ParallelFlags, seed: int, num_layers: int = 1) -> None:
     Raises:
         ValueError: the environment names a rank without an address to meet at.
     """
+    from megatron.core import parallel_state, tensor_parallel  # seconds: tools do without
+
     timeout = datetime.timedelta(minutes=parallel.distributed_timeout_minutes)
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if torch.cuda.is_available():

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from pose_megatron.checkpoint import TRACKER
+from pose_megatron.directory import TRACKER
 from pose_megatron.durable import fsync
 from pose_megatron.model_config import ModelConfig
 from pose_megatron.rope import attention_factor, from_hf, inverse_frequencies, to_hf

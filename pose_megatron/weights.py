@@ -12,15 +12,8 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
-from pose_megatron.checkpoint import (
-    ANY_FAILURE,
-    common_state,
-    content_metadata,
-    find,
-    gist,
-    publish,
-    write,
-)
+from pose_megatron.checkpoint import ANY_FAILURE, write
+from pose_megatron.directory import common_state, content_metadata, find, gist, publish
 from pose_megatron.model_config import ModelConfig
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")

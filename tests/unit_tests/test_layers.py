@@ -10,8 +10,9 @@ import pytest
 LAYERS = [
     {"positions", "rope", "convert", "evaluation"},
     {"arguments", "model_config"},
-    {"cpu", "distributed", "dataset", "batch", "attention", "model", "optimizer", "checkpoint",
-     "tokenizer", "jsonl", "durable", "huggingface", "weights"},
+    {"cpu", "distributed", "dataset", "batch", "attention", "gptj", "head", "model",
+     "optimizer", "checkpoint",
+     "tokenizer", "jsonl", "durable", "directory", "huggingface", "weights"},
     {"training"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
