@@ -51,6 +51,29 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+class Team:
+    """Processes that share a piece of work on the CPU: torchrun's, or this one alone."""
+
+    def __init__(self):
+        self.rank, self.size = rank(), world_size()
+        if self.size > 1:
+            dist.init_process_group("gloo")
+
+    def share(self, value):
+        """Rank 0's value, on every rank; they wait for each other."""
+        values = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(values, src=0)
+        return values[0]
+
+    def gather(self, value) -> list:
+        """The values of all ranks, on every rank."""
+        values = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+
 def print_rank_0(text: str) -> None:
     if rank() == 0:
         print(text, flush=True)

@@ -12,7 +12,8 @@ LAYERS = [
     {"arguments", "model_config"},
     {"cpu", "distributed", "dataset", "batch", "attention", "gptj", "head", "model",
      "optimizer", "checkpoint",
-     "tokenizer", "jsonl", "durable", "directory", "huggingface", "weights"},
+     "tokenizer", "jsonl", "durable", "directory", "huggingface", "weights",
+     "tensor_files", "meta", "formats"},
     {"training"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
