@@ -217,6 +217,7 @@ def differing(one: Tensor, other: Tensor) -> bool:
 
 def count_nonfinite(tensor: Tensor) -> int:
     """Values that are NaN or infinite."""
-    if torch.isfinite(tensor.sum(dtype=torch.float32)):
+    wide = torch.float32 if tensor.dtype == torch.float16 else tensor.dtype
+    if torch.isfinite(tensor.sum(dtype=wide)):
         return 0
     return int((~torch.isfinite(tensor)).sum())
