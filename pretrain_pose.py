@@ -17,6 +17,7 @@ from pose_megatron.arguments import parse
 from pose_megatron.batch import fields_here
 from pose_megatron.dataset import build_datasets
 from pose_megatron.distributed import one_sentence_errors, print_rank_0
+from pose_megatron.layout import lay_out
 from pose_megatron.model_config import ModelConfig, resolve_model
 from pose_megatron.positions import PoseSampler
 from pose_megatron.tokenizer import build_tokenizer
@@ -34,7 +35,7 @@ def main() -> None:
     config = resolve_model(
         args.model, args.data.seq_length, loaded and loaded.model, tokenizer_vocab(args)
     )
-    layout = args.check(config, distributed.world_size())
+    layout = lay_out(args, config, distributed.world_size())
     sampler = position_sampler(args, config)
     describe(args, config, layout, sampler)
     if args.logging.dry_run:
@@ -43,7 +44,7 @@ def main() -> None:
     distributed.initialize(args.parallel, args.training.seed, config.num_layers)
 
     # The corpus: skip-wise positions for training, plain ones for validation.
-    samples = args.training.train_iters * layout.global_batch_size
+    samples = training.samples_needed(args.training, layout, loaded if resume else None)
     validations = args.logging.eval_iters if args.logging.eval_interval else 0
     positions_only = "tokens" not in fields_here()
     train_set, valid_set = build_datasets(
@@ -76,7 +77,8 @@ def describe(args, config: ModelConfig, layout, sampler: PoseSampler) -> None:
     """What this run is, in one look."""
     p, t = args.parallel, args.training
     scaling = config.rope_scaling
-    tokens = (t.train_iters or 0) * layout.global_batch_size * sampler.window
+    steps, samples = layout.end(t) if t.train_iters or t.train_samples else (0, 0)
+    batch = layout.global_batch_size
     print_rank_0(
         f"model      {config.num_parameters:,} parameters: {config.num_layers} layers, hidden "
         f"{config.hidden_size}, ffn {config.ffn_hidden_size}, {config.num_attention_heads} heads, "
@@ -88,9 +90,10 @@ def describe(args, config: ModelConfig, layout, sampler: PoseSampler) -> None:
         f"{f', {sampler.num_chunks} chunks, {sampler.content} text' * (sampler.name == 'pose')}\n"
         f"layout     tensor {p.tensor_model_parallel_size} x pipeline "
         f"{p.pipeline_model_parallel_size} x context {p.context_parallel_size} x data "
-        f"{layout.data_parallel_size}, batch {layout.global_batch_size} = {t.micro_batch_size} x "
-        f"{layout.num_microbatches} micro-batches x {layout.data_parallel_size}\n"
-        f"training   {t.train_iters} steps, {tokens:,} tokens, seed {t.seed}"
+        f"{layout.data_parallel_size}, batch {batch} = {t.micro_batch_size} x "
+        f"{layout.num_microbatches(batch)} micro-batches x {layout.data_parallel_size}"
+        f"{f', from {layout.batch_size(0)} up' if layout.rampup else ''}\n"
+        f"training   {steps} steps, {samples * sampler.window:,} tokens, seed {t.seed}"
     )
     if args.logging.dry_run:
         print_rank_0("plans, over a source of 4 L tokens (length @ position <- text):")

@@ -34,7 +34,7 @@ setup(
     extras_require={
         # The range that megatron-core 0.16.1 itself declares.
         "gpu": ["transformer-engine[pytorch]>=2.9,<2.12"],
-        "track": ["tensorboard"],
-        "dev": ["pytest", "hypothesis", "ruff", "tensorboard"],
+        "track": ["tensorboard", "wandb"],
+        "dev": ["pytest", "hypothesis", "ruff", "tensorboard", "wandb"],
     },
 )

@@ -5,17 +5,18 @@ YAML key `seq-length` (or `seq_length`); names and meanings are Megatron-LM's wh
 `--seq-length` is the training window L, `--max-position-embeddings` the target window T.
 
 `parse()` reads the words, `model_config.resolve_model()` settles the model's shape, and
-`Arguments.check()` holds what the layout demands.
+`layout.lay_out()` holds what the layout of ranks demands.
 """
 
 import argparse
 import dataclasses
+import sys
 import types
 import typing
 from dataclasses import dataclass
 from pathlib import Path
 
-from pose_megatron.model_config import ModelConfig, ModelFlags, flag, spell
+from pose_megatron.model_config import ModelFlags, flag, spell
 from pose_megatron.positions import CONTENTS
 
 LR_DECAY_STYLES = ("constant", "linear", "cosine", "inverse-square-root", "WSD")
@@ -56,13 +57,22 @@ class TrainingFlags:
 
     micro_batch_size: int = flag(1, "samples in one forward pass of a rank")
     global_batch_size: int | None = flag(None, "samples in a step (default: micro x data ranks)")
-    train_iters: int | None = flag(None, "steps")
+    rampup_batch_size: list[int] = flag(
+        [], "with --train-samples: first batch, increment, and samples after which "
+        "--global-batch-size is reached", nargs=3)
+    train_iters: int | None = flag(None, "steps of the whole run")
+    train_samples: int | None = flag(
+        None, "samples of the whole run, in place of --train-iters; the --lr flags then count "
+        "samples, too")
     lr: float = flag(1e-4, "peak learning rate")
     min_lr: float = flag(0.0, "final learning rate")
     lr_decay_style: str = flag("cosine", "", LR_DECAY_STYLES)
     lr_decay_iters: int | None = flag(None, "steps of decay (default: --train-iters)")
+    lr_decay_samples: int | None = flag(None, "samples of decay (default: --train-samples)")
     lr_warmup_iters: int = flag(0, "steps of linear warm-up")
+    lr_warmup_samples: int = flag(0, "samples of linear warm-up")
     lr_wsd_decay_iters: int | None = flag(None, "with WSD: steps of the final decay")
+    lr_wsd_decay_samples: int | None = flag(None, "with WSD: samples of the final decay")
     lr_wsd_decay_style: str = flag(
         "exponential", "with WSD: shape of the final decay",
         ("exponential", "linear", "cosine", "minus_sqrt"))
@@ -74,6 +84,12 @@ class TrainingFlags:
     bf16: bool = flag(False, "bfloat16 weights and activations, float32 main copies and gradients")
     seed: int = flag(1234, "of weights, sample order and positions")
     exit_duration_in_mins: float | None = flag(None, "save and stop after so many minutes")
+    max_skipped_iterations: int = flag(
+        5, "stop after so many steps in a row whose loss or gradient was not finite; such a step "
+        "changes no weight")
+    loss_spike_factor: float = flag(
+        1.5, "name the samples of a step whose loss is above so many times the mean of the last "
+        "20; 0 never does")
     recompute_granularity: str | None = flag(
         None, "compute activations again in the backward pass: of whole layers, or selectively",
         ("full", "selective"))
@@ -95,6 +111,9 @@ class ParallelFlags:
     context_parallel_size: int = flag(1, "ranks that share a sequence")
     sequence_parallel: bool = flag(False, "split activations between layers over the tensor ranks")
     use_distributed_optimizer: bool = flag(False, "shard optimizer state over the data ranks")
+    overlap_grad_reduce: bool = flag(False, "reduce gradients while the backward pass goes on")
+    overlap_param_gather: bool = flag(
+        False, "gather weights while the forward pass goes on; with the two flags above")
     distributed_timeout_minutes: int = flag(10, "of a collective before the run gives up")
 
     def virtual_pipeline_size(self, num_layers: int) -> int | None:
@@ -109,7 +128,9 @@ class ParallelFlags:
 class CheckpointFlags:
     """Checkpoints, in Megatron-LM's directory layout"""
 
-    load: str | None = flag(None, "folder with latest_checkpointed_iteration.txt")
+    load: str | None = flag(
+        None, "folder with latest_checkpointed_iteration.txt; where it is --save's, too, the first "
+        "start of a job may find it empty")
     save: str | None = flag(None, "folder to write iter_0000000/ into")
     save_interval: int | None = flag(None, "steps between saves (default: only at the end)")
     async_save: bool = flag(False, "write checkpoints in the background")
@@ -129,6 +150,10 @@ class LoggingFlags:
     eval_interval: int | None = flag(None, "steps between validations (default: never)")
     eval_iters: int = flag(10, "batches of a validation")
     tensorboard_dir: str | None = flag(None, "write scalars for TensorBoard here")
+    wandb_project: str | None = flag(None, "send scalars to this project of Weights & Biases; "
+                                     "WANDB_MODE=offline keeps them on disk")
+    wandb_exp_name: str | None = flag(None, "name of the run there")
+    wandb_save_dir: str | None = flag(None, "folder of its files (default: wandb/)")
     log_file: str | None = flag(None, "append one JSON object per log line here")
     dry_run: bool = flag(False, "print the resolved run and exit")
 
@@ -145,98 +170,34 @@ class Arguments:
     checkpoint: CheckpointFlags
     logging: LoggingFlags
 
-    def check(self, model: ModelConfig, world_size: int) -> "Layout":
-        """Hold the run to its layout.
-
-        Args:
-            model: the resolved shape.
-            world_size: ranks of the job.
-
-        Returns:
-            The sizes that follow.
-
-        Raises:
-            ValueError: naming the flag, its value and the way out.
-        """
-        p, t, d = self.parallel, self.training, self.data
-        tp, pp, cp = (p.tensor_model_parallel_size, p.pipeline_model_parallel_size,
-                      p.context_parallel_size)
-        if world_size % (tp * pp * cp):
-            raise ValueError(
-                f"{world_size} ranks do not divide into --tensor-model-parallel-size {tp} x "
-                f"--pipeline-model-parallel-size {pp} x --context-parallel-size {cp}; start a "
-                f"multiple of {tp * pp * cp} ranks"
-            )
-        dp = world_size // (tp * pp * cp)
-        gbs = t.global_batch_size or t.micro_batch_size * dp
-        if gbs % (t.micro_batch_size * dp):
-            raise ValueError(
-                f"--global-batch-size {gbs} is not a multiple of --micro-batch-size "
-                f"{t.micro_batch_size} x {dp} data-parallel ranks"
-            )
-        for name in ("num_attention_heads", "ffn_hidden_size", "padded_vocab_size"):
-            if getattr(model, name) % tp:
-                raise ValueError(
-                    f"{name} {getattr(model, name)} is not a multiple of "
-                    f"--tensor-model-parallel-size {tp}"
-                )
-        if model.num_query_groups % tp and tp % model.num_query_groups:
-            raise ValueError(
-                f"--num-query-groups {model.num_query_groups} and --tensor-model-parallel-size "
-                f"{tp}: one must divide the other"
-            )
-        if model.num_layers % pp:
-            raise ValueError(
-                f"--num-layers {model.num_layers} is not a multiple of "
-                f"--pipeline-model-parallel-size {pp}"
-            )
-        self._check_interleaving(model.num_layers // pp, gbs // (t.micro_batch_size * dp))
-        if cp > 1 and d.seq_length % (2 * cp):
-            raise ValueError(
-                f"--context-parallel-size {cp} needs --seq-length {d.seq_length} to be a multiple "
-                f"of {2 * cp}: each rank holds two chunks"
-            )
-        if p.sequence_parallel and d.seq_length // cp % tp:
-            raise ValueError(
-                f"--sequence-parallel needs --seq-length {d.seq_length} / --context-parallel-size "
-                f"{cp} to be a multiple of --tensor-model-parallel-size {tp}"
-            )
-        if d.seq_length > model.max_position_embeddings:
-            raise ValueError(
-                f"--seq-length {d.seq_length} (the window L) is greater than "
-                f"--max-position-embeddings {model.max_position_embeddings} (the target T); "
-                "raise the latter or shorten the former"
-            )
-        return Layout(dp, gbs, gbs // (t.micro_batch_size * dp))
-
-    def _check_interleaving(self, layers: int, num_microbatches: int) -> None:
-        """`layers` of a pipeline rank."""
-        pp = self.parallel.pipeline_model_parallel_size
-        chunk = self.parallel.num_layers_per_virtual_pipeline_stage
-        if chunk is None:
-            return
-        if pp == 1 or layers % chunk or layers == chunk:
-            raise ValueError(
-                f"--num-layers-per-virtual-pipeline-stage {chunk} must divide the {layers} layers "
-                f"of a rank into at least two chunks, with --pipeline-model-parallel-size {pp} "
-                "above 1"
-            )
-        if num_microbatches % pp:
-            raise ValueError(
-                f"an interleaved pipeline needs the {num_microbatches} micro-batches of a step to "
-                f"be a multiple of --pipeline-model-parallel-size {pp}; change --global-batch-size"
-            )
-
-
-@dataclass(frozen=True)
-class Layout:
-    data_parallel_size: int
-    global_batch_size: int  # samples
-    num_microbatches: int  # per rank and step
-
 
 def _groups() -> dict[str, type]:
     return {f.name: f.type for f in dataclasses.fields(Arguments)}
+
+
+# Flags of Megatron-LM that users bring along and that would be wrong here, or mean nothing.
+REFUSED = {
+    "reset_position_ids": "positions come from --position-sampler and never start again inside a "
+                          "sample",
+    "reset_attention_mask": "samples are dense rows under a causal mask by token index",
+    "sft": "packed (THD) sequences have no place for skip-wise positions",
+    "mtp_num_layers": "multi-token prediction shifts tokens and not their angles",
+    "apply_rope_fusion": "the fused kernel takes one row of angles for a whole micro-batch",
+    "fused_single_qkv_rope": "the fused kernel takes one row of angles for a whole micro-batch",
+    "enable_cuda_graph": "a captured graph replays the angles of other samples",
+    "external_cuda_graph": "a captured graph replays the angles of other samples",
+    "cuda_graph_impl": "a captured graph replays the angles of other samples",
+    "position_embedding_type": "rope is all there is",
+    "use_rotary_position_embeddings": "rope is all there is",
+    "rotary_seq_len_interpolation_factor": "say --rope-scaling linear --rope-scaling-factor",
+    "num_experts": "mixtures of experts are not supported",
+    "fp16": "float16 is not supported; say --bf16",
+}
+
+
+def _refuse(name: str) -> None:
+    if name in REFUSED:
+        raise ValueError(f"{spell(name)} cannot be used: {REFUSED[name]}; leave it out")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -291,6 +252,9 @@ def parse(argv: list[str] | None = None) -> Arguments:
         ValueError: an unknown flag, an unreadable file, or a value out of range.
         SystemExit: after `--help`.
     """
+    for word in sys.argv[1:] if argv is None else argv:
+        if word.startswith("--"):
+            _refuse(word[2:].partition("=")[0].replace("-", "_"))
     parser = _parser()
     config = _Parser(add_help=False, allow_abbrev=False)
     config.add_argument("--config")
@@ -329,6 +293,7 @@ def _words_of_config(path: Path) -> list[str]:
     words = []
     for key, value in values.items():
         name = str(key).replace("-", "_")
+        _refuse(name)
         if name not in flags:
             raise ValueError(f"--config {path}: unknown name '{key}'; see --help for the flags")
         if isinstance(value, bool):
@@ -344,8 +309,9 @@ def _check_ranges(args: Arguments) -> None:
         (args.model, ("num_attention_heads", "num_query_groups", "ffn_hidden_size", "kv_channels",
                       "original_max_position_embeddings")),
         (args.data, ("seq_length",)),
-        (t, ("micro_batch_size", "global_batch_size", "train_iters", "lr_decay_iters",
-             "lr_wsd_decay_iters", "recompute_num_layers")),
+        (t, ("micro_batch_size", "global_batch_size", "train_iters", "train_samples",
+             "lr_decay_iters", "lr_decay_samples", "lr_wsd_decay_iters", "lr_wsd_decay_samples",
+             "max_skipped_iterations", "recompute_num_layers")),
         (args.position, ("pose_num_chunks",)),
         (args.parallel, ("tensor_model_parallel_size", "pipeline_model_parallel_size",
                          "context_parallel_size", "num_layers_per_virtual_pipeline_stage")),
@@ -358,16 +324,9 @@ def _check_ranges(args: Arguments) -> None:
                 raise ValueError(f"{spell(name)} must be at least 1, not {value}")
     if args.data.num_workers < 0:
         raise ValueError(f"--num-workers must be at least 0, not {args.data.num_workers}")
-    if not args.logging.dry_run and t.train_iters is None:
-        raise ValueError("--train-iters is missing: say how many steps to train")
-    if t.lr_warmup_iters and t.train_iters and t.lr_warmup_iters >= t.train_iters:
-        raise ValueError(
-            f"--lr-warmup-iters {t.lr_warmup_iters} leaves nothing of --train-iters {t.train_iters}"
-        )
+    _check_length(t, args.logging.dry_run)
     if t.min_lr > t.lr:
         raise ValueError(f"--min-lr {t.min_lr} is greater than --lr {t.lr}")
-    if t.lr_decay_style == "WSD" and not t.lr_wsd_decay_iters:
-        raise ValueError("--lr-decay-style WSD needs --lr-wsd-decay-iters")
     if (t.recompute_granularity == "full") != (t.recompute_method is not None) or (
             t.recompute_method is None) != (t.recompute_num_layers is None):
         raise ValueError(
@@ -380,3 +339,41 @@ def _check_ranges(args: Arguments) -> None:
         raise ValueError("--save-interval needs a folder: name it with --save")
     if t.exit_duration_in_mins and not args.checkpoint.save:
         raise ValueError("--exit-duration-in-mins needs a folder to save to: name it with --save")
+    p = args.parallel
+    if p.overlap_param_gather and not (p.overlap_grad_reduce and p.use_distributed_optimizer):
+        raise ValueError(
+            "--overlap-param-gather needs --overlap-grad-reduce and --use-distributed-optimizer"
+        )
+    if t.loss_spike_factor and not t.loss_spike_factor > 1:
+        raise ValueError(f"--loss-spike-factor must be above 1, or 0, not {t.loss_spike_factor}")
+
+
+def _check_length(t: TrainingFlags, dry_run: bool) -> None:
+    """A run is as long as so many steps or so many samples, and its schedule counts the same."""
+    if t.train_iters and t.train_samples:
+        raise ValueError(
+            f"--train-iters {t.train_iters} and --train-samples {t.train_samples} both say how "
+            "long to train; keep one"
+        )
+    if not (t.train_iters or t.train_samples or dry_run):
+        raise ValueError("--train-iters is missing: say how many steps to train")
+    unit, other = ("samples", "iters") if t.train_samples else ("iters", "samples")
+    for name in ("lr_warmup", "lr_decay", "lr_wsd_decay"):
+        if value := getattr(t, f"{name}_{other}"):
+            raise ValueError(
+                f"{spell(name)}-{other} {value} has no meaning with --train-{unit}; say "
+                f"{spell(name)}-{unit}"
+            )
+    length, warmup = getattr(t, f"train_{unit}"), getattr(t, f"lr_warmup_{unit}")
+    if warmup and length and warmup >= length:
+        raise ValueError(f"--lr-warmup-{unit} {warmup} leaves nothing of --train-{unit} {length}")
+    if t.lr_decay_style == "WSD" and not getattr(t, f"lr_wsd_decay_{unit}"):
+        raise ValueError(f"--lr-decay-style WSD needs --lr-wsd-decay-{unit}")
+    if t.rampup_batch_size:
+        if min(t.rampup_batch_size) < 1:
+            raise ValueError(
+                f"--rampup-batch-size {' '.join(map(str, t.rampup_batch_size))}: all three must "
+                "be at least 1"
+            )
+        if not (t.train_samples and t.global_batch_size):
+            raise ValueError("--rampup-batch-size needs --train-samples and --global-batch-size")

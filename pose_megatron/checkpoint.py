@@ -4,13 +4,9 @@ Weights are stored under layout-free names with the layer as a leading axis, so 
 one layout loads under any other.
 """
 
-import ctypes
 import multiprocessing
-import os
 import random
 import shutil
-import signal
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -40,6 +36,7 @@ from pose_megatron.directory import (
     publish,
     whole_iterations,
 )
+from pose_megatron.lifetime import children_end_with_this
 from pose_megatron.model_config import ModelConfig
 from pose_megatron.optimizer import prime
 
@@ -129,29 +126,11 @@ def _quick_results_queue() -> None:
     """The writer reports through a manager process that it would spawn, importing everything anew
     (seconds, and the memory of a whole rank); a forked one is there at once."""
     if filesystem_async._results_queue is None:
-        _children_end_with_this_rank()
+        children_end_with_this()
         manager = multiprocessing.get_context("fork").Manager()
         filesystem_async._results_queue = manager.Queue()
 
 
-def _children_end_with_this_rank() -> None:
-    """The writer's processes would outlive a rank that is killed: they would keep its memory, and
-    write on into a checkpoint that the next start writes anew. Linux ends them with it."""
-    if sys.platform != "linux":
-        return
-    prctl, set_death_signal = ctypes.CDLL(None).prctl, 1
-    parent = 0
-
-    def note() -> None:
-        nonlocal parent
-        parent = os.getpid()
-
-    def end_with_parent() -> None:
-        prctl(set_death_signal, signal.SIGKILL)
-        if os.getppid() != parent:  # it died before the line above
-            os._exit(1)
-
-    os.register_at_fork(before=note, after_in_child=end_with_parent)
 
 
 def load(checkpoint: Checkpoint, stages: list, optimizer=None, scheduler=None) -> None:

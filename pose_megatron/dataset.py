@@ -271,6 +271,12 @@ class PoseDataset(torch.utils.data.Dataset):
         return {"tokens": tokens, "labels": labels,
                 "loss_mask": np.ones_like(tokens), **sample}
 
+    def name(self, index: int) -> str:
+        """Where a sample comes from, in words for a person."""
+        source = self.sources[index]["source"]
+        document, first, _ = source.pieces[0]
+        return f"sample {index}: {source.corpus.prefix}, document {document} from token {first}"
+
 
 def build_datasets(
     data: DataFlags, sampler: PoseSampler, vocab_size: int, train_samples: int,

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from pose_megatron.arguments import ParallelFlags
+from pose_megatron.lifetime import end_with_parent
 
 
 def initialize(parallel: ParallelFlags, seed: int, num_layers: int = 1) -> None:
@@ -25,6 +26,8 @@ def initialize(parallel: ParallelFlags, seed: int, num_layers: int = 1) -> None:
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun is the parent
+        end_with_parent(os.getppid())
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
     else:

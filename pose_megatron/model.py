@@ -142,11 +142,19 @@ def _bind_rotary(model: GPTModel, scaling: RopeScaling, base: float) -> None:
     config = model.config
     if getattr(config, "mtp_num_layers", None):
         raise ValueError(
-            "multi-token prediction shifts tokens but not angles; PoSE does not support it"
+            "mtp_num_layers: multi-token prediction shifts tokens but not angles; PoSE does not "
+            "support it"
         )
-    if config.apply_rope_fusion:
+    for fusion in ("apply_rope_fusion", "fused_single_qkv_rope"):
+        if getattr(config, fusion, False):
+            raise ValueError(
+                f"{fusion} expects one row of angles for the whole batch; switch it off"
+            )
+    scope = {getattr(s, "name", s) for s in config.cuda_graph_scope or ["attn"]}
+    if config.cuda_graph_impl != "none" and scope & {"attn", "full", "full_iteration"}:
         raise ValueError(
-            "apply_rope_fusion expects one row of angles for the whole batch; switch it off"
+            f"cuda_graph_impl {config.cuda_graph_impl!r} over attention replays the angles of the "
+            "samples it was captured with; set it to 'none', or cuda_graph_scope to 'mlp'"
         )
     wanted = softmax_scale(config.kv_channels, model.rotary_percent, scaling)
     if wanted != config.softmax_scale or hasattr(config, "yarn_rotary_scaling_factor"):

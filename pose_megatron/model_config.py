@@ -83,6 +83,18 @@ class ModelConfig:
             return self.num_layers * layer + tables + self.padded_vocab_size + 2 * h
         return self.num_layers * (layer + 3 * h * ffn + 2 * h) + tables + h
 
+    def flops_per_token(self, window: int) -> float:
+        """Model FLOPs of training on one token of a window: forward, and twice that backward.
+
+        Two for each weight of a matrix that multiplies the token, and two for each of the
+        window / 2 keys (on average, under the causal mask) in q.k and again in the sum of values.
+        """
+        h, d = self.hidden_size, self.kv_channels
+        projections = h * d * (2 * self.num_attention_heads + 2 * self.num_query_groups)
+        attention = self.num_attention_heads * d * window
+        layer = 2 * (projections + 3 * h * self.ffn_hidden_size) + 2 * attention
+        return 3.0 * (self.num_layers * layer + 2 * h * self.padded_vocab_size)
+
     def to_dict(self) -> dict:
         """Plain values only, for a checkpoint."""
         return dataclasses.asdict(self)

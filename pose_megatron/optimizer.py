@@ -5,6 +5,7 @@ installed, torch's AdamW elsewhere.
 """
 
 import functools
+import math
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -14,10 +15,12 @@ from megatron.core.optimizer import (
     distrib_optimizer,
     get_megatron_optimizer,
 )
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from pose_megatron.arguments import Layout, ParallelFlags, TrainingFlags
+from pose_megatron.arguments import ParallelFlags, TrainingFlags
+from pose_megatron.layout import Layout
 
 
 def build_optimizer(
@@ -31,6 +34,7 @@ def build_optimizer(
         adam_eps=t.adam_eps, bf16=t.bf16,
         params_dtype=torch.bfloat16 if t.bf16 else torch.float32,
         use_distributed_optimizer=p.use_distributed_optimizer,
+        overlap_param_gather=p.overlap_param_gather,
     )
     return get_megatron_optimizer(config, chunks)
 
@@ -39,18 +43,41 @@ def build_scheduler(
     t: TrainingFlags, layout: Layout, optimizer: MegatronOptimizer
 ) -> OptimizerParamScheduler:
     """Learning rate as a function of consumed samples (megatron-core counts samples)."""
-    samples = layout.global_batch_size
+    length, warmup, decay, final = (
+        (t.train_samples, t.lr_warmup_samples, t.lr_decay_samples, t.lr_wsd_decay_samples)
+        if t.train_samples else
+        (layout.global_batch_size * (count or 0) for count in
+         (t.train_iters, t.lr_warmup_iters, t.lr_decay_iters, t.lr_wsd_decay_iters))
+    )
     return OptimizerParamScheduler(
         optimizer, init_lr=0.0, max_lr=t.lr, min_lr=t.min_lr,
-        lr_warmup_steps=t.lr_warmup_iters * samples,
-        lr_decay_steps=(t.lr_decay_iters or t.train_iters) * samples,
+        lr_warmup_steps=warmup, lr_decay_steps=decay or length,
         lr_decay_style=t.lr_decay_style,
-        wsd_decay_steps=t.lr_wsd_decay_iters and t.lr_wsd_decay_iters * samples,
+        wsd_decay_steps=final or None,
         lr_wsd_decay_style=t.lr_wsd_decay_style,
         start_wd=t.weight_decay, end_wd=t.weight_decay, wd_incr_steps=0, wd_incr_style="constant",
         # The flags of the run that resumes win over what the checkpoint holds.
         use_checkpoint_opt_param_scheduler=False, override_opt_param_scheduler=True,
     )
+
+
+@torch.no_grad()
+def update(optimizer: MegatronOptimizer, clip_grad: float, finite: bool) -> tuple[float, bool]:
+    """One step of the optimizer; none where the loss (not `finite`) or the gradient is not finite.
+
+    Every rank comes to the same decision: the norm is that of the whole gradient.
+
+    Returns:
+        (gradient norm before clipping, whether the weights changed).
+    """
+    optimizer.prepare_grads()
+    norm = optimizer.get_grad_norm()
+    if not (finite and math.isfinite(norm)):
+        return norm, False
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if clip_grad > 0 and (parameters := part.get_parameters()):
+            clip_grad_by_total_norm_fp32(parameters, clip_grad, norm)
+    return norm, optimizer.step_with_ready_grads()
 
 
 def prime(optimizer: MegatronOptimizer) -> None:

@@ -1,11 +1,11 @@
 """The loop: megatron-core's schedules, optimizer and gradient reduction, over skip-wise batches."""
 
-import json
+import contextlib
 import math
 import signal
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -17,14 +17,16 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 
 from pose_megatron import checkpoint
-from pose_megatron.arguments import Arguments, CheckpointFlags, Layout
+from pose_megatron.arguments import Arguments, CheckpointFlags, TrainingFlags
 from pose_megatron.batch import batches, get_batch
 from pose_megatron.checkpoint import Checkpoint
 from pose_megatron.dataset import PoseDataset
-from pose_megatron.distributed import device, print_rank_0, rank, world_size
+from pose_megatron.distributed import device, print_rank_0
+from pose_megatron.layout import Layout
+from pose_megatron.log import Log, Watch
 from pose_megatron.model import PoseGPTModel, build_model, initialize, transformer_config
 from pose_megatron.model_config import ModelConfig
-from pose_megatron.optimizer import build_optimizer, build_scheduler, learning_rate
+from pose_megatron.optimizer import build_optimizer, build_scheduler, learning_rate, update
 from pose_megatron.tokenizer import build_tokenizer
 
 
@@ -41,10 +43,38 @@ class Trainer:
     scheduler: object
     tokenizer_files: list[Path]  # of --tokenizer-model, else of the checkpoint started from
     iteration: int = 0  # steps done
+    consumed_samples: int = 0  # in them
+    iterations: int = field(init=False)  # of the whole run
 
-    @property
-    def consumed_samples(self) -> int:
-        return self.iteration * self.layout.global_batch_size
+    def __post_init__(self):
+        self.go_on_from(self.iteration, self.consumed_samples)
+
+    def go_on_from(self, iteration: int, consumed_samples: int) -> None:
+        self.iteration, self.consumed_samples = iteration, consumed_samples
+        self.iterations, _ = self.layout.end(self.args.training, iteration, consumed_samples)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step came to; the same on every rank, but for `rows`.
+
+    Attributes:
+        loss: per token of the whole batch.
+        grad_norm: before clipping.
+        updated: whether the weights changed; not where a value was not finite.
+        first, samples: the batch is samples [first, first + samples) of the run.
+        rows: [b, 2] of each micro-batch here: loss sum and tokens of each sample, or of this
+            context-parallel rank's part of it. Only on the last pipeline stage.
+        votes: those of `train_step`, summed over the ranks.
+    """
+
+    loss: float
+    grad_norm: float
+    updated: bool
+    first: int
+    samples: int
+    rows: list[torch.Tensor]
+    votes: list[float]
 
 
 def starting_point(flags: CheckpointFlags) -> tuple[Checkpoint | None, bool]:
@@ -56,6 +86,9 @@ def starting_point(flags: CheckpointFlags) -> tuple[Checkpoint | None, bool]:
     if flags.pretrained_checkpoint and not (flags.load and checkpoint.exists(flags.load)):
         return checkpoint.find(flags.pretrained_checkpoint), False
     if not flags.load:
+        return None, False
+    if flags.load == flags.save and not (checkpoint.exists(flags.load) or flags.finetune):
+        print_rank_0(f"{flags.load} holds no checkpoint yet: starting from fresh weights")
         return None, False
     try:
         return checkpoint.find(flags.load), not flags.finetune
@@ -69,6 +102,15 @@ def _fall_back(flags: CheckpointFlags, error: ValueError, below: int | None = No
     earlier = checkpoint.fall_back(flags.load, error, below)
     print_rank_0(f"{error}; falling back to {earlier.path}")
     return earlier
+
+
+def samples_needed(t: TrainingFlags, layout: Layout, resumed: Checkpoint | None) -> int:
+    """Length of a training set that lasts to the end, also should --load-fallback take an earlier
+    checkpoint than `resumed`."""
+    from_start = layout.end(t)[1]
+    if resumed is None:
+        return from_start
+    return max(from_start, layout.end(t, resumed.iteration, resumed.consumed_samples)[1])
 
 
 def setup(
@@ -88,6 +130,8 @@ def setup(
     reduction = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=args.parallel.use_distributed_optimizer,
+        overlap_grad_reduce=args.parallel.overlap_grad_reduce,
+        overlap_param_gather=args.parallel.overlap_param_gather,
     )
     models = [
         DistributedDataParallel(
@@ -98,6 +142,7 @@ def setup(
     ]
     for model in models:
         model.broadcast_params()
+    _overlap(core, reduction, models)
     optimizer = build_optimizer(args.training, args.parallel, models)
     scheduler = build_scheduler(args.training, layout, optimizer)
     core.grad_scale_func = optimizer.scale_loss
@@ -108,14 +153,35 @@ def setup(
     trainer = Trainer(args, config, layout, stages, models, optimizer, scheduler, files)
     if resume:
         loaded = _load(args.checkpoint, loaded, stages, optimizer, scheduler)
-        trainer.iteration = loaded.iteration
-        if loaded.consumed_samples != trainer.consumed_samples:
-            raise ValueError(
-                f"checkpoint {loaded.path} was trained on {loaded.consumed_samples} samples in "
-                f"{loaded.iteration} steps; --global-batch-size {layout.global_batch_size} "
-                "contradicts that: resume with the same, or start anew with --finetune"
-            )
+        trainer.go_on_from(loaded.iteration, loaded.consumed_samples)
     return trainer
+
+
+def _overlap(core, reduction, models: list[DistributedDataParallel]) -> None:
+    """Tells the schedules when to exchange gradients and weights beside their own work."""
+    if reduction.overlap_grad_reduce:
+        hold = [model.no_sync for model in models]
+        core.no_sync_func = hold if len(models) > 1 else hold[0]
+        if len(models) > 1:  # of an interleaved pipeline: all stages at the same time
+            core.grad_sync_func = [model.start_grad_sync for model in models]
+            if reduction.overlap_param_gather:
+                core.param_sync_func = [model.start_param_sync for model in models]
+
+
+@contextlib.contextmanager
+def _whole_weights(trainer: Trainer):
+    """Within it every rank holds all weights of its stage, as evaluation and saving need them; with
+    --overlap-param-gather they would come only with the next forward pass."""
+    if not trainer.args.parallel.overlap_param_gather:
+        yield
+        return
+    for model in trainer.models:
+        model.disable_forward_pre_hook()  # and gathers
+    try:
+        yield
+    finally:
+        for model in trainer.models:
+            model.enable_forward_pre_hook()
 
 
 def _load(flags: CheckpointFlags, loaded: Checkpoint, *into) -> Checkpoint:
@@ -129,26 +195,42 @@ def _load(flags: CheckpointFlags, loaded: Checkpoint, *into) -> Checkpoint:
 
 
 def train(trainer: Trainer, train_set: PoseDataset | None, valid_set: PoseDataset | None) -> None:
-    """Trains to --train-iters, with validations and checkpoints on the way and at the end.
+    """Trains to the end, with validations and checkpoints on the way and at the end.
 
     SIGTERM, SIGUSR1 and --exit-duration-in-mins end it after the step in hand, with a checkpoint.
+
+    Raises:
+        ValueError: --max-skipped-iterations steps in a row were not finite.
     """
     args, t = trainer.args, trainer.args.training
-    if trainer.iteration >= t.train_iters:
-        print_rank_0(f"nothing to do: --train-iters {t.train_iters}, {trainer.iteration} done")
+    if trainer.iteration >= trainer.iterations:
+        print_rank_0(f"nothing to do: {trainer.iteration} of {trainer.iterations} steps done")
         return
     data = _streams(trainer, train_set, trainer.consumed_samples, args.data.num_workers)
     log, stop = Log(trainer), Stop(t.exit_duration_in_mins)
+    watch = Watch(t.loss_spike_factor, t.max_skipped_iterations)
     queue = AsyncCallsQueue() if args.checkpoint.async_save else None
     for model in trainer.models:
         model.train()
-    while trainer.iteration < t.train_iters:
+    while trainer.iteration < trainer.iterations:
         lr = learning_rate(trainer.optimizer)
-        loss, grad_norm = train_step(trainer, data)
-        log.step(loss, grad_norm, lr)
+        step = train_step(trainer, data, stop.votes())
+        log.step(step, lr)
+        if wrong := watch.judge(step):
+            losses = sample_losses(trainer, step)
+            log.anomaly(wrong, worst_samples(losses, step.first, train_set))
+        if watch.gives_up:
+            if queue:
+                queue.maybe_finalize_async_calls(blocking=True)
+            raise ValueError(
+                f"{watch.skipped} steps in a row had a loss or gradient that is not finite "
+                f"(--max-skipped-iterations {t.max_skipped_iterations}), the last at "
+                f"{trainer.iteration}: see their samples above; lower --lr, or start again from "
+                "an earlier checkpoint"
+            )
         at = trainer.iteration
-        reason = stop.agreed()
-        last = at == t.train_iters or reason is not None
+        reason = stop.reason(step.votes)
+        last = at == trainer.iterations or reason is not None
         if args.logging.eval_interval and (at % args.logging.eval_interval == 0 or last):
             log.validation(evaluate(trainer, valid_set))
         every = args.checkpoint.save_interval
@@ -176,41 +258,51 @@ class Stop:
     def _catch(self, number: int, frame) -> None:
         self.caught = number
 
-    def agreed(self) -> str | None:
-        """The reason, the same on every rank; None to go on."""
-        votes = torch.tensor([self.caught, time.monotonic() > self.deadline], device=device())
-        dist.all_reduce(votes, op=dist.ReduceOp.MAX)
-        number, late = votes.tolist()
-        if number:
-            return signal.Signals(number).name
-        return "--exit-duration-in-mins" if late else None
+    def votes(self) -> list[float]:
+        """Of this rank, one for each reason; they travel with the loss of a step."""
+        late = time.monotonic() > self.deadline
+        return [*(float(self.caught == number) for number in self.SIGNALS), float(late)]
+
+    def reason(self, votes: Sequence[float]) -> str | None:
+        """That of any rank, from the sums; None to go on."""
+        names = [*(number.name for number in self.SIGNALS), "--exit-duration-in-mins"]
+        return next((name for name, count in zip(names, votes, strict=True) if count), None)
 
 
 def save(trainer: Trainer, queue: AsyncCallsQueue | None = None, done=lambda path: None) -> Path:
     args = trainer.args
     if queue:
         queue.maybe_finalize_async_calls(blocking=True)  # one at a time
-    return checkpoint.save(
-        args.checkpoint.save, trainer.iteration, trainer.consumed_samples, trainer.config,
-        trainer.stages, trainer.optimizer, trainer.scheduler, trainer.tokenizer_files,
-        args.checkpoint.save_retain, queue, done,
-    )
+    with _whole_weights(trainer):
+        return checkpoint.save(
+            args.checkpoint.save, trainer.iteration, trainer.consumed_samples, trainer.config,
+            trainer.stages, trainer.optimizer, trainer.scheduler, trainer.tokenizer_files,
+            args.checkpoint.save_retain, queue, done,
+        )
 
 
-def train_step(trainer: Trainer, data: Iterator | None) -> tuple[torch.Tensor, float]:
-    """One step. Returns ([loss sum, tokens] over the whole batch, gradient norm before clipping).
+def train_step(trainer: Trainer, data: Iterator | None, votes: Sequence[float] = ()) -> Step:
+    """One step: all micro-batches forward and backward, then one update.
 
-    The sum is complete on the last pipeline stage and zero on the others.
+    Args:
+        data: this rank's micro-batches.
+        votes: of this rank; the ranks sum them in the same exchange as the loss.
     """
+    first = trainer.consumed_samples
+    samples = trainer.layout.batch_size(first)
     for model in trainer.models:
         model.zero_grad_buffer()
     trainer.optimizer.zero_grad()
-    loss = _forward_backward(trainer, data, forward_only=False)
-    ok, grad_norm, _ = trainer.optimizer.step()
-    if ok:
-        trainer.scheduler.step(increment=trainer.layout.global_batch_size)
+    rows = _forward_backward(trainer, data, samples, forward_only=False)
+    loss, votes = _over_ranks(rows, votes)
+    grad_norm, updated = update(
+        trainer.optimizer, trainer.args.training.clip_grad, math.isfinite(loss)
+    )
+    if updated:
+        trainer.scheduler.step(increment=samples)
     trainer.iteration += 1
-    return loss, float(grad_norm or 0.0)
+    trainer.consumed_samples += samples
+    return Step(loss, grad_norm, updated, first, samples, rows, votes)
 
 
 @torch.no_grad()
@@ -219,14 +311,43 @@ def evaluate(trainer: Trainer, valid_set: PoseDataset | None) -> float:
     data = _streams(trainer, valid_set, 0, num_workers=0)
     for model in trainer.models:
         model.eval()
-    total = sum(
-        _forward_backward(trainer, data, forward_only=True)
-        for _ in range(trainer.args.logging.eval_iters)
-    )
+    with _whole_weights(trainer):
+        rows = [
+            row
+            for _ in range(trainer.args.logging.eval_iters)
+            for row in _forward_backward(
+                trainer, data, trainer.layout.global_batch_size, forward_only=True)
+        ]
     for model in trainer.models:
         model.train()
-    total = _from_last_stage(total)
-    return (total[0] / total[1]).item()
+    return _over_ranks(rows)[0]
+
+
+def sample_losses(trainer: Trainer, step: Step) -> list[float]:
+    """Mean loss of each sample of a step, in order; all ranks call it and get all."""
+    micro = trainer.layout.micro_batch_size
+    total = torch.zeros(step.samples, 2, dtype=torch.float64, device=device())
+    ranks, own = (parallel_state.get_data_parallel_world_size(),
+                  parallel_state.get_data_parallel_rank())
+    for i, rows in enumerate(step.rows):
+        start = (i * ranks + own) * micro
+        total[start : start + micro] += rows
+    dist.all_reduce(total)  # once for each tensor-parallel rank: the mean does not change
+    return (total[:, 0] / total[:, 1]).tolist()
+
+
+def worst_samples(
+    losses: list[float], first: int, dataset: PoseDataset | None, count: int = 4
+) -> list[tuple[str, float]]:
+    """Names and losses of the samples that stand out, where this rank has the dataset."""
+    if dataset is None:
+        return []
+    worst = sorted(range(len(losses)), key=lambda i: _badness(losses[i]), reverse=True)[:count]
+    return [(dataset.name(first + i), losses[i]) for i in worst]
+
+
+def _badness(loss: float) -> float:
+    return loss if math.isfinite(loss) else math.inf
 
 
 def _streams(trainer: Trainer, dataset: PoseDataset | None, consumed: int, num_workers: int):
@@ -238,34 +359,30 @@ def _streams(trainer: Trainer, dataset: PoseDataset | None, consumed: int, num_w
     return streams if len(streams) > 1 else streams[0]
 
 
-def _forward_backward(trainer: Trainer, data, forward_only: bool) -> torch.Tensor:
+def _forward_backward(
+    trainer: Trainer, data, samples: int, forward_only: bool
+) -> list[torch.Tensor]:
+    """All micro-batches of a batch; returns the rows of `Step`."""
     t, length = trainer.args.training, trainer.args.data.seq_length
     reports = get_forward_backward_func()(
         forward_step_func=_forward_step(t.micro_batch_size, length),
         data_iterator=data,
         model=trainer.models if len(trainer.models) > 1 else trainer.models[0],
-        num_microbatches=trainer.layout.num_microbatches,
+        num_microbatches=trainer.layout.num_microbatches(samples),
         seq_length=length,
         micro_batch_size=t.micro_batch_size,
         forward_only=forward_only,
     )
-    total = torch.zeros(2, dtype=torch.float64, device=device())
-    for report in reports:
-        total += report["loss"]
-    if reports:
-        dist.all_reduce(
-            total, group=parallel_state.get_data_parallel_group(with_context_parallel=True)
-        )
-    return total
+    return [report["rows"] for report in reports]
 
 
 def _forward_step(micro_batch_size: int, seq_length: int):
     def loss_of(mask, losses):
         mask = mask.to(losses.dtype)
-        loss = (losses.float() * mask).sum()
-        tokens = mask.sum()
+        rows = torch.stack([(losses.float() * mask).sum(1), mask.sum(1)], dim=1)
+        loss, tokens = rows.sum(0)
         # Three values: megatron-core sums both and divides once, by the tokens of the whole batch.
-        return loss, tokens.int(), {"loss": torch.stack([loss.detach(), tokens.float()])}
+        return loss, tokens.int(), {"rows": rows.detach()}
 
     def forward_step(data, model):
         batch = get_batch(data, micro_batch_size, seq_length)
@@ -276,88 +393,17 @@ def _forward_step(micro_batch_size: int, seq_length: int):
     return forward_step
 
 
-def _from_last_stage(total: torch.Tensor) -> torch.Tensor:
-    """Hands [loss sum, tokens] to all pipeline stages."""
-    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
-        dist.broadcast(
-            total, parallel_state.get_pipeline_model_parallel_last_rank(),
-            group=parallel_state.get_pipeline_model_parallel_group(),
-        )
-    return total
+def _over_ranks(
+    rows: list[torch.Tensor], votes: Sequence[float] = ()
+) -> tuple[float, list[float]]:
+    """Loss per token of the rows of all ranks, and the votes' sums; the same on every rank.
 
-
-class Log:
-    """Rank 0's log lines, their JSON twins, and TensorBoard scalars."""
-
-    def __init__(self, trainer: Trainer):
-        self.trainer = trainer
-        flags = trainer.args.logging
-        self.interval = flags.log_interval
-        self.sum = torch.zeros(2, dtype=torch.float64, device=device())
-        self.mark, self.seconds, self.steps = time.perf_counter(), 0.0, 0
-        self.json = self.board = None
-        if rank() == 0 and flags.log_file:
-            Path(flags.log_file).parent.mkdir(parents=True, exist_ok=True)
-            self.json = open(flags.log_file, "a", buffering=1)
-        if rank() == 0 and flags.tensorboard_dir:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(flags.tensorboard_dir)
-
-    def step(self, loss: torch.Tensor, grad_norm: float, lr: float) -> None:
-        self.sum += loss
-        self.steps += 1
-        self.seconds += time.perf_counter() - self.mark
-        self.mark = time.perf_counter()
-        trainer, t = self.trainer, self.trainer.args.training
-        at = trainer.iteration
-        if at % self.interval and at != t.train_iters:
-            return
-        total = _from_last_stage(self.sum)
-        mean = (total[0] / total[1]).item()
-        seconds = self.seconds / self.steps
-        tokens = trainer.layout.global_batch_size * trainer.args.data.seq_length
-        rate = tokens / seconds / world_size()
-        left = seconds * (t.train_iters - at)
-        width = len(str(t.train_iters))
-        print_rank_0(
-            f"iteration {at:{width}d}/{t.train_iters} | samples {trainer.consumed_samples} | "
-            f"{rate:,.0f} tokens/s per rank | loss {mean:.4f} | grad norm {grad_norm:.3f} | "
-            f"lr {lr:.3e} | left {_clock(left)}"
-        )
-        self._record(iteration=at, consumed_samples=trainer.consumed_samples, loss=mean,
-                     grad_norm=grad_norm, lr=lr, tokens_per_second_per_rank=rate,
-                     seconds_per_step=seconds)
-        self.sum.zero_()
-        self.mark, self.seconds, self.steps = time.perf_counter(), 0.0, 0
-
-    def validation(self, loss: float) -> None:
-        at = self.trainer.iteration
-        # exp() of a fresh model's loss can overflow; infinity is then the honest figure.
-        perplexity = math.exp(loss) if loss < 700 else math.inf
-        print_rank_0(f"validation at {at} | loss {loss:.4f} | perplexity {perplexity:.3f}")
-        self._record(iteration=at, valid_loss=loss)
-        self.mark = time.perf_counter()  # not a step's time
-
-    def saved(self, path: Path) -> None:
-        print_rank_0(f"saved {path}")
-        self.mark = time.perf_counter()  # not a step's time
-
-    def _record(self, **values) -> None:
-        if self.json:
-            self.json.write(json.dumps(values) + "\n")
-        if self.board:
-            for name, value in values.items():
-                if name not in ("iteration", "consumed_samples"):
-                    self.board.add_scalar(name, value, values["iteration"])
-
-    def close(self) -> None:
-        for sink in (self.json, self.board):
-            if sink:
-                sink.close()
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+    Only the last pipeline stage has rows, each tensor-parallel rank the same: the mean is theirs.
+    """
+    own = torch.zeros(2 + len(votes), dtype=torch.float64, device=device())
+    for row in rows:
+        own[:2] += row.sum(0, dtype=torch.float64)
+    own[2:] = torch.tensor(votes, dtype=torch.float64)
+    dist.all_reduce(own)
+    loss, tokens, *votes = own.tolist()
+    return loss / tokens, votes

@@ -7,7 +7,8 @@
 
 Start-up is paid once for each number of ranks: between two layouts only megatron-core's groups are
 made anew. Micro-batches hold two samples or four, each with skip-wise positions of its own, up to
-T = 8 L.
+T = 8 L, and with a loss mask of its own, so that no two micro-batches count equally many tokens.
+Some layouts save after two steps, and others go on from there.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parents[1]
-STEPS = 4
+STEPS, SAVE_AT = 4, 2
 COMMON = f"""
     --seq-length 32 --max-position-embeddings 256 --rope-scaling yarn --pose-num-chunks 3
     --micro-batch-size 2 --global-batch-size 8 --train-iters {STEPS} --split 100,0,0 --num-workers 0
@@ -43,6 +44,7 @@ TP, PP, CP = (f"--{name}-parallel-size" for name in ("tensor-model", "pipeline-m
 SP = "--sequence-parallel"
 VPP2 = "--num-layers-per-virtual-pipeline-stage 1"  # of PP2: four layers, two to a rank
 SHARDED = "--use-distributed-optimizer"
+OVERLAP = f"{SHARDED} --overlap-grad-reduce --overlap-param-gather"
 FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 BLOCK = "--recompute-granularity full --recompute-method block --recompute-num-layers 1"
 SELECTIVE = "--recompute-granularity selective"
@@ -55,6 +57,8 @@ class Layout:
     words: str
     model: str = "grouped"
     fault: str | None = None  # of FAULTS
+    saves: bool = False  # after SAVE_AT steps
+    resumes: str | None = None  # the layout whose checkpoint it goes on from
 
     @property
     def reference(self) -> str:
@@ -68,11 +72,13 @@ LAYOUTS = {
     "1 rank, selective recompute": Layout(1, SELECTIVE),
     "DP2": Layout(2, ""),
     "DP2, distributed optimizer": Layout(2, SHARDED, "tied"),
-    "TP2": Layout(2, f"{TP} 2"),
+    "DP2, overlapped reduction": Layout(2, "--overlap-grad-reduce"),
+    "DP2, distributed optimizer, overlapped": Layout(2, OVERLAP),
+    "TP2": Layout(2, f"{TP} 2", saves=True),
     "TP2, tied": Layout(2, f"{TP} 2", "tied"),
     "TP2 SP": Layout(2, f"{TP} 2 {SP}"),
     "TP2 SP, distributed optimizer, full recompute": Layout(
-        2, f"{TP} 2 {SP} {SHARDED} {FULL} {WIDE}"),
+        2, f"{TP} 2 {SP} {SHARDED} {FULL} {WIDE}", saves=True),
     "TP2 SP, tied, selective recompute": Layout(2, f"{TP} 2 {SP} {SELECTIVE}", "tied"),
     "PP2": Layout(2, f"{PP} 2"),
     "PP2, tied, full recompute": Layout(2, f"{PP} 2 {BLOCK}", "tied"),
@@ -104,7 +110,24 @@ LAYOUTS = {
     "PP4, tied": Layout(4, f"{PP} 4", "tied"),
     "DP2 TP2 SP, distributed optimizer": Layout(4, f"{TP} 2 {SP} {SHARDED}"),
     "DP2 PP2 VPP2, tied": Layout(4, f"{PP} 2 {VPP2}", "tied"),
+    "DP2 PP2 VPP2, tied, distributed optimizer, overlapped": Layout(
+        4, f"{PP} 2 {VPP2} {OVERLAP}", "tied"),
     "DP2 CP2, distributed optimizer": Layout(4, f"{CP} 2 {SHARDED}"),
+}
+# Training goes on in another layout than the one that saved.
+_SHARDED_TP2 = "TP2 SP, distributed optimizer, full recompute"
+RESUMED = {
+    "TP2 -> PP2": Layout(2, f"{PP} 2", resumes="TP2"),
+    "TP2 -> DP2": Layout(2, "", resumes="TP2"),
+    "TP2 -> TP2 PP2 SP": Layout(4, f"{TP} 2 {PP} 2 {SP}", resumes="TP2"),
+    "TP2 -> 1 rank": Layout(1, "", resumes="TP2"),
+    "TP2 SP, distributed optimizer -> PP2": Layout(2, f"{PP} 2 {SHARDED}", resumes=_SHARDED_TP2),
+    "TP2 SP, distributed optimizer -> DP2, overlapped": Layout(2, OVERLAP, resumes=_SHARDED_TP2),
+    "TP2 SP, distributed optimizer -> PP2 VPP2 CP2": Layout(
+        4, f"{PP} 2 {VPP2} {CP} 2 {SHARDED}", resumes=_SHARDED_TP2),
+    "TP2 SP, distributed optimizer -> TP2 PP2 SP": Layout(
+        4, f"{TP} 2 {PP} 2 {SP} {SHARDED}", resumes=_SHARDED_TP2),
+    "TP2 SP, distributed optimizer -> 1 rank": Layout(1, SHARDED, resumes=_SHARDED_TP2),
 }
 
 # Mistakes of position ids that the comparison must see. Not among them: the same number added to
@@ -126,13 +149,14 @@ BROKEN = {
     "CP2, the other chunk's positions on the last rank": Layout(
         2, f"{CP} 2", fault="of the other chunk"),
 }
+ALL = LAYOUTS | BROKEN | RESUMED
 
 
 def train_each(names: list[str], weights: Path, corpus: str, output: Path) -> None:
     """Trains in each layout; rank 0 appends a row for each to `output`.
 
     Args:
-        names: of LAYOUTS or BROKEN.
+        names: of ALL.
         weights: folder with a checkpoint of each model; one rank makes what is missing.
         corpus: a --data-path.
     """
@@ -150,37 +174,43 @@ def train_each(names: list[str], weights: Path, corpus: str, output: Path) -> No
         if not (weights / model).exists():
             # Of another seed: a layout that did not load them would be seen.
             words = f"{COMMON} {shape} --data-path {corpus} --seed 5 --save {weights / model}"
-            train(words.split(), save=True, family=FAMILIES.get(model))
+            train(words.split(), save_at=STEPS, family=FAMILIES.get(model))
     for name in names:
-        layout = (LAYOUTS | BROKEN)[name]
-        words = (f"{COMMON} {layout.words} --data-path {corpus} "
-                 f"--load {weights / layout.model} --finetune")
-        values = train(words.split(), layout.fault)
+        layout = ALL[name]
+        words = f"{COMMON} {layout.words} --data-path {corpus}".split()
+        if layout.resumes:
+            words += ["--load", str(weights / layout.resumes)]
+        else:
+            words += ["--load", str(weights / layout.model), "--finetune"]
+        if layout.saves:
+            words += ["--save", str(weights / name)]
+        values = train(words, layout.fault, save_at=SAVE_AT if layout.saves else None)
         if distributed.rank() == 0:
             with output.open("a") as file:
                 file.write(json.dumps({"layout": name, **values}) + "\n")
     dist.destroy_process_group()
 
 
-def train(words: list[str], fault: str | None = None, save: bool = False,
+def train(words: list[str], fault: str | None = None, save_at: int | None = None,
           family: str | None = None) -> dict:
-    """STEPS steps of pretrain_pose.py's parts.
+    """Up to step STEPS, with pretrain_pose.py's parts.
 
     Args:
         words: flags of pretrain_pose.py.
         fault: of FAULTS, for `spoil`.
-        save: into --save, at the end.
+        save_at: the step after which it saves into --save.
         family: of the model, instead of the one that its flags name.
 
     Returns:
-        {"losses": per token of each step, "grad_norms": before clipping}, the same on every rank.
+        {"losses": per token of each step, "grad_norms": before clipping, "sample_losses": of every
+        sample of every step}, the same on every rank.
     """
-    import torch.distributed as dist
 
     from pose_megatron import distributed, training
     from pose_megatron.arguments import parse
     from pose_megatron.batch import batches, fields_here
     from pose_megatron.dataset import build_datasets
+    from pose_megatron.layout import lay_out
     from pose_megatron.model_config import resolve_model
     from pretrain_pose import position_sampler
 
@@ -188,7 +218,7 @@ def train(words: list[str], fault: str | None = None, save: bool = False,
     loaded, resume = training.starting_point(args.checkpoint)
     config = resolve_model(args.model, args.data.seq_length, loaded and loaded.model, None)
     config = replace(config, family=family or config.family)
-    layout = args.check(config, distributed.world_size())
+    layout = lay_out(args, config, distributed.world_size())
     regroup(args, config)
     train_set, _ = build_datasets(
         args.data, position_sampler(args, config), config.vocab_size,
@@ -197,17 +227,35 @@ def train(words: list[str], fault: str | None = None, save: bool = False,
     trainer = training.setup(args, config, layout, loaded, resume)
     if fault:
         spoil(trainer.stages[-1], FAULTS[fault])
-    streams = [batches(train_set, 0, args.training.micro_batch_size, 0) for _ in trainer.models]
-    losses, grad_norms = [], []
-    for _ in range(STEPS):
-        loss, grad_norm = training.train_step(trainer, streams if streams[1:] else streams[0])
-        # Complete on the last pipeline stage, zero on the others.
-        dist.all_reduce(loss, op=dist.ReduceOp.MAX)
-        losses.append((loss[0] / loss[1]).item())
-        grad_norms.append(grad_norm)
-    if save:
-        training.save(trainer)
-    return {"losses": losses, "grad_norms": grad_norms}
+    if train_set is not None:
+        train_set = Masked(train_set)
+    streams = [batches(train_set, trainer.consumed_samples, args.training.micro_batch_size, 0)
+               for _ in trainer.models]
+    losses, grad_norms, sample_losses = [], [], []
+    while trainer.iteration < STEPS:
+        step = training.train_step(trainer, streams if streams[1:] else streams[0])
+        losses.append(step.loss)
+        grad_norms.append(step.grad_norm)
+        sample_losses += training.sample_losses(trainer, step)
+        if trainer.iteration == save_at:
+            training.save(trainer)
+    return {"losses": losses, "grad_norms": grad_norms, "sample_losses": sample_losses}
+
+
+class Masked:
+    """Samples in which no token of every fifth kind counts, and fewer still in some samples."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict:
+        sample = self.dataset[index]
+        if "tokens" in sample:
+            sample["loss_mask"] = (sample["tokens"] % (2 + index % 5) != 0).astype("int64")
+        return sample
 
 
 def regroup(args, config) -> None:
@@ -241,8 +289,12 @@ def spoil(stage, change) -> None:
 def measure(folder: Path, corpus: str) -> dict[str, dict]:
     """Every layout, in one start for each number of ranks: rows by name."""
     output = folder / "rows.jsonl"
-    for ranks in (1, 2, 4):
-        program = [__file__, "--load", str(folder), "--data-path", corpus, "--output", str(output)]
+    for ranks in (1, 2, 4, 1):
+        done = [json.loads(line)["layout"] for line in output.open()] if output.exists() else []
+        names = [name for name, x in ALL.items() if x.ranks == ranks and name not in done
+                 and (x.resumes is None or (folder / x.resumes).exists() or ranks > 1)]
+        program = [__file__, "--load", str(folder), "--data-path", corpus, "--output", str(output),
+                   "--layouts", *names]
         if ranks > 1:
             program = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
                        str(ranks), *program]
@@ -256,37 +308,37 @@ def measure(folder: Path, corpus: str) -> dict[str, dict]:
     return {row.pop("layout"): row for row in map(json.loads, output.read_text().splitlines())}
 
 
-def deviation(rows: dict[str, dict], name: str) -> tuple[float, float]:
-    """Of losses and gradient norms from one rank's, relative, the largest of all steps."""
-    row, alone = rows[name], rows[(LAYOUTS | BROKEN)[name].reference]
+def deviation(rows: dict[str, dict], name: str) -> tuple[float, float, float]:
+    """Of losses, gradient norms and losses of single samples from one rank's, relative, the largest
+    of all steps."""
+    row, alone = rows[name], rows[ALL[name].reference]
     return tuple(
-        max(abs(a - b) / b for a, b in zip(row[key], alone[key], strict=True))
-        for key in ("losses", "grad_norms")
+        max(abs(a - b) / b for a, b in zip(row[key], alone[key][-len(row[key]):], strict=True))
+        for key in ("losses", "grad_norms", "sample_losses")
     )
 
 
 def table(rows: dict[str, dict]) -> str:
     """Markdown; the references are left out."""
     lines = ["| layout | ranks | loss | gradient norm |", "|---|---|---|---|"]
-    for name, layout in (LAYOUTS | BROKEN).items():
+    for name, layout in ALL.items():
         if name != layout.reference:
-            loss, norm = deviation(rows, name)
-            lines.append(f"| {name} | {layout.ranks} | {loss:.1e} | {norm:.1e} |")
+            loss, norm, _ = deviation(rows, name)
+            label = f"broken: {name}" if layout.fault else name
+            lines.append(f"| {label} | {layout.ranks} | {loss:.1e} | {norm:.1e} |")
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layouts", nargs="+", help="names (default: all of so many ranks)")
+    parser.add_argument("--layouts", nargs="+", help="names, with --output")
     parser.add_argument("--load", type=Path, help="folder of checkpoints; one rank fills it")
     parser.add_argument("--data-path", help="corpus prefix (default: some of Python's library)")
     parser.add_argument("--output", type=Path, help="append one JSON row per layout here")
     args = parser.parse_args()
     if args.output:
-        ranks = int(os.environ.get("WORLD_SIZE", 1))
-        names = args.layouts or [n for n, x in (LAYOUTS | BROKEN).items() if x.ranks == ranks]
-        train_each(names, args.load, args.data_path, args.output)
+        train_each(args.layouts, args.load, args.data_path, args.output)
         return
     with tempfile.TemporaryDirectory() as folder:
         print(table(measure(Path(folder), args.data_path or stdlib_corpus(folder))))

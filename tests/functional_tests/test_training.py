@@ -202,6 +202,9 @@ MISTAKES = {
     "ranks that the layout does not divide": (
         2, "--tensor-model-parallel-size 4",
         ["2 ranks", "--tensor-model-parallel-size 4", "multiple of 4"]),
+    "weights that overflow, found by both pipeline stages": (
+        2, "--pipeline-model-parallel-size 2 --lr 1e30 --train-iters 9 --max-skipped-iterations 2",
+        ["2 steps in a row had a loss or gradient that is not finite", "the last at 4"]),
     "a vocabulary too small, met by rank 0 while rank 1 waits for it": (
         2, "--tensor-model-parallel-size 2 --vocab-size 100", ["outside the vocabulary of 100"]),
 }

@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 
-from pose_megatron.arguments import LR_DECAY_STYLES, parse
-from pose_megatron.model_config import ModelConfig, resolve_model
+from pose_megatron.arguments import LR_DECAY_STYLES, REFUSED, parse
+from pose_megatron.model_config import ModelConfig, resolve_model, spell
 from pose_megatron.rope import RopeScaling
 
 SHAPE = ["--num-layers", "4", "--hidden-size", "64", "--num-attention-heads", "4"]
@@ -16,11 +16,6 @@ VOCAB = ["--vocab-size", "257"]
 def resolve(words, loaded=None, tokenizer=None):
     args = parse([*words, *RUN])
     return resolve_model(args.model, args.data.seq_length, loaded, tokenizer)
-
-
-def check(words, world_size=1):
-    args = parse([*SHAPE, *VOCAB, *RUN, *words])
-    return args.check(resolve_model(args.model, args.data.seq_length, None, None), world_size)
 
 
 LOADED = ModelConfig(
@@ -161,6 +156,43 @@ def test_train_iters_is_needed_except_for_a_dry_run():
     with pytest.raises(ValueError, match="--train-iters is missing"):
         parse([])
     assert parse(["--dry-run"]).training.train_iters is None
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    ("--train-iters 5 --train-samples 50",
+     "--train-iters 5 and --train-samples 50 both say how long"),
+    ("--train-samples 50 --lr-warmup-iters 5",
+     "--lr-warmup-iters 5 has no meaning with --train-samples; say --lr-warmup-samples"),
+    ("--train-iters 5 --lr-decay-samples 5", "say --lr-decay-iters"),
+    ("--train-samples 50 --lr-warmup-samples 50",
+     "--lr-warmup-samples 50 leaves nothing of --train-samples 50"),
+    ("--train-samples 50 --lr-decay-style WSD", "WSD needs --lr-wsd-decay-samples"),
+    ("--train-iters 5 --rampup-batch-size 2 2 8 --global-batch-size 8",
+     "--rampup-batch-size needs --train-samples"),
+    ("--train-samples 5 --rampup-batch-size 2 0 8 --global-batch-size 8", "2 0 8: all three"),
+    ("--train-iters 5 --overlap-param-gather --overlap-grad-reduce",
+     "--overlap-param-gather needs --overlap-grad-reduce and --use-distributed-optimizer"),
+    ("--train-iters 5 --loss-spike-factor 0.5", "--loss-spike-factor must be above 1"),
+    ("--train-iters 5 --max-skipped-iterations 0", "--max-skipped-iterations must be at least 1"),
+])
+def test_lengths_and_schedules_that_contradict_each_other(words, message):
+    with pytest.raises(ValueError, match=message):
+        parse(words.split())
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_flags_of_megatron_that_would_be_wrong_are_refused_with_a_reason(name, tmp_path):
+    message = f"{spell(name)} cannot be used: .*; leave it out"
+    for word in (spell(name), f"{spell(name)}=1"):
+        with pytest.raises(ValueError, match=message):
+            parse([*RUN, word])
+    (tmp_path / "run.yaml").write_text(f"{name.replace('_', '-')}: 1\n")
+    with pytest.raises(ValueError, match=message):
+        parse([*RUN, "--config", str(tmp_path / "run.yaml")])
+
+
+def test_a_refused_name_may_be_a_value():
+    assert parse([*RUN, "--data-path", "sft"]).data.data_path == ["sft"]
 
 
 def test_every_schedule_can_be_asked_for():
@@ -329,49 +361,3 @@ def test_a_config_survives_a_checkpoint():
         values = config.to_dict()
         assert ModelConfig.from_dict(values) == config
         assert ModelConfig.from_dict(values | {"of_a_later_version": 1}) == config
-
-
-# The layout.
-
-
-def test_layout_follows_from_the_ranks():
-    layout = check([])
-    assert dataclasses.astuple(layout) == (1, 1, 1)
-    layout = check("--micro-batch-size 2 --global-batch-size 24".split(), world_size=3)
-    assert dataclasses.astuple(layout) == (3, 24, 4)
-    layout = check("--micro-batch-size 2 --tensor-model-parallel-size 2 "
-                   "--pipeline-model-parallel-size 2".split(), world_size=12)
-    assert dataclasses.astuple(layout) == (3, 6, 1)
-
-
-@pytest.mark.parametrize("words, ranks, message", [
-    ("--tensor-model-parallel-size 2", 3,
-     "3 ranks do not divide into --tensor-model-parallel-size 2 x --pipeline-model-parallel-size 1 "
-     "x --context-parallel-size 1; start a multiple of 2 ranks"),
-    ("--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2", 2,
-     "start a multiple of 4 ranks"),
-    ("--global-batch-size 6 --micro-batch-size 2", 2,
-     "--global-batch-size 6 is not a multiple of --micro-batch-size 2 x 2 data-parallel ranks"),
-    ("--tensor-model-parallel-size 3", 3, "4 is not a multiple of --tensor-model-parallel-size 3"),
-    ("--tensor-model-parallel-size 2 --ffn-hidden-size 129", 2,
-     "129 is not a multiple of --tensor-model-parallel-size 2"),
-    ("--tensor-model-parallel-size 2 --make-vocab-size-divisible-by 1", 2,
-     "257 is not a multiple of --tensor-model-parallel-size 2"),
-    ("--num-attention-heads 12 --kv-channels 8 --group-query-attention --num-query-groups 3 "
-     "--tensor-model-parallel-size 4", 4,
-     "--num-query-groups 3 and --tensor-model-parallel-size 4"),
-    ("--pipeline-model-parallel-size 3", 3,
-     "--num-layers 4 is not a multiple of --pipeline-model-parallel-size 3"),
-    ("--tensor-model-parallel-size 2 --sequence-parallel --seq-length 33", 2,
-     "--sequence-parallel needs --seq-length 33"),
-    ("--seq-length 64 --max-position-embeddings 32", 1,
-     "--seq-length 64 .*is greater than --max-position-embeddings 32"),
-])
-def test_a_layout_that_cannot_be_names_flag_and_value(words, ranks, message):
-    with pytest.raises(ValueError, match=message):
-        check(words.split(), ranks)
-
-
-def test_fewer_groups_than_tensor_ranks_are_fine():
-    words = "--group-query-attention --num-query-groups 2 --tensor-model-parallel-size 4"
-    assert check(words.split(), world_size=4).data_parallel_size == 1

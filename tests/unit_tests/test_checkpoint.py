@@ -11,6 +11,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from pose_megatron import checkpoint, training, weights
 from pose_megatron.arguments import parse
 from pose_megatron.convert import table
+from pose_megatron.layout import lay_out
 from pose_megatron.model import build_model, transformer_config
 from pose_megatron.model_config import ModelConfig
 from pose_megatron.rope import RopeScaling
@@ -50,7 +51,7 @@ def stage_of(model, *words):
 
 def trainer_of(model, *words, loaded=None):
     args = arguments(*words)
-    return training.setup(args, model, args.check(model, 1), loaded,
+    return training.setup(args, model, lay_out(args, model, 1), loaded,
                           resume=loaded is not None and not args.checkpoint.finetune)
 
 
@@ -302,13 +303,13 @@ def test_training_does_not_resume_from_weights_alone(folder):
         trainer_of(MODEL, "--load", str(folder), loaded=checkpoint.find(folder))
 
 
-def test_another_batch_size_cannot_resume(tmp_path):
+def test_another_batch_size_goes_on_after_the_same_samples(tmp_path):
     trainer = stepped(trainer_of(MODEL, "--save", str(tmp_path), "--global-batch-size", "2"), 3)
+    trainer.consumed_samples = 6
     training.save(trainer)
-    with pytest.raises(ValueError, match="trained on 6 samples in 3 steps; --global-batch-size 3 "
-                                         "contradicts"):
-        trainer_of(MODEL, "--load", str(tmp_path), "--global-batch-size", "3",
-                   loaded=checkpoint.find(tmp_path))
+    resumed = trainer_of(MODEL, "--load", str(tmp_path), "--global-batch-size", "3",
+                         loaded=checkpoint.find(tmp_path))
+    assert (resumed.iteration, resumed.consumed_samples, resumed.iterations) == (3, 6, 4)
 
 
 def test_what_a_killed_save_left_is_never_picked_up(tmp_path):

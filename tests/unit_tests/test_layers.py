@@ -9,12 +9,11 @@ import pytest
 
 LAYERS = [
     {"positions", "rope", "convert", "evaluation"},
-    {"arguments", "model_config"},
+    {"arguments", "layout", "model_config"},
     {"cpu", "distributed", "dataset", "batch", "attention", "gptj", "head", "model",
-     "optimizer", "checkpoint",
-     "tokenizer", "jsonl", "durable", "directory", "huggingface", "weights",
-     "tensor_files", "meta", "formats"},
-    {"training"},
+     "optimizer", "checkpoint", "lifetime", "tokenizer", "jsonl", "durable", "directory",
+     "huggingface", "weights", "tensor_files", "meta", "formats"},
+    {"log", "training"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
 ROOT = Path(__file__).resolve().parents[2]

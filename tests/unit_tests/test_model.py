@@ -9,6 +9,7 @@ import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.enums import CudaGraphScope
 from megatron.core.transformer.module import Float16Module
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -305,6 +306,10 @@ def test_the_scale_is_the_squared_temperature_over_root_d():
 @pytest.mark.parametrize("setting, message", [
     ({"mtp_num_layers": 1}, "multi-token prediction"),
     ({"apply_rope_fusion": True}, "apply_rope_fusion"),
+    ({"fused_single_qkv_rope": True}, "fused_single_qkv_rope expects one row of angles"),
+    ({"cuda_graph_impl": "local"}, "cuda_graph_impl 'local' over attention replays the angles"),
+    ({"cuda_graph_impl": "transformer_engine", "cuda_graph_scope": [CudaGraphScope.attn]},
+     "cuda_graph_scope to 'mlp'"),
 ])
 def test_settings_that_would_rotate_wrongly_are_refused(setting, message):
     theirs = stock(shape())
@@ -312,6 +317,13 @@ def test_settings_that_would_rotate_wrongly_are_refused(setting, message):
         setattr(theirs.config, name, value)
     with pytest.raises(ValueError, match=message):
         install_pose(theirs)
+
+
+def test_graphs_that_leave_attention_out_are_fine():
+    theirs = stock(shape())
+    theirs.config.cuda_graph_impl = "transformer_engine"
+    theirs.config.cuda_graph_scope = [CudaGraphScope.mlp]
+    install_pose(theirs)
 
 
 @pytest.mark.parametrize("kind", ["learned_absolute", "none"])
