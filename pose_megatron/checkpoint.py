@@ -1,21 +1,13 @@
-"""Checkpoints in Megatron-LM's directory layout, for any layout of ranks.
-
-    <dir>/latest_checkpointed_iteration.txt    an iteration, or `release` (converted weights)
-    <dir>/iter_0000100/                        torch_dist: __R_N.distcp, .metadata, common.pt,
-                                               metadata.json (written last)
-    <dir>/tokenizer/                           the tokenizer's files, for export
+"""Saves and loads a training state in Megatron-LM's directory layout, for any layout of ranks.
 
 Weights are stored under layout-free names with the layer as a leading axis, so what was saved by
-one layout loads under any other. The tracker file is written, atomically, only once everything it
-points at is complete; a directory that a killed run left unfinished is never pointed at.
+one layout loads under any other.
 """
 
 import multiprocessing
 import random
-import re
 import shutil
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -26,116 +18,35 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.safe_globals import register_safe_globals
+from torch.distributed.checkpoint.api import CheckpointException
 
-from pose_megatron.durable import fsync, write_atomically
-from pose_megatron.legacy import Legacy, is_legacy
+from pose_megatron.directory import (
+    TRACKER,
+    Checkpoint,
+    content_metadata,
+    copy_tokenizer,
+    exists,
+    fall_back,
+    find,
+    forget,
+    path_of,
+    publish,
+    whole_iterations,
+)
+from pose_megatron.durable import gist
 from pose_megatron.lifetime import children_end_with_this
 from pose_megatron.megatron_args import common_state
 from pose_megatron.model_config import ModelConfig
 from pose_megatron.optimizer import prime
-from pose_megatron.origin import ANY_FAILURE, gist, model_and_common
 
-TRACKER = "latest_checkpointed_iteration.txt"
+__all__ = ["TRACKER", "Checkpoint", "exists", "fall_back", "find", "load", "save",
+           "whole_iterations", "write"]
 
+# The library has no error of its own for damaged files, and torch's is no Exception.
+ANY_FAILURE = (Exception, CheckpointException)
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """One complete checkpoint on disk.
-
-    Attributes:
-        root: the --load folder.
-        iteration: steps trained, 0 for converted weights.
-        path: its iter_ or release directory.
-        model: shape and rope.
-        common: everything in common.pt.
-    """
-
-    root: Path
-    iteration: int
-    path: Path
-    model: ModelConfig
-    common: dict
-
-    @property
-    def consumed_samples(self) -> int:
-        return self.common["args"].consumed_train_samples
-
-    @property
-    def is_release(self) -> bool:
-        return self.path.name == "release"
-
-    @property
-    def is_legacy(self) -> bool:
-        return is_legacy(self.path)
-
-    @property
-    def tokenizer_files(self) -> list[Path]:
-        folder = self.root / "tokenizer"
-        return sorted(p for p in folder.iterdir()) if folder.is_dir() else []
-
-
-def exists(root: str | Path) -> bool:
-    """Whether a folder holds a checkpoint."""
-    return (Path(root) / TRACKER).is_file()
-
-
-def find(root: str | Path, iteration: int | None = None) -> Checkpoint:
-    """The latest checkpoint of a folder, or that of `iteration`.
-
-    The folder of one iteration, or `release`, may be named itself. Megatron-LM's and
-    Megatron-Bridge's checkpoints are found too, also those in Megatron-LM's legacy layout.
-
-    Raises:
-        ValueError: there is none, it is damaged, or is of no LLaMA; names the file.
-    """
-    root, word = Path(root), None if iteration is None else str(iteration)
-    tracker = root / TRACKER
-    if word is None and not exists(root) and re.fullmatch(r"iter_\d{7,}|release", root.name):
-        root, word = root.parent, root.name.removeprefix("iter_")
-    elif not exists(root):
-        raise ValueError(f"{root} is not a checkpoint folder: it has no {TRACKER}")
-    word = word or tracker.read_text(errors="replace").strip()
-    if word != "release" and not word.isdecimal():
-        raise ValueError(f"{tracker} says '{word}': neither an iteration nor 'release'")
-    path = _path(root, word)
-    steps = 0 if word == "release" else int(word)
-    return Checkpoint(root, steps, path, *model_and_common(path))
-
-
-def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """The precision of the weights on disk."""
-    if checkpoint.is_legacy:
-        return next(iter(Legacy(checkpoint.path).values())).dtype
-    stored = dist_checkpointing.load_tensors_metadata(str(checkpoint.path))
-    return next(entry.dtype for key, entry in stored.items() if not key.startswith("optimizer."))
-
-
-def fall_back(root: str | Path, error: ValueError, below: int | None = None) -> Checkpoint:
-    """The newest checkpoint of a folder that can be found, below an iteration that failed.
-
-    Raises:
-        ValueError: `error`, when there is none.
-    """
-    for iteration in whole_iterations(Path(root)):
-        if below is None or iteration < below:
-            try:
-                return find(root, iteration)
-            except ValueError:
-                continue
-    raise ValueError(f"{error}; and {root} has no other checkpoint to fall back to")
-
-
-def _path(root: Path, word: str | int) -> Path:
-    return root / (word if word == "release" else f"iter_{int(word):07d}")
-
-
-def content_metadata() -> dict:
-    return {
-        # The one form of optimizer state that every other layout of ranks can read back.
-        "distrib_optim_sharding_type": "fully_reshardable",
-        "singleton_local_shards": False,
-        "chained_optim_avoid_prefix": True,
-    }
+register_safe_globals()
 
 
 def save(
@@ -179,25 +90,10 @@ def save(
         if dist.get_rank() == 0:
             publish(root, path, iteration)
             for older in [i for i in whole_iterations(root) if i <= iteration][retain or 1 << 62 :]:
-                shutil.rmtree(_path(root, older))
+                shutil.rmtree(path_of(root, older))
         done(path)
 
     return write(root, iteration, state, metadata, tokenizer_files, finish, queue)
-
-
-def whole_iterations(root: Path) -> list[int]:
-    """Iterations of the complete checkpoints in a folder, newest first."""
-    # The writer makes metadata.json last.
-    found = (p.parent.name.removeprefix("iter_") for p in root.glob("iter_*/metadata.json"))
-    return sorted((int(i) for i in found if i.isdecimal()), reverse=True)
-
-
-def publish(root: Path, path: Path, word) -> None:
-    """Makes a complete checkpoint the one that is found."""
-    for file in path.iterdir():
-        fsync(file)
-    fsync(path)
-    write_atomically(root / TRACKER, str(word))
 
 
 def write(
@@ -205,14 +101,14 @@ def write(
     queue: AsyncCallsQueue | None = None,
 ) -> Path:
     """Writes a state dict as <root>/iter_... or <root>/release, then calls `finish`."""
-    path = _path(root, word)
+    path = path_of(root, word)
     if dist.get_rank() == 0:
         root.mkdir(parents=True, exist_ok=True)
         if path.exists():  # what a killed save left, or what this run overwrites
-            _forget(root, word)
+            forget(root, word)
             shutil.rmtree(path)
         path.mkdir()
-        _copy_tokenizer(root, tokenizer_files)
+        copy_tokenizer(root, tokenizer_files)
     dist.barrier()
     _quick_results_queue()
     request = dist_checkpointing.save(
@@ -236,24 +132,6 @@ def _quick_results_queue() -> None:
         filesystem_async._results_queue = manager.Queue()
 
 
-def _forget(root: Path, word) -> None:
-    """Before a checkpoint is written over: the tracker points at the one before, or at none."""
-    tracker = root / TRACKER
-    if not tracker.is_file() or tracker.read_text().strip() != str(word):
-        return
-    others = [i for i in whole_iterations(root) if i != word]
-    if others:
-        write_atomically(tracker, str(others[0]))
-    else:
-        tracker.unlink()
-
-
-def _copy_tokenizer(root: Path, files: Iterable[Path]) -> None:
-    folder = root / "tokenizer"
-    for file in map(Path, files):
-        folder.mkdir(exist_ok=True)
-        if file.parent.resolve() != folder.resolve():
-            shutil.copy2(file, folder / file.name)
 
 
 def load(checkpoint: Checkpoint, stages: list, optimizer=None, scheduler=None) -> None:
@@ -350,20 +228,6 @@ def _of_optimizer(models: dict[str, dict]) -> dict:
 def _without_extra_state(sharded: dict) -> dict:
     """Transformer Engine's FP8 state: absent from converted and from `torch` checkpoints."""
     return {name: v for name, v in sharded.items() if not name.endswith("_extra_state")}
-
-
-def empty_extra_state(num_layers: int) -> dict[str, ShardedObject]:
-    """That state where there is none: stock Megatron-LM does not load a checkpoint that lacks it,
-    by default. The names are those of megatron-core's layers and of Transformer Engine's."""
-    layers = ("self_attention.linear_qkv", "self_attention.core_attention",
-              "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
-    found = {"decoder.final_layernorm._extra_state": ShardedObject(
-        "decoder.final_layernorm._extra_state", None, (1,), (0,))}
-    for part in layers:
-        key = f"decoder.layers.{part}._extra_state"
-        for layer in range(num_layers):
-            found[f"{key}/{layer}"] = ShardedObject(key, None, (num_layers,), (layer,))
-    return found
 
 
 def _random_state() -> ShardedObject:

@@ -6,25 +6,20 @@ headers and mapped files; `compare` reads values only when asked to.
 """
 
 import dataclasses
-import json
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from megatron.core import dist_checkpointing
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from pose_megatron import huggingface
-from pose_megatron.checkpoint import Checkpoint, find
-from pose_megatron.convert import megatron_to_hf
-from pose_megatron.legacy import Legacy
+from pose_megatron import huggingface, meta
+from pose_megatron.convert import table
+from pose_megatron.directory import Checkpoint, find
 from pose_megatron.model_config import ModelConfig
-from pose_megatron.origin import ANY_FAILURE, gist
-from pose_megatron.rope import RopeScaling, attention_factor, inverse_frequencies
-from pose_megatron.weights import read_weights
+from pose_megatron.rope import attention_factor, inverse_frequencies
+from pose_megatron.weights import open_weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,21 +28,28 @@ class Summary:
 
     Attributes:
         format: "hf", "meta", "megatron" or "megatron legacy".
-        model: shape and rope; None of Meta's format, which does not name its window.
-        config: the same as plain values, by ModelConfig's names.
+        model: shape and rope.
         progress: what is known of the training, by name; empty of weights alone.
-        tensors: every weight, an empty tensor on the meta device by its name in this format, of an
-            undivided model.
+        tensors: every weight as an empty tensor on the meta device, of an undivided model; Meta's
+            under Hugging Face's names.
         tokenizer: names of its files.
     """
 
     path: Path
     format: str
-    model: ModelConfig | None
-    config: dict
+    model: ModelConfig
     progress: dict
     tensors: Mapping[str, Tensor]
     tokenizer: list[str]
+
+    @property
+    def by_row(self) -> bool:
+        """Whether names are Megatron's, not Hugging Face's."""
+        return self.format.startswith("megatron")
+
+    @property
+    def config(self) -> dict:
+        return self.model.to_dict()
 
     @property
     def parameters(self) -> int:
@@ -60,12 +62,10 @@ class Summary:
 
     @property
     def rope(self) -> str:
-        scaling = RopeScaling(**self.config["rope_scaling"])
-        text = f"theta {self.config['rotary_base']:g}, {scaling}"
-        if (factor := attention_factor(scaling)) != 1:
+        text = f"theta {self.model.rotary_base:g}, {self.model.rope_scaling}"
+        if (factor := attention_factor(self.model.rope_scaling)) != 1:
             text += f", attention factor {factor:.4f}"
-        window = self.config.get("max_position_embeddings")
-        return text + (f", window {window:,}" if window else "")
+        return f"{text}, window {self.model.max_position_embeddings:,}"
 
     def to_dict(self) -> dict:
         """Plain values only, for JSON."""
@@ -116,7 +116,7 @@ def summarise(path: str | Path, iteration: int | None = None) -> Summary:
 def compare(one: Summary, other: Summary, values: bool = False) -> dict:
     """What differs between two checkpoints, {} when nothing does.
 
-    Two of one format are compared under their own names; Hugging Face and Megatron under Hugging
+    Two of Megatron's are compared under Megatron's names, all others under Hugging
     Face's. Two ropes of the same frequencies are the same, however they are spelt.
 
     Args:
@@ -125,15 +125,10 @@ def compare(one: Summary, other: Summary, values: bool = False) -> dict:
     Returns:
         Under `config`, `only in one`, `only in other`, `shape`, `dtype`, `values`: by name, what
         each side has, or the difference.
-
-    Raises:
-        ValueError: one is in Meta's format, the other not.
     """
-    across = (one.format == "hf") != (other.format == "hf")
-    if (one.format == "meta") != (other.format == "meta"):
-        raise ValueError("Meta's names are compared with Meta's only; convert one of the two first")
+    across = one.by_row != other.by_row
     found = {"config": _compare_configs(one, other, across)}
-    a, b = (_names(side, side.tensors, across) for side in (one, other))
+    a, b = (_names(side, across) for side in (one, other))
     found["only in one"] = {name: _word(a[name].dtype) for name in a.keys() - b.keys()}
     found["only in other"] = {name: _word(b[name].dtype) for name in b.keys() - a.keys()}
     both = [name for name in a if name in b]
@@ -142,11 +137,12 @@ def compare(one: Summary, other: Summary, values: bool = False) -> dict:
     found["dtype"] = {name: [_word(a[name].dtype), _word(b[name].dtype)] for name in both
                       if a[name].dtype != b[name].dtype}
     if values:
-        a, b = (_names(side, _values(side), across) for side in (one, other))
         found["values"] = {}
+        read_one, read_other = (_reader(side, across) for side in (one, other))
         for name in both:
             if name not in found["shape"]:
-                difference = (a[name].double() - b[name].double()).abs().max().item()
+                pair = read_one(name).double(), read_other(name).double()
+                difference = (pair[0] - pair[1]).abs().max().item()
                 if difference != 0:
                     found["values"][name] = math.inf if math.isnan(difference) else difference
     return {what: dict(sorted(names.items())) for what, names in found.items() if names}
@@ -167,7 +163,7 @@ def _compare_configs(one: Summary, other: Summary, across: bool) -> dict:
 
 
 def _same_rope(one: Summary, other: Summary) -> bool:
-    if one.model is None or other.model is None or one.model.rotary_dim != other.model.rotary_dim:
+    if one.model.rotary_dim != other.model.rotary_dim:
         return False
     scalings = [side.model.rope_scaling for side in (one, other)]
     windows = [s.original_max_position_embeddings for s in scalings if s.depends_on_length]
@@ -180,140 +176,65 @@ def _same_rope(one: Summary, other: Summary) -> bool:
     return math.isclose(*map(attention_factor, scalings), rel_tol=1e-6)
 
 
-def _names(side: Summary, tensors: Mapping[str, Tensor], across: bool) -> Mapping[str, Tensor]:
-    """By Hugging Face's names, if the other side has those."""
-    if not across or side.format == "hf":
-        return tensors
-    return megatron_to_hf(tensors, **huggingface.sizes(side.model))
+def _names(side: Summary, across: bool) -> Mapping[str, Tensor]:
+    """Empty tensors, by Hugging Face's names if the other side has those."""
+    if not across or not side.by_row:
+        return side.tensors
+    return {part: _empty(shape, side.tensors[row.name].dtype)
+            for row in table(**huggingface.sizes(side.model)) if row.name in side.tensors
+            for part, shape in row.parts.items()}
 
 
-def _values(side: Summary) -> Mapping[str, Tensor]:
+def _reader(side: Summary, across: bool) -> Callable[[str], Tensor]:
+    """Reads a tensor that `_names` names."""
     if side.format == "hf":
-        return huggingface.Tensors(side.path)
+        return huggingface.Tensors(side.path).__getitem__
     if side.format == "meta":
-        raise ValueError("--values is not for Meta's format; convert both checkpoints first")
-    return read_weights(side.path)[0]
+        return meta.Tensors(side.path).__getitem__
+    weights = open_weights(side.path)
+    if not across:
+        return weights.__getitem__
+    rows = {part: row for row in table(**huggingface.sizes(side.model)) for part in row.parts}
+    return lambda part: rows[part].split(weights[rows[part].name])[part]
 
 
 def _huggingface(path: Path) -> Summary:
-    model, tensors = huggingface.read_config(path), {}
-    for file in sorted(path.glob("*.safetensors")):
-        try:
-            with safe_open(file, framework="pt") as opened:
-                for name in opened.keys():
-                    part = opened.get_slice(name)
-                    tensors[name] = _empty(part.get_shape(), _DTYPES[part.get_dtype()])
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file} is damaged or cut off: {error}") from None
-    if not tensors:
-        for file in sorted(path.glob("pytorch_model*.bin")):
-            tensors |= {name: _like(tensor) for name, tensor in _mapped(file).items()}
-    if not tensors:
-        raise ValueError(f"{path} holds no weights, neither *.safetensors nor pytorch_model*.bin")
-    tokenizer = sorted(name for name in huggingface.find_sidecars(path)
-                       if name not in ("config.json", "generation_config.json"))
-    return Summary(path, "hf", model, model.to_dict(), {}, tensors, tokenizer)
+    model, tensors = huggingface.read_config(path), huggingface.Tensors(path)
+    files = huggingface.find_sidecars(path).keys() - {"config.json", "generation_config.json"}
+    return Summary(path, "hf", model, {}, _empties(tensors), sorted(files))
+
+
+def _meta(path: Path) -> Summary:
+    tensors = meta.Tensors(path)
+    with huggingface.naming(path):
+        model = meta.read_config(tensors)
+    tokenizer = sorted(file.name for file in path.glob("tokenizer*"))
+    return Summary(path, "meta", model, {}, _empties(tensors), tokenizer)
 
 
 def _megatron(found: Checkpoint) -> Summary:
-    common, args = found.common, vars(found.common["args"])
-    optimizer = "optimizer" in common
-    if found.is_legacy:
-        tensors = {name: _like(tensor) for name, tensor in Legacy(found.path).items()}
-    else:
-        try:
-            stored = dist_checkpointing.load_tensors_metadata(str(found.path))
-        except ANY_FAILURE as error:
-            raise ValueError(
-                f"checkpoint {found.path} cannot be loaded: {gist(error)}"
-            ) from error
-        optimizer |= any(key.startswith("optimizer.") for key in stored)
-        tensors = {}
-        for key, entry in stored.items():
-            if key.startswith("decoder.layers."):
-                for layer in range(entry.global_shape[0]):
-                    name = key.replace("layers.", f"layers.{layer}.", 1)
-                    tensors[name] = _empty(entry.global_shape[1:], entry.dtype)
-            elif not key.startswith("optimizer."):
-                tensors[key] = _empty(entry.global_shape, entry.dtype)
+    args = vars(found.common["args"])
     progress = {} if found.is_release else {
         "iteration": found.iteration,
         "samples": args.get("consumed_train_samples"),
-        "optimizer state": "yes" if optimizer else "no",
+        "optimizer state": "no" if args.get("no_save_optim") else "yes",
         "tensor ranks": args.get("tensor_model_parallel_size"),
         "pipeline ranks": args.get("pipeline_model_parallel_size"),
         "ranks": args.get("world_size"),
     }
     return Summary(
         found.path, "megatron legacy" if found.is_legacy else "megatron", found.model,
-        found.model.to_dict(), {k: v for k, v in progress.items() if v is not None}, tensors,
-        [file.name for file in found.tokenizer_files],
+        {k: v for k, v in progress.items() if v is not None},
+        _empties(open_weights(found.path)), [file.name for file in found.tokenizer_files],
     )
 
 
-def _meta(path: Path) -> Summary:
-    with huggingface.naming(path):
-        try:
-            params = json.loads((path / "params.json").read_text())
-            dim, heads = params["dim"], params["n_heads"]
-            layers, multiple = params["n_layers"], params["multiple_of"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"params.json is broken or lacks a size: {error}") from None
-    parts: dict[str, list[Tensor]] = {}
-    for file in sorted(path.glob("consolidated.*.pth")):
-        for name, tensor in _mapped(file).items():
-            if not name.endswith("rope.freqs"):
-                parts.setdefault(name, []).append(tensor)
-    if "tok_embeddings.weight" not in parts:
-        raise ValueError(f"{path} holds no consolidated.*.pth with tok_embeddings.weight")
-    tensors = {name: _joined(name, tensors, dim) for name, tensors in parts.items()}
-    ffn = int(params.get("ffn_dim_multiplier", 1) * int(8 * dim / 3))
-    scaling = RopeScaling()
-    if params.get("use_scaled_rope"):
-        scaling = RopeScaling("llama3", float(params.get("rope_scaling_factor", 8.0)), 8192)
-    config = {
-        "num_layers": layers, "hidden_size": dim,
-        "ffn_hidden_size": -(-ffn // multiple) * multiple,
-        "num_attention_heads": heads, "num_query_groups": params.get("n_kv_heads") or heads,
-        "kv_channels": dim // heads, "vocab_size": len(tensors["tok_embeddings.weight"]),
-        "untie_embeddings_and_output_weights": "output.weight" in tensors,
-        "norm_epsilon": params.get("norm_eps", 1e-5),
-        "rotary_base": float(params.get("rope_theta", 10000.0)),
-        "rope_scaling": dataclasses.asdict(scaling),
-    }
-    tokenizer = sorted(file.name for file in path.glob("tokenizer*"))
-    return Summary(path, "meta", None, config, {}, tensors, tokenizer)
-
-
-def _joined(name: str, parts: list[Tensor], dim: int) -> Tensor:
-    """The whole of what Meta's model-parallel files hold parts of."""
-    shape = list(parts[0].shape)
-    if len(shape) == 2:
-        by_rows = not name.endswith(("wo.weight", "w2.weight"))
-        if name == "tok_embeddings.weight":  # LLaMA 1 and 2 cut its columns
-            by_rows = shape[1] == dim
-        shape[0 if by_rows else 1] *= len(parts)
-    return _empty(shape, parts[0].dtype)
-
-
-def _mapped(file: Path) -> dict[str, Tensor]:
-    try:
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # unpickling fails in many ways on damaged bytes
-        raise ValueError(f"{file} cannot be read: {' '.join(str(error).split())[:300]}") from None
-
-
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-           "I64": torch.int64, "I32": torch.int32, "I8": torch.int8, "U8": torch.uint8,
-           "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+def _empties(tensors) -> dict[str, Tensor]:
+    return {name: _empty(shape, tensors.dtypes[name]) for name, shape in tensors.shapes.items()}
 
 
 def _empty(shape, dtype: torch.dtype) -> Tensor:
     return torch.empty(tuple(shape), dtype=dtype, device="meta")
-
-
-def _like(tensor: Tensor) -> Tensor:
-    return _empty(tensor.shape, tensor.dtype)
 
 
 def _word(dtype: torch.dtype) -> str:

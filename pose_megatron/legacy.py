@@ -15,13 +15,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from megatron.core.safe_globals import register_safe_globals
 from torch import Tensor
 
 from pose_megatron.megatron_args import from_args
 from pose_megatron.model_config import ModelConfig
-
-register_safe_globals()
 
 _FOLDER = re.compile(r"mp_rank_(\d{2})(?:_(\d{3}))?")
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
@@ -51,6 +48,7 @@ class Legacy(Mapping):
     """The weights of one iteration by their names in an undivided model.
 
     Attributes:
+        shapes, dtypes: by name.
         args: Megatron-LM's, of the run that wrote it.
         iteration: steps trained.
         model: shape and rope.
@@ -84,12 +82,19 @@ class Legacy(Mapping):
             raise ValueError(f"checkpoint {path}: {error}") from None
         if not self.model.untie_embeddings_and_output_weights:
             self._parts.pop("output_layer.weight", None)  # the last stage's copy
+        self.dtypes = {name: parts[0].dtype for name, parts in self._parts.items()}
+        self.shapes = {name: tuple(self._joined(name, [_meta(part) for part in parts]).shape)
+                       for name, parts in self._parts.items()}
         layers = {int(match[1]) for name in self._parts if (match := _LAYER.match(name))}
         if layers != set(range(self.model.num_layers)):
             raise ValueError(
                 f"checkpoint {path} holds {len(layers)} layers, its args say "
                 f"{self.model.num_layers}: a pipeline rank is missing"
             )
+
+    def read(self, name: str, out: Tensor) -> Tensor:
+        """Fills `out`, of the tensor's shape and dtype."""
+        return out.copy_(self[name])
 
     def _whole_model(self, states: dict[tuple[int, int], dict]) -> dict[str, list[Tensor]]:
         """Each tensor's parts, in the order of the tensor ranks."""
@@ -113,7 +118,9 @@ class Legacy(Mapping):
         return result
 
     def __getitem__(self, name: str) -> Tensor:
-        parts = self._parts[name]
+        return self._joined(name, self._parts[name])
+
+    def _joined(self, name: str, parts: list[Tensor]) -> Tensor:
         if len(parts) == 1:
             return parts[0]
         if name.endswith(_ROWS):
@@ -132,6 +139,10 @@ class Legacy(Mapping):
 
     def __len__(self) -> int:
         return len(self._parts)
+
+
+def _meta(tensor: Tensor) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
 
 
 def _files(path: Path) -> dict[tuple[int, int], Path]:
@@ -155,6 +166,9 @@ def _files(path: Path) -> dict[tuple[int, int], Path]:
 
 
 def _read(file: Path) -> dict:
+    from megatron.core.safe_globals import register_safe_globals  # imports much
+
+    register_safe_globals()
     for mapped in (True, False):  # files of torch before 1.6 cannot be mapped
         try:
             state = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)

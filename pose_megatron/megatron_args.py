@@ -16,7 +16,7 @@ import dataclasses
 import math
 from pathlib import Path
 
-from pose_megatron.model_config import ModelConfig
+from pose_megatron.model_config import ModelConfig, family_of
 from pose_megatron.rope import RopeScaling, ntk_base
 
 LLAMA3 = {"original_max_position_embeddings": 8192, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -65,7 +65,11 @@ def to_args(
         "rotary_seq_len_interpolation_factor": (
             scaling.factor if alone and scaling.method == "linear" else None),
     }
-    return argparse.Namespace(**FIXED | _ASKED | shape | rope | {
+    layer = {
+        "normalization": "LayerNorm", "swiglu": False, "add_bias_linear": True,
+        "rotary_interleaved": True,
+    } if model.is_gptj else {}
+    return argparse.Namespace(**FIXED | _ASKED | shape | rope | layer | {
         "padded_vocab_size": model.padded_vocab_size,
         "group_query_attention": model.num_query_groups != model.num_attention_heads,
         "layernorm_epsilon": model.norm_epsilon,
@@ -106,7 +110,8 @@ def from_args(args: dict, embedding_rows: int) -> ModelConfig:
     if missing := [name for name in ("num_layers", "hidden_size", "num_attention_heads")
                    if args.get(name) is None]:
         raise ValueError(f"{missing[0]} is missing")
-    shape = {name: args[name] for name in ours - {"rope_scaling"} if args.get(name) is not None}
+    shape = {name: args[name] for name in ours - {"rope_scaling", "family"}
+             if args.get(name) is not None}
     heads = args["num_attention_heads"]
     shape.setdefault("kv_channels", args["hidden_size"] // heads)
     # Megatron-LM pads the vocabulary to a multiple that grows with the tensor ranks.
@@ -122,6 +127,7 @@ def from_args(args: dict, embedding_rows: int) -> ModelConfig:
         "max_position_embeddings": args.get("max_position_embeddings") or args["seq_length"],
         "rotary_base": float(args.get("rotary_base") or 10000),
         "rope_scaling": _scaling(args),
+        "family": family_of(bool(args.get("add_qkv_bias")), bool(args.get("qk_layernorm"))),
     })
 
 

@@ -21,11 +21,12 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from pose_megatron import checkpoint, distributed
+from pose_megatron import checkpoint, distributed, head
 from pose_megatron.arguments import Arguments, defaults
 from pose_megatron.attention import layer_spec
 from pose_megatron.checkpoint import Checkpoint
 from pose_megatron.distributed import device
+from pose_megatron.gptj import gptj_spec
 from pose_megatron.model_config import ModelConfig
 from pose_megatron.rope import RopeScaling, angles, attention_factor, inverse_frequencies
 
@@ -39,8 +40,8 @@ class PoseRotaryEmbedding(RotaryEmbedding):
     """
 
     def __init__(self, kv_channels: int, rotary_percent: float, rotary_base: float,
-                 scaling: RopeScaling, cp_group):
-        super().__init__(kv_channels, rotary_percent, rotary_base=rotary_base,
+                 scaling: RopeScaling, cp_group, rotary_interleaved: bool = False):
+        super().__init__(kv_channels, rotary_percent, rotary_interleaved, rotary_base=rotary_base,
                          use_cpu_initialization=True, cp_group=cp_group)
         self.scaling = scaling
         self._plain = (int(kv_channels * rotary_percent), rotary_base)
@@ -83,7 +84,10 @@ class PoseRotaryEmbedding(RotaryEmbedding):
         if self.training and self.scaling.method == "dynamic":
             self.fit(None)  # says why not
         self.inv_freq = self.inv_freq.to(ids.device)
-        return angles(ids, self.inv_freq)
+        both = angles(ids, self.inv_freq)  # (f, f)
+        if self.rotary_interleaved:  # neighbouring channels make a pair, not the two halves
+            return both.chunk(2, dim=-1)[0].repeat_interleave(2, dim=-1)
+        return both
 
 
 class PositionIdsDriven:
@@ -166,8 +170,8 @@ def _bind_rotary(model: GPTModel, scaling: RopeScaling, base: float) -> None:
             "exactly one route; set it from pose_megatron.model.softmax_scale before building"
         )
     model.rotary_pos_emb = PoseRotaryEmbedding(
-        config.kv_channels, model.rotary_percent, base, scaling, model.rotary_pos_emb.cp_group
-    )
+        config.kv_channels, model.rotary_percent, base, scaling, model.rotary_pos_emb.cp_group,
+        config.rotary_interleaved)
 
 
 def softmax_scale(kv_channels: int, rotary_percent: float, scaling: RopeScaling) -> float | None:
@@ -192,11 +196,12 @@ def softmax_scale(kv_channels: int, rotary_percent: float, scaling: RopeScaling)
 
 
 def transformer_config(model: ModelConfig, args: Arguments) -> TransformerConfig:
-    """megatron-core's description of a LLaMA, of its layout and of its precision."""
+    """megatron-core's description of a model, of its layout and of its precision."""
     p, t = args.parallel, args.training
     dtype = torch.bfloat16 if t.bf16 else torch.float32
     interleaved = p.num_layers_per_virtual_pipeline_stage is not None
     fusions = args.model.transformer_impl == "transformer_engine"
+    gptj = model.is_gptj
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -205,10 +210,13 @@ def transformer_config(model: ModelConfig, args: Arguments) -> TransformerConfig
         num_query_groups=model.num_query_groups,
         kv_channels=model.kv_channels,
         layernorm_epsilon=model.norm_epsilon,
-        normalization="RMSNorm",
-        gated_linear_unit=True,
-        activation_func=F.silu,
-        add_bias_linear=False,
+        normalization="LayerNorm" if gptj else "RMSNorm",
+        gated_linear_unit=not gptj,
+        activation_func=_gelu_new if gptj else F.silu,
+        add_bias_linear=gptj,
+        add_qkv_bias=model.add_qkv_bias,
+        qk_layernorm=model.qk_layernorm,
+        rotary_interleaved=gptj,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         softmax_scale=softmax_scale(
@@ -248,9 +256,10 @@ def build_model(
 ) -> PoseGPTModel:
     """This rank's pipeline stage (chunk `vp_stage` of it, if interleaved), on its device. Its
     weights are `initialize`'s or a checkpoint's to set."""
-    return PoseGPTModel(
+    spec = gptj_spec if model.is_gptj else layer_spec
+    stage = PoseGPTModel(
         config,
-        layer_spec(config, args.model.transformer_impl, vp_stage),
+        spec(config, args.model.transformer_impl, vp_stage),
         vocab_size=model.padded_vocab_size,
         max_sequence_length=model.max_position_embeddings,
         pre_process=parallel_state.is_pipeline_first_stage(
@@ -262,7 +271,16 @@ def build_model(
         rotary_percent=model.rotary_percent,
         rotary_base=model.rotary_base,
         rope_scaling=model.rope_scaling,
-    ).to(device())
+    )
+    if stage.post_process and model.is_gptj:
+        head.add_bias(stage.output_layer)
+    if stage.post_process and model.family == "baichuan":
+        head.normalize(stage.output_layer)
+    return stage.to(device())
+
+
+def _gelu_new(x):
+    return F.gelu(x, approximate="tanh")
 
 
 def logits_function(stage: PoseGPTModel, vocab_size: int):
@@ -324,7 +342,7 @@ def initialize(stage: GPTModel, seed: int, std: float, num_layers: int) -> None:
 
     Each weight is drawn whole from a generator keyed by (seed, name, layer) and every rank keeps
     its shard. Normal with `std`; projections into the residual stream with std / sqrt(2 * layers)
-    (Radford et al., 2019), as Megatron-LM does; norms are one.
+    (Radford et al., 2019), as Megatron-LM does; norms are one, biases zero.
     """
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     sharded = stage.sharded_state_dict(metadata={"dp_cp_group": group})
@@ -345,6 +363,9 @@ def _flat(tree):
 
 def _fill(part: ShardedTensor, seed: int, std: float, num_layers: int) -> None:
     if "norm" in part.key:
+        return
+    if part.key.endswith(".bias"):
+        part.data.zero_()
         return
     axes = part.prepend_axis_num
     layer, offset = part.global_offset[:axes], part.global_offset[axes:]

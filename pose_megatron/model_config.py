@@ -10,7 +10,11 @@ from pose_megatron.rope import METHODS, RopeScaling, inverse_frequencies
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a LLaMA-architecture model: RMSNorm, SwiGLU, no biases, rotary positions.
+    """The shape of a model of LLaMA's kin, or of a GPT-J; rotary positions in all of them.
+
+    `family` is the table of pose_megatron.convert by which the model came in and goes out, None
+    where Hugging Face has none like it. `add_qkv_bias` (Qwen2) and `qk_layernorm` (Qwen3) add to
+    LLaMA's layer; `gptj` has a layer and `baichuan` an output layer of its own.
 
     `rotary_base` and `rope_scaling` say how positions turn into angles; the model accepts position
     ids in [0, max_position_embeddings). `vocab_size` is the tokenizer's; the embedding has
@@ -31,6 +35,9 @@ class ModelConfig:
     rotary_base: float = 10000.0
     rotary_percent: float = 1.0
     rope_scaling: RopeScaling = RopeScaling()
+    family: str | None = "llama"
+    add_qkv_bias: bool = False
+    qk_layernorm: bool = False
 
     def __post_init__(self):
         heads, groups = self.num_attention_heads, self.num_query_groups
@@ -58,6 +65,10 @@ class ModelConfig:
         return int(self.kv_channels * self.rotary_percent)
 
     @property
+    def is_gptj(self) -> bool:
+        return self.family == "gptj"
+
+    @property
     def padded_vocab_size(self) -> int:
         divisor = self.make_vocab_size_divisible_by
         return math.ceil(self.vocab_size / divisor) * divisor
@@ -65,11 +76,15 @@ class ModelConfig:
     @property
     def num_parameters(self) -> int:
         """Number of trainable values, vocabulary padding included."""
-        h, d = self.hidden_size, self.kv_channels
-        attention = h * d * (2 * self.num_attention_heads + 2 * self.num_query_groups)
-        layer = attention + 3 * h * self.ffn_hidden_size + 2 * h
-        tables = 2 if self.untie_embeddings_and_output_weights else 1
-        return self.num_layers * layer + tables * self.padded_vocab_size * h + h
+        h, d, ffn = self.hidden_size, self.kv_channels, self.ffn_hidden_size
+        qkv = d * (self.num_attention_heads + 2 * self.num_query_groups)
+        layer = h * qkv + h * d * self.num_attention_heads
+        layer += qkv * self.add_qkv_bias + 2 * d * self.qk_layernorm
+        tables = (2 if self.untie_embeddings_and_output_weights else 1) * self.padded_vocab_size * h
+        if self.is_gptj:  # MLP with biases, one norm of weight and bias, bias of the output layer
+            layer += 2 * h * ffn + ffn + h + 2 * h
+            return self.num_layers * layer + tables + self.padded_vocab_size + 2 * h
+        return self.num_layers * (layer + 3 * h * ffn + 2 * h) + tables + h
 
     def flops_per_token(self, window: int) -> float:
         """Model FLOPs of training on one token of a window: forward, and twice that backward.
@@ -92,6 +107,12 @@ class ModelConfig:
         known = {f.name for f in dataclasses.fields(cls)}
         values = {k: v for k, v in values.items() if k in known}
         return cls(**values | {"rope_scaling": RopeScaling(**values.get("rope_scaling", {}))})
+
+
+def family_of(add_qkv_bias: bool, qk_layernorm: bool) -> str | None:
+    """The Hugging Face family that has these beside LLaMA's layer."""
+    families = {(False, False): "llama", (True, False): "qwen2", (False, True): "qwen3"}
+    return families.get((add_qkv_bias, qk_layernorm))
 
 
 def flag(default, help: str, choices=None, nargs=None):
@@ -122,6 +143,8 @@ class ModelFlags:
     vocab_size: int | None = flag(None, "tokens (default: the tokenizer's)")
     make_vocab_size_divisible_by: int | None = flag(None, "pad the vocabulary to it (128)")
     untie_embeddings_and_output_weights: bool = flag(False, "separate output layer, as in LLaMA")
+    add_qkv_bias: bool = flag(False, "biases of queries, keys and values, as in Qwen2")
+    qk_layernorm: bool = flag(False, "RMSNorm of each query and key head, as in Qwen3")
     norm_epsilon: float | None = flag(None, "RMSNorm epsilon (default: 1e-5)")
     init_method_std: float = flag(0.02, "standard deviation of fresh weights")
     max_position_embeddings: int | None = flag(
@@ -192,6 +215,9 @@ def _shape_of_flags(flags: ModelFlags) -> dict:
         "num_query_groups": flags.num_query_groups if flags.group_query_attention else heads,
         "kv_channels": flags.kv_channels or hidden // heads,
         "untie_embeddings_and_output_weights": flags.untie_embeddings_and_output_weights,
+        "add_qkv_bias": flags.add_qkv_bias,
+        "qk_layernorm": flags.qk_layernorm,
+        "family": family_of(flags.add_qkv_bias, flags.qk_layernorm),
     }
     if shape["num_query_groups"] is None:
         raise ValueError("--group-query-attention needs --num-query-groups")
@@ -205,7 +231,7 @@ def _shape_of_flags(flags: ModelFlags) -> dict:
 def _shape_of_checkpoint(flags: ModelFlags, loaded: ModelConfig) -> dict:
     shape = {f.name: getattr(loaded, f.name) for f in dataclasses.fields(loaded)}
     for name, value in shape.items():
-        if name in ("max_position_embeddings", "rope_scaling"):
+        if name in ("max_position_embeddings", "rope_scaling", "family"):
             continue
         wanted = getattr(flags, name)
         if wanted not in (None, False) and wanted != value:

@@ -5,21 +5,19 @@
     Megatron-Bridge   run_config.yaml beside common.pt, progress in train_state.pt
 """
 
+import argparse
+import pickle
 from pathlib import Path
 
 import torch
-from megatron.core import dist_checkpointing
-from megatron.core.safe_globals import register_safe_globals
-from torch.distributed.checkpoint.api import CheckpointException
 
 from pose_megatron import megatron_args
+from pose_megatron.durable import gist
+from pose_megatron.index import read_index
 from pose_megatron.legacy import Legacy, is_legacy
 from pose_megatron.model_config import ModelConfig
 
-# The library has no error of its own for damaged files, and torch's is no Exception.
-ANY_FAILURE = (Exception, CheckpointException)
-
-register_safe_globals()
+torch.serialization.add_safe_globals([argparse.Namespace])
 
 
 def model_and_common(path: Path) -> tuple[ModelConfig, dict]:
@@ -35,7 +33,7 @@ def model_and_common(path: Path) -> tuple[ModelConfig, dict]:
         if not (path / name).is_file():
             raise ValueError(f"checkpoint {path} is incomplete: {name} is missing")
     try:
-        common = dist_checkpointing.load_common_state_dict(str(path))
+        common = _read_common(path / "common.pt")
     except Exception as error:  # unpickling fails in many ways on damaged bytes
         raise ValueError(
             f"checkpoint {path}: common.pt cannot be read ({gist(error)})"
@@ -49,12 +47,9 @@ def model_and_common(path: Path) -> tuple[ModelConfig, dict]:
             "run_config.yaml"
         )
     try:
-        stored = dist_checkpointing.load_tensors_metadata(str(path))
-        rows = stored["embedding.word_embeddings.weight"].global_shape[0]
+        rows = read_index(path).state_dict_metadata["embedding.word_embeddings.weight"].size[0]
     except KeyError as error:
         raise ValueError(f"checkpoint {path} holds no {error}") from None
-    except ANY_FAILURE as error:
-        raise ValueError(f"checkpoint {path} cannot be loaded: {gist(error)}") from error
     try:
         if "args" in common:
             return megatron_args.from_args(vars(common["args"]), rows), common
@@ -69,8 +64,12 @@ def model_and_common(path: Path) -> tuple[ModelConfig, dict]:
     return model, common | {"args": args}
 
 
-def gist(error: BaseException) -> str:
-    if isinstance(error, CheckpointException):  # by rank: what the first one said
-        error = next(iter(error.failures.values()))[0]
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+def _read_common(path: Path) -> dict:
+    """What every rank shares; only plain values are unpickled."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:  # Megatron-LM's has some classes of megatron-core
+        from megatron.core.safe_globals import register_safe_globals
+
+        register_safe_globals()
+        return torch.load(path, map_location="cpu", weights_only=True)

@@ -4,20 +4,17 @@ In float32, on random tokens, at plain positions and at both ends of the extende
 two sides are stored in different precisions, each is first rounded to the other's.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from pose_megatron import huggingface
-from pose_megatron.checkpoint import Checkpoint, find, stored_dtype
+from pose_megatron.directory import Checkpoint
 from pose_megatron.distributed import device
 from pose_megatron.model import load_logits, round_to
-from pose_megatron.model_config import ModelConfig
 from pose_megatron.rope import inverse_frequencies
-
-SMALL = 100_000_000  # parameters up to which a conversion compares logits unasked
+from pose_megatron.weights import open_weights
 
 
 @dataclass(frozen=True)
@@ -48,22 +45,6 @@ def check(found: Checkpoint, folder: Path, tokens: int = 128, seed: int = 0) -> 
     return differences
 
 
-def check_conversion(
-    model: ModelConfig, sides: Mapping[str, Path], iteration: int | None, asked: bool | None
-) -> list[Difference]:
-    """`check` of what a conversion read and wrote; [] where there is nothing to compare.
-
-    Args:
-        sides: folders by format; both hf and megatron must be among them.
-        iteration: of the Megatron side.
-        asked: True always compares, None small models only, False never.
-    """
-    small = model.num_parameters <= SMALL
-    if asked is False or not (asked or small) or not {"hf", "megatron"} <= sides.keys():
-        return []
-    return check(find(sides["megatron"], iteration), sides["hf"])
-
-
 @torch.no_grad()
 def logits_differences(
     found: Checkpoint, folder: Path, tokens: int = 128, seed: int = 0
@@ -80,7 +61,7 @@ def logits_differences(
     theirs = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, local_files_only=True, attn_implementation="eager"
     ).eval().to(device())
-    round_to(stored_dtype(found), theirs)
+    round_to(next(iter(open_weights(found.path).dtypes.values())), theirs)
 
     target = model.max_position_embeddings
     if scaling.method == "dynamic":  # which leaves the window at its original size

@@ -447,7 +447,8 @@ def test_legacy_parts_become_whole(tmp_path, tp, pp, vpp, rename, tree):
     read, model = weights.read_weights(tmp_path)
     assert read.keys() == tensors.keys() and model == found.model
     assert all(torch.equal(read[name], tensors[name]) for name in tensors)
-    assert checkpoint.stored_dtype(found) == torch.float32
+    assert set(weights.open_weights(tmp_path).dtypes.values()) == {torch.float32}
+    assert weights.open_weights(tmp_path).shapes == {n: tuple(t.shape) for n, t in tensors.items()}
 
 
 def test_a_tied_head_is_not_read_twice(tmp_path):

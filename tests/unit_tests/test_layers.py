@@ -10,9 +10,10 @@ import pytest
 LAYERS = [
     {"positions", "rope", "convert", "evaluation"},
     {"arguments", "layout", "model_config", "rope_config", "megatron_args"},
-    {"cpu", "distributed", "dataset", "batch", "attention", "model", "optimizer", "checkpoint",
-     "tokenizer", "jsonl", "durable", "lifetime", "huggingface", "weights", "parity", "legacy",
-     "origin", "inspection"},
+    {"cpu", "distributed", "dataset", "batch", "attention", "gptj", "head", "model",
+     "optimizer", "checkpoint", "lifetime", "tokenizer", "jsonl", "durable", "directory",
+     "huggingface", "weights", "tensor_files", "meta", "formats", "parity", "legacy", "origin",
+     "index", "inspection"},
     {"log", "training"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
