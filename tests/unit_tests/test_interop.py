@@ -18,6 +18,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 
 from pose_megatron import checkpoint, megatron_args, weights
 from pose_megatron.arguments import defaults
+from pose_megatron.formats import Source
 from pose_megatron.layout import lay_out
 from pose_megatron.model import load_logits, transformer_config
 from pose_megatron.model_config import ModelConfig
@@ -449,6 +450,16 @@ def test_legacy_parts_become_whole(tmp_path, tp, pp, vpp, rename, tree):
     assert all(torch.equal(read[name], tensors[name]) for name in tensors)
     assert set(weights.open_weights(tmp_path).dtypes.values()) == {torch.float32}
     assert weights.open_weights(tmp_path).shapes == {n: tuple(t.shape) for n, t in tensors.items()}
+
+
+def test_legacy_parts_are_a_source_of_conversion(tmp_path):
+    tensors = whole_tensors()
+    save_legacy(tmp_path, tensors, 2, 2)
+    source = Source("megatron", tmp_path)
+    assert [row.name for row in source.rows if row.name not in tensors] == []
+    for row in source.rows:
+        out = torch.empty(row.shape, dtype=source.dtypes[row.name])
+        assert torch.equal(source.read(row, out), tensors[row.name])
 
 
 def test_a_tied_head_is_not_read_twice(tmp_path):

@@ -12,10 +12,6 @@ import argparse
 import json
 from pathlib import Path
 
-from pose_megatron import cpu
-
-cpu.install()
-
 from pose_megatron.distributed import one_sentence_errors
 from pose_megatron.inspection import compare, summarise
 
