@@ -18,9 +18,11 @@ from pose_megatron.batch import fields_here
 from pose_megatron.dataset import build_datasets
 from pose_megatron.distributed import one_sentence_errors, print_rank_0
 from pose_megatron.layout import lay_out
+from pose_megatron.materialized import read_description
 from pose_megatron.model_config import ModelConfig, resolve_model
 from pose_megatron.positions import PoseSampler
-from pose_megatron.tokenizer import build_tokenizer
+from pose_megatron.sampler_flags import asked_for, build_sampler
+from pose_megatron.tokenizer import Tokenizer, build_tokenizer
 
 
 @one_sentence_errors
@@ -32,11 +34,13 @@ def main() -> None:
 
     # The model: its shape is the checkpoint's, where there is one.
     loaded, resume = training.starting_point(args.checkpoint)
+    tokenizer = build_tokenizer_of(args)
     config = resolve_model(
-        args.model, args.data.seq_length, loaded and loaded.model, tokenizer_vocab(args)
+        args.model, args.data.seq_length, loaded and loaded.model,
+        tokenizer and tokenizer.vocab_size,
     )
     layout = lay_out(args, config, distributed.world_size())
-    sampler = position_sampler(args, config)
+    sampler = build_sampler(args, config.max_position_embeddings, tokenizer)
     describe(args, config, layout, sampler)
     if args.logging.dry_run:
         return
@@ -46,36 +50,30 @@ def main() -> None:
     # The corpus: skip-wise positions for training, plain ones for validation.
     samples = training.samples_needed(args.training, layout, loaded if resume else None)
     validations = args.logging.eval_iters if args.logging.eval_interval else 0
+    tests = args.logging.eval_iters if args.data.test_data_path else 0
     positions_only = "tokens" not in fields_here()
-    train_set, valid_set = build_datasets(
+    train_set, valid_set, test_set = build_datasets(
         args.data, sampler, config.vocab_size, samples, validations * layout.global_batch_size,
-        positions_only,
+        positions_only, tests * layout.global_batch_size, asked_for(args.position),
     )
 
     trainer = training.setup(args, config, layout, loaded, resume)
-    training.train(trainer, train_set, valid_set)
+    training.train(trainer, train_set, valid_set, test_set)
 
 
-def tokenizer_vocab(args) -> int | None:
+def build_tokenizer_of(args) -> Tokenizer | None:
     if args.data.tokenizer_model is None:
         return None
-    return build_tokenizer(args.data.tokenizer_type, args.data.tokenizer_model).vocab_size
-
-
-def position_sampler(args, config: ModelConfig) -> PoseSampler:
-    window, target = args.data.seq_length, config.max_position_embeddings
-    return PoseSampler(
-        window, target,
-        name=args.position.position_sampler or ("pose" if target > window else "full"),
-        num_chunks=args.position.pose_num_chunks,
-        content=args.position.pose_content,
-        seed=args.training.seed,
-    )
+    return build_tokenizer(args.data.tokenizer_type, args.data.tokenizer_model)
 
 
 def describe(args, config: ModelConfig, layout, sampler: PoseSampler) -> None:
     """What this run is, in one look."""
     p, t = args.parallel, args.training
+    positions = sampler.describe()
+    if args.data.materialized:
+        law = read_description(args.data.materialized)["law"]
+        positions = f"of {args.data.materialized}: {law}"
     steps, samples = layout.end(t) if t.train_iters or t.train_samples else (0, 0)
     batch = layout.global_batch_size
     print_rank_0(
@@ -84,8 +82,7 @@ def describe(args, config: ModelConfig, layout, sampler: PoseSampler) -> None:
         f"{config.num_query_groups} groups, vocabulary {config.vocab_size} "
         f"(padded {config.padded_vocab_size}), {'bf16' if t.bf16 else 'float32'}\n"
         f"rope       theta {config.rotary_base:g}, {config.rope_scaling}\n"
-        f"positions  {sampler.name}, window L = {sampler.window}, target T = {sampler.target}"
-        f"{f', {sampler.num_chunks} chunks, {sampler.content} text' * (sampler.name == 'pose')}\n"
+        f"positions  {positions}\n"
         f"layout     tensor {p.tensor_model_parallel_size} x pipeline "
         f"{p.pipeline_model_parallel_size} x context {p.context_parallel_size} x data "
         f"{layout.data_parallel_size}, batch {batch} = {t.micro_batch_size} x "
@@ -93,7 +90,11 @@ def describe(args, config: ModelConfig, layout, sampler: PoseSampler) -> None:
         f"{f', from {layout.batch_size(0)} up' if layout.rampup else ''}\n"
         f"training   {steps} steps, {samples * sampler.window:,} tokens, seed {t.seed}"
     )
-    if args.logging.dry_run:
+    if args.data.materialized:
+        return
+    if args.logging.dry_run and sampler.reads_tokens:
+        print_rank_0("plans      depend on the text")
+    elif args.logging.dry_run:
         print_rank_0("plans, over a source of 4 L tokens (length @ position <- text):")
         for index in range(3):
             plan = sampler.plan(index, 4 * sampler.window)

@@ -12,7 +12,7 @@ import warnings
 __version__ = "0.1.0"
 
 _HOMES = {
-    "PoseSampler": "positions", "SkipPlan": "positions", "RopeScaling": "rope",
+    "PoseSampler": "positions", "SkipPlan": "samplers", "RopeScaling": "rope",
     "PoseGPTModel": "model", "install_pose": "model",
     "PoseDataset": "dataset", "build_datasets": "dataset",
 }

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pose_megatron.model_config import ModelFlags, flag, spell
-from pose_megatron.positions import CONTENTS
+from pose_megatron.samplers import CONTENTS, SAMPLERS, SKIP_LAWS
 
 LR_DECAY_STYLES = ("constant", "linear", "cosine", "inverse-square-root", "WSD")
 
@@ -27,10 +27,21 @@ class PositionFlags:
     """Positions of the training samples; validation always uses plain ones"""
 
     position_sampler: str | None = flag(
-        None, "pose, randpos, full (plain) (default: pose when T > L, else full)")
+        None, f"{', '.join(SAMPLERS)}; full is plain (default: pose when T > L, else full)")
     pose_num_chunks: int = flag(2, "chunks N that a window is cut into")
     pose_content: str = flag(
         "uniform", "where a chunk's text comes from: v uniform, v = 0, or v = u", CONTENTS)
+    pose_skip_law: str = flag(
+        "chain", "of u: the paper's equation 4, or N - 1 uniform values in order, which for many "
+        "chunks does not crowd toward T", SKIP_LAWS)
+    pose_boundaries: list[str] = flag(
+        [], "pose-boundary, longrecipe: chunks start after these tokens; an id, or a text that "
+        "the token is or ends with (longrecipe's default: . ! ? and newline)", nargs="+")
+    pose_plain_fraction: float = flag(
+        0.0, "share of samples with plain positions and contiguous text")
+    pose_target_schedule: list[str] = flag(
+        [], "a target that grows: '0:8192 64000:32768 128000:131072' says from which sample on "
+        "which target, the last of them T", nargs="+")
 
 
 @dataclass(frozen=True)
@@ -39,7 +50,23 @@ class DataFlags:
 
     data_path: list[str] = flag(
         [], "corpus prefixes, or 'weight prefix weight prefix ...'", nargs="+")
-    split: str = flag("969,30,1", "train,valid,test shares of the documents")
+    data_args_path: str | None = flag(None, "a file with the words of --data-path")
+    train_data_path: list[str] = flag([], "corpora of training alone, like --data-path", nargs="+")
+    valid_data_path: list[str] = flag([], "corpora of validation alone", nargs="+")
+    test_data_path: list[str] = flag([], "corpora of a test after the last step", nargs="+")
+    split: str | None = flag(
+        None, "train,valid,test shares of the documents (default: 969,30,1)")
+    data_cache_path: str | None = flag(
+        None, "folder for dataset indices, made once and memory-mapped; jobs may share it "
+        "(default: in memory)")
+    data_mode: str = flag(
+        "document", "a sample is cut from one document, or from all packed end to end",
+        ("document", "packed"))
+    packed_skips: str = flag(
+        "document", "packed: text skips stay inside a document, or go up to T tokens along the "
+        "stream", ("document", "stream"))
+    materialized: str | None = flag(
+        None, "train on the samples that tools/materialize_positions.py wrote at this prefix")
     seq_length: int = flag(2048, "training window L in tokens")
     short_documents: str = flag(
         "drop", "documents below L + 1 tokens: drop them, or pack them end to end",
@@ -322,6 +349,8 @@ def _check_ranges(args: Arguments) -> None:
             value = getattr(group, name)
             if value is not None and value < 1:
                 raise ValueError(f"{spell(name)} must be at least 1, not {value}")
+    if args.data.packed_skips != "document" and args.data.data_mode != "packed":
+        raise ValueError(f"--packed-skips {args.data.packed_skips} needs --data-mode packed")
     if args.data.num_workers < 0:
         raise ValueError(f"--num-workers must be at least 0, not {args.data.num_workers}")
     _check_length(t, args.logging.dry_run)

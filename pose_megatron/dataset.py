@@ -1,145 +1,47 @@
 """Skip-wise samples over Megatron's indexed, memory-mapped corpora.
 
-    prefix.bin/.idx ─► DocumentSpans: which document, from which token on (a Source; nothing read)
-                    ─► BlendedDataset (megatron-core's, when there are several corpora)
+    prefix.bin/.idx ─► Spans: which document, from which token on (a Source; nothing read)
+                    ─► Blend, when there are several corpora (megatron-core's order)
                     ─► PoseDataset: plan of the sample, then exactly the tokens that it names
 
-A document of n tokens gives (n - 1) // L samples. Sample w has the document from token w*L on as
-its source, so that with contiguous content each token is seen once per epoch, and with the others
-the later chunks come from anywhere further on in the same document. Order and plans depend on the
-seed and the sample's index alone: not on ranks, workers, restarts or the number of samples asked.
+`--data-mode document`: a document of n tokens gives (n - 1) // L samples, so that tokens, not
+documents, are drawn evenly. Sample w has the document from token w*L on as its source: with
+contiguous content each token is seen once per epoch, and with the others the later chunks come from
+anywhere further on in the same document.
 
-Cost: an index of 8 bytes per document and no table per sample; a sample reads L + N tokens.
+`--data-mode packed`: Megatron's stream, all documents of the split end to end in an order of their
+own every epoch, and a window every L tokens. A text skip never crosses a document: a window that
+lies in one document has its rest as source, a window over several is taken as it is, and only
+positions skip. `--packed-skips stream` lets the text skip up to T tokens along the stream.
+
+Order and plans depend on the seed and the sample's index alone: not on ranks, workers, restarts or
+the number of samples asked for. Cost: 12 bytes per document, shared where --data-cache-path is
+given, no table per sample but a blend's; a sample reads L + N tokens.
 """
 
 import logging
 import math
+from abc import abstractmethod
 from dataclasses import dataclass
-from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.blended_megatron_dataset_config import BlendedMegatronDatasetConfig
-from megatron.core.datasets.indexed_dataset import (
-    IndexedDataset,
-    _IndexReader,
-    get_bin_path,
-    get_idx_path,
-)
 from megatron.core.datasets.megatron_dataset import MegatronDataset
 
 from pose_megatron.arguments import DataFlags
-from pose_megatron.positions import PoseSampler, SkipPlan
+from pose_megatron.blend import SPLITS, BlendBuilder, blends
+from pose_megatron.corpus import Corpus, Source
+from pose_megatron.index_cache import cached
+from pose_megatron.materialized import MaterializedDataset
+from pose_megatron.positions import PoseSampler
+from pose_megatron.shuffle import Shuffle
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Source:
-    """A stretch of tokens that a sample may be cut from: one piece of a document, or several packed
-    end to end. Its last token is only ever a label.
-
-    Attributes:
-        corpus: where the tokens lie.
-        pieces: (document, first token, tokens) in order.
-    """
-
-    corpus: "Corpus"
-    pieces: tuple[tuple[int, int, int], ...]
-
-    @property
-    def length(self) -> int:
-        """Lx: tokens that can be inputs."""
-        return sum(n for _, _, n in self.pieces) - 1
-
-    def read(self, plan: SkipPlan) -> tuple[np.ndarray, np.ndarray]:
-        """Inputs and their true next tokens, int64 [L] each, also at the end of a chunk."""
-        runs = [self._tokens(start, length + 1) for start, length in plan.runs()]
-        inputs = np.concatenate([run[:-1] for run in runs], dtype=np.int64)
-        return inputs, np.concatenate([run[1:] for run in runs], dtype=np.int64)
-
-    def _tokens(self, start: int, length: int) -> np.ndarray:
-        parts = []
-        for document, first, tokens in self.pieces:
-            take = min(length, tokens - start)
-            if take > 0:
-                parts.append(self.corpus.tokens.get(document, first + start, take))
-                length -= take
-            start = max(start - tokens, 0)
-            if not length:
-                break
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
-
-
-class Corpus:
-    """`prefix.bin` and `prefix.idx`, checked to belong together.
-
-    Raises:
-        ValueError: a file is missing, truncated or not an index, or the corpus is empty.
-    """
-
-    def __init__(self, prefix: str):
-        self.prefix = prefix
-        for path in (get_idx_path(prefix), get_bin_path(prefix)):
-            if not Path(path).is_file():
-                raise ValueError(
-                    f"--data-path {prefix}: {path} is missing; the prefix is what "
-                    "tools/preprocess_data.py wrote, such as corpus_text_document"
-                )
-        # The index alone first: the whole reader, when it fails half-way, prints from __del__.
-        try:
-            index = _IndexReader(get_idx_path(prefix), multimodal=False)
-            assert index.document_indices[-1] == len(index), "its tables disagree"
-        except Exception as error:  # the reader fails in many ways on foreign bytes
-            raise ValueError(
-                f"--data-path {prefix}: {get_idx_path(prefix)} is truncated or not a Megatron "
-                f"index ({str(error) or type(error).__name__}); preprocess the corpus again"
-            ) from None
-        needed = int(index.sequence_lengths.sum(dtype=np.int64)) * index.dtype_size
-        if not needed:
-            raise ValueError(f"--data-path {prefix}: the corpus has no tokens")
-        have = Path(get_bin_path(prefix)).stat().st_size
-        if have != needed:
-            raise ValueError(
-                f"--data-path {prefix}: {get_bin_path(prefix)} has {have} bytes, its index "
-                f"describes {needed}: truncated, or of another corpus; preprocess it again"
-            )
-        self.tokens = IndexedDataset(prefix)
-        self.lengths = self.tokens.sequence_lengths
-
-
-class Shuffle:
-    """A pseudo-random permutation of [0, n) without a table: a Feistel network, walked in cycles
-    (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002)."""
-
-    ROUNDS = 6
-
-    def __init__(self, n: int, seed: int, epoch: int):
-        self.n = n
-        self.half = max((max(n - 1, 1).bit_length() + 1) // 2, 1)
-        self.mask = (1 << self.half) - 1
-        key = np.array([seed, 1], dtype=np.uint64)  # plans use word 0: another stream
-        counter = np.array([0, 0, 0, epoch], dtype=np.uint64)
-        raw = np.random.Philox(key=key, counter=counter).random_raw(self.ROUNDS)
-        self.keys = [int(k) for k in raw]
-
-    def __getitem__(self, i: int) -> int:
-        while True:
-            left, right = i >> self.half, i & self.mask
-            for key in self.keys:
-                left, right = right, left ^ (self._mix(right ^ key) & self.mask)
-            i = left << self.half | right
-            if i < self.n:
-                return i
-
-    @staticmethod
-    def _mix(x: int) -> int:
-        """splitmix64's finaliser (Steele et al., 2014)."""
-        x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
-        x = (x ^ x >> 27) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
-        return x ^ x >> 31
+SAMPLES, DOCUMENTS = range(2)  # streams of the shuffles
 
 
 @dataclass
@@ -148,38 +50,49 @@ class PoseDatasetConfig(BlendedMegatronDatasetConfig):
 
     Attributes:
         short_documents: `drop` documents below L + 1 tokens, or `pack` them end to end.
+        packed_reach: in packed mode, tokens of stream that a source may have; 0 keeps text skips
+            inside a document.
     """
 
     short_documents: str = "drop"
+    packed_reach: int = 0
 
 
-class DocumentSpans(MegatronDataset):
+class Spans(MegatronDataset):
     """The sources of one split of one corpus, in a fresh order every epoch.
 
-    `dataset[i]` is {"source": Source}. Without a number of samples it has one epoch's.
+    `dataset[i]` is {"source": Source} for any i >= 0. Its length is the number of samples asked
+    for, or without one that of an epoch.
+
+    Attributes:
+        samples_per_epoch: at least 1 where samples are asked for.
     """
+
+    samples_per_epoch: int
 
     def __init__(self, dataset, dataset_path, indices, num_samples, index_split, config):
         super().__init__(dataset, dataset_path, indices, num_samples, index_split, config)
-        window = config.sequence_length
-        lengths = dataset.lengths[indices].astype(np.int64)
-        long = lengths > window
-        self.documents = indices[long]
-        self.windows = np.cumsum((lengths[long] - 1) // window)  # samples up to each document
-        self.short = indices[~long] if config.short_documents == "pack" else indices[:0]
-        self.stream = np.cumsum(dataset.lengths[self.short], dtype=np.int64)
-        packed = max(int(self.stream[-1]) - 1, 0) // window if len(self.short) else 0
-        self.from_documents = int(self.windows[-1]) if len(self.windows) else 0
-        self.samples_per_epoch = self.from_documents + packed
-        self.dropped = int((~long).sum()) if config.short_documents == "drop" else 0
-        if num_samples != 0 and not self.samples_per_epoch:
-            longest = int(lengths.max()) if len(lengths) else 0
-            raise ValueError(
-                f"--data-path {dataset_path}: none of its {len(lengths)} {index_split.name} "
-                f"documents fills --seq-length {window} + 1 tokens (the longest has {longest}); "
-                "shorten the window, use --short-documents pack, or change --split"
-            )
-        self._shuffles: dict[int, Shuffle] = {}
+        self.window = config.sequence_length
+        self._shuffle: tuple[int, Shuffle | None] = (-1, None)
+        self._prepare()
+        if not self.samples_per_epoch:
+            raise ValueError(self._empty())
+
+    @abstractmethod
+    def _prepare(self) -> None:
+        """Sets samples_per_epoch."""
+
+    @abstractmethod
+    def _source(self, epoch: int, sample: int) -> Source:
+        """The source of sample `sample` of the unshuffled epoch."""
+
+    @abstractmethod
+    def report(self) -> str:
+        """What an epoch has, in one line."""
+
+    @abstractmethod
+    def _empty(self) -> str:
+        """Why there is no sample, and the way out."""
 
     @staticmethod
     def numel_low_level_dataset(low_level_dataset: Corpus) -> int:
@@ -189,39 +102,145 @@ class DocumentSpans(MegatronDataset):
     def build_low_level_dataset(dataset_path: str, config: PoseDatasetConfig) -> Corpus:
         return Corpus(dataset_path)
 
-    @staticmethod
-    def _key_config_attributes() -> list[str]:
-        return [*MegatronDataset._key_config_attributes(), "short_documents"]
-
     def __len__(self) -> int:
         return self.samples_per_epoch if self.num_samples is None else self.num_samples
 
     def __getitem__(self, index: int) -> dict[str, Source]:
         epoch, i = divmod(int(index), self.samples_per_epoch)
-        if epoch not in self._shuffles:
+        if epoch != self._shuffle[0]:
             n = self.samples_per_epoch
-            self._shuffles = {epoch: Shuffle(n, self.config.random_seed, epoch)}
-        return {"source": self._source(self._shuffles[epoch][i])}
+            self._shuffle = epoch, Shuffle(n, self.config.random_seed, epoch, SAMPLES)
+        return {"source": self._source(epoch, self._shuffle[1][i])}
 
-    def _source(self, sample: int) -> Source:
-        window = self.config.sequence_length
-        if sample < self.from_documents:
-            at = int(np.searchsorted(self.windows, sample, side="right"))
-            before = int(self.windows[at - 1]) if at else 0
-            document, first = int(self.documents[at]), (sample - before) * window
-            length = int(self.dataset.lengths[document]) - first
-            return Source(self.dataset, ((document, first, length),))
-        start = (sample - self.from_documents) * window
-        at = int(np.searchsorted(self.stream, start, side="right"))
-        first = start - (int(self.stream[at - 1]) if at else 0)
-        pieces, left = [], window + 1
-        while left:
-            document = int(self.short[at])
-            take = min(left, int(self.dataset.lengths[document]) - first)
+    def _cached(self, table: str, build, **identity) -> dict[str, np.ndarray]:
+        """`build`'s arrays about this split's documents, through the index cache."""
+        documents = [int(self.indices[0]), len(self.indices)] if len(self.indices) else [0, 0]
+        identity |= {"table": table, "corpus": self.dataset.identity, "documents": documents}
+        return cached(self.config.path_to_cache, identity, build)
+
+
+class DocumentSpans(Spans):
+    """Document mode: each source is a document from some window on.
+
+    Attributes:
+        dropped, packed: short documents left out, or laid end to end.
+    """
+
+    def _prepare(self) -> None:
+        pack = self.config.short_documents == "pack"
+        table = self._cached("document spans", lambda: self._table(pack), window=self.window,
+                             pack=pack)
+        self.documents, self.windows = table["documents"], table["windows"]
+        self.stream = Stream(self.dataset, table["short"], table["stream"])
+        self.packed = len(table["short"])
+        self.dropped = 0 if pack else len(self.indices) - len(self.documents)
+        self.from_documents = int(self.windows[-1]) if len(self.windows) else 0
+        self.samples_per_epoch = self.from_documents + self.stream.windows(self.window)
+
+    def _table(self, pack: bool) -> dict[str, np.ndarray]:
+        lengths = self.dataset.lengths[self.indices]
+        long = lengths > self.window
+        short = self.indices[~long] if pack else self.indices[:0]
+        return {
+            "documents": self.indices[long],
+            # Samples up to and with each document.
+            "windows": np.cumsum((lengths[long] - 1) // self.window, dtype=np.int64),
+            "short": short,
+            "stream": np.cumsum(self.dataset.lengths[short], dtype=np.int64),
+        }
+
+    def _source(self, epoch: int, sample: int) -> Source:
+        if sample >= self.from_documents:
+            start = (sample - self.from_documents) * self.window
+            return self.stream.source(start, self.window + 1)
+        at = int(self.windows.searchsorted(sample, side="right"))
+        before = int(self.windows[at - 1]) if at else 0
+        document, first = int(self.documents[at]), (sample - before) * self.window
+        length = int(self.dataset.lengths[document]) - first
+        return Source(self.dataset, ((document, first, length),))
+
+    def report(self) -> str:
+        return (f"{self.samples_per_epoch} samples per epoch, {self.dropped} short documents "
+                f"dropped, {self.packed} packed")
+
+    def _empty(self) -> str:
+        longest = int(self.dataset.lengths[self.indices].max()) if len(self.indices) else 0
+        return (
+            f"--data-path {self.dataset_path}: none of its {len(self.indices)} "
+            f"{self.index_split.name} documents fills --seq-length {self.window} + 1 tokens (the "
+            f"longest has {longest}); shorten the window, use --short-documents pack or "
+            "--data-mode packed, or change --split"
+        )
+
+
+class PackedSpans(Spans):
+    """Packed mode: each source starts at a multiple of L of the epoch's stream of documents."""
+
+    def _prepare(self) -> None:
+        self.tokens = int(self.dataset.lengths[self.indices].sum(dtype=np.int64))
+        self.samples_per_epoch = max(self.tokens - 1, 0) // self.window
+        # The first epoch's here and now: loader processes, forked later, share it.
+        self._stream = 0, self._stream_of(0)
+
+    def _source(self, epoch: int, sample: int) -> Source:
+        if epoch != self._stream[0]:
+            self._stream = epoch, self._stream_of(epoch)
+        stream, start = self._stream[1], sample * self.window
+        if self.config.packed_reach:
+            return stream.source(start, min(self.config.packed_reach + 1, self.tokens - start))
+        return stream.source(start, self.window + 1, whole_document=True)
+
+    def _stream_of(self, epoch: int) -> "Stream":
+        table = self._cached("packed stream", lambda: self._table(epoch), epoch=epoch,
+                             seed=self.config.random_seed)
+        return Stream(self.dataset, table["order"], table["ends"])
+
+    def _table(self, epoch: int) -> dict[str, np.ndarray]:
+        n = len(self.indices)
+        order = self.indices[Shuffle(n, self.config.random_seed, epoch, DOCUMENTS).order(0, n)]
+        return {"order": order, "ends": np.cumsum(self.dataset.lengths[order], dtype=np.int64)}
+
+    def report(self) -> str:
+        return f"{self.samples_per_epoch} samples per epoch, {len(self.indices)} documents packed"
+
+    def _empty(self) -> str:
+        return (
+            f"--data-path {self.dataset_path}: its {len(self.indices)} {self.index_split.name} "
+            f"documents have {self.tokens} tokens, which do not fill --seq-length {self.window} + "
+            "1; shorten the window or change --split"
+        )
+
+
+class Stream:
+    """Documents laid end to end.
+
+    Args:
+        documents: in order.
+        ends: tokens up to and with each, int64.
+    """
+
+    def __init__(self, corpus: Corpus, documents: np.ndarray, ends: np.ndarray):
+        self.corpus, self.documents, self.ends = corpus, documents, ends
+
+    def windows(self, window: int) -> int:
+        """How many whole windows it holds, each with a last label."""
+        return max(int(self.ends[-1]) - 1, 0) // window if len(self.ends) else 0
+
+    def source(self, start: int, tokens: int, whole_document: bool = False) -> Source:
+        """Tokens start to start + tokens - 1, to the end of the document if one holds them all."""
+        at = int(self.ends.searchsorted(start, side="right"))
+        first = start - (int(self.ends[at - 1]) if at else 0)
+        pieces = []
+        while tokens:
+            document = int(self.documents[at])
+            left = int(self.corpus.lengths[document]) - first
+            if whole_document and not pieces and left >= tokens:
+                return Source(self.corpus, ((document, first, left),))
+            take = min(tokens, left)
             if take:  # a corpus may hold empty documents
                 pieces.append((document, first, take))
-            left, first, at = left - take, 0, at + 1
-        return Source(self.dataset, tuple(pieces))
+            tokens, first, at = tokens - take, 0, at + 1
+        return Source(self.corpus, tuple(pieces))
 
 
 class PoseDataset(torch.utils.data.Dataset):
@@ -229,7 +248,7 @@ class PoseDataset(torch.utils.data.Dataset):
 
     `dataset[i]` holds int64 arrays of L values: `tokens`, `labels` (each token's true next one),
     `loss_mask` (ones) and `position_ids` in [0, T); only the last where `positions_only`, as a
-    middle pipeline stage wants it, and then no token is read.
+    middle pipeline stage wants it, and then no token is read unless the sampler cuts at tokens.
 
     Args:
         sources: items {"source": Source}; the index is the sample's identity, so the plan of sample
@@ -252,14 +271,14 @@ class PoseDataset(torch.utils.data.Dataset):
         return len(self.sources)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        source = self.sources[index]["source"]
-        plan = self.sampler.plan(index, source.length)
-        sample = {"position_ids": plan.positions()}
+        source: Source = self.sources[index]["source"]
+        window = source.tokens(0, self.sampler.window) if self.sampler.reads_tokens else None
+        plan = self.sampler.plan(index, source.length, tokens=window)
+        positions = plan.positions()
         if self.positions_only:
-            return sample
-        tokens, labels = source.read(plan)
-        lowest = min(int(tokens.min()), int(labels.min()))
-        highest = max(int(tokens.max()), int(labels.max()))
+            return {"position_ids": positions}
+        rows = source.read(plan)
+        lowest, highest = int(rows.min()), int(rows.max())
         if lowest < 0 or highest >= self.vocab_size:
             documents = sorted({document for document, _, _ in source.pieces})
             wrong = lowest if lowest < 0 else highest
@@ -268,8 +287,8 @@ class PoseDataset(torch.utils.data.Dataset):
                 f"{documents[0]} is outside the vocabulary of {self.vocab_size}; the corpus was "
                 "made with another tokenizer"
             )
-        return {"tokens": tokens, "labels": labels,
-                "loss_mask": np.ones_like(tokens), **sample}
+        return {"tokens": rows[0], "labels": rows[1],
+                "loss_mask": np.ones_like(positions), "position_ids": positions}
 
     def name(self, index: int) -> str:
         """Where a sample comes from, in words for a person."""
@@ -278,11 +297,23 @@ class PoseDataset(torch.utils.data.Dataset):
         return f"sample {index}: {source.corpus.prefix}, document {document} from token {first}"
 
 
+class Datasets(NamedTuple):
+    """None where no samples were asked for, or where the rank does not load."""
+
+    train: PoseDataset | MaterializedDataset | None
+    valid: PoseDataset | None
+    test: PoseDataset | None
+
+
 def build_datasets(
     data: DataFlags, sampler: PoseSampler, vocab_size: int, train_samples: int,
-    valid_samples: int, positions_only: bool = False,
-) -> tuple[PoseDataset, PoseDataset | None]:
-    """Training samples by `sampler`, validation samples with plain positions.
+    valid_samples: int, positions_only: bool = False, test_samples: int = 0,
+    materialized_as: dict | None = None,
+) -> Datasets:
+    """Training samples by `sampler`, validation and test samples with plain positions.
+
+    With --materialized the training samples are those on disk; `materialized_as` is what the run
+    says of their positions.
 
     Every rank calls it (megatron-core's builder has barriers); only tensor-parallel rank 0 of a
     stage gets datasets, the others None.
@@ -290,52 +321,53 @@ def build_datasets(
     Raises:
         ValueError: naming flag, file and way out.
     """
+    reads = not dist.is_initialized() or parallel_state.get_tensor_model_parallel_rank() == 0
+    train = None
+    if data.materialized and reads:
+        train = MaterializedDataset(data.materialized, sampler.window, sampler.target,
+                                    train_samples, vocab_size, materialized_as or {},
+                                    positions_only)
+    sizes = [0 if data.materialized else train_samples, valid_samples, test_samples]
+    if not any(sizes):
+        return Datasets(train, None, None)
+    built = BlendBuilder(
+        DocumentSpans if data.data_mode == "document" else PackedSpans,
+        sizes, lambda: reads, _config(data, sampler, sizes),
+    ).build()
+    if not reads:
+        return Datasets(None, None, None)
+    for name, sources in zip(SPLITS, built, strict=True):
+        for part in getattr(sources, "datasets", [sources]) if sources is not None else []:
+            logger.info("%s, %s: %s", part.dataset_path, name, part.report())
+    plain = PoseSampler(sampler.window, sampler.window, "full", seed=sampler.seed)
+    drawn = Datasets(*(
+        None if sources is None else PoseDataset(sources, law, vocab_size, positions_only)
+        for sources, law in zip(built, (sampler, plain, plain), strict=True)))
+    return drawn._replace(train=train) if data.materialized else drawn
+
+
+def _config(data: DataFlags, sampler: PoseSampler, sizes: list[int]) -> PoseDatasetConfig:
+    """megatron-core's description of the splits; those without samples are left out."""
+    blend, per_split = blends(data)
+    share = _split("969,30,1" if data.split is None else data.split)
     config = PoseDatasetConfig(
         random_seed=sampler.seed,
         sequence_length=data.seq_length,
-        blend=_blend(data.data_path),
-        split=_split(data.split),
+        blend=blend,
+        blend_per_split=per_split,
+        split=share if blend else None,
+        path_to_cache=data.data_cache_path,
         short_documents=data.short_documents,
+        packed_reach=sampler.target if data.packed_skips == "stream" else 0,
     )
-    sizes = [train_samples, valid_samples, 0]
-    for name, share, size in zip(("train", "valid"), config.split_matrix, sizes, strict=False):
-        if size and share is None:
-            raise ValueError(f"--split {data.split} leaves no {name} documents")
-    reads = parallel_state.get_tensor_model_parallel_rank() == 0
-    builder = BlendedMegatronDatasetBuilder(DocumentSpans, sizes, lambda: reads, config)
-    train, valid, _ = builder.build()
-    if not reads:
-        return None, None
-    _report(train)
-    plain = PoseSampler(sampler.window, sampler.window, "full", seed=sampler.seed)
-    train = PoseDataset(train, sampler, vocab_size, positions_only)
-    if not valid_samples:
-        return train, None
-    return train, PoseDataset(valid, plain, vocab_size, positions_only)
-
-
-def _report(sources) -> None:
-    for spans in getattr(sources, "datasets", [sources]):
-        logger.info(
-            "%s: %d samples per epoch, %d short documents dropped, %d packed",
-            spans.dataset_path, spans.samples_per_epoch, spans.dropped, len(spans.short),
-        )
-
-
-def _blend(words: list[str]) -> tuple[list[str], list[float] | None]:
-    if not words:
-        raise ValueError("--data-path is missing: name the corpus that preprocess_data.py wrote")
-    try:
-        weights = [float(word) for word in words[::2]]
-    except ValueError:
-        return words, None
-    prefixes = words[1::2]
-    if len(prefixes) != len(weights) or not prefixes:
-        raise ValueError(f"--data-path {' '.join(words)}: give 'weight prefix weight prefix ...'")
-    for weight in weights:
-        if not 0 < weight < math.inf:
-            raise ValueError(f"--data-path: weight {weight} must be positive and finite")
-    return prefixes, weights
+    parts = config.split_matrix if blend else config.blend_per_split
+    for i, (name, size) in enumerate(zip(SPLITS, sizes, strict=True)):
+        if size and parts[i] is None:
+            raise ValueError(f"--split {share} leaves no {name} documents" if blend else
+                             f"--{name}-data-path is missing: {size} {name} samples are wanted")
+        if not size:
+            parts[i] = None
+    return config
 
 
 def _split(text: str) -> str:

@@ -80,12 +80,12 @@ class Log:
         self.losses, self.samples, self.skipped, self.seconds = [], 0, 0, 0.0
         self.mark = time.perf_counter()
 
-    def validation(self, loss: float) -> None:
+    def validation(self, loss: float, name: str = "validation") -> None:
         # exp() of a fresh model's loss can overflow; infinity is then the honest figure.
         perplexity = math.exp(loss) if loss < 700 else math.inf
-        print_rank_0(f"validation at {self.trainer.iteration} | loss {loss:.4f} | "
+        print_rank_0(f"{name} at {self.trainer.iteration} | loss {loss:.4f} | "
                      f"perplexity {perplexity:.3f}")
-        self._record({"valid_loss": loss})
+        self._record({"test_loss" if name == "test" else "valid_loss": loss})
         self.mark = time.perf_counter()  # not a step's time
 
     def saved(self, path: Path) -> None:

@@ -66,6 +66,14 @@ class Tokenizer(ABC):
     def detokenize(self, ids: Sequence[int]) -> str:
         """Text of the ids; special tokens are left out."""
 
+    @abstractmethod
+    def text_of(self, token_id: int) -> str:
+        """Text of one id, special tokens included."""
+
+    def ids_ending(self, text: str) -> list[int]:
+        """Every id whose text is `text` or ends with it."""
+        return [i for i in range(self.vocab_size) if self.text_of(i).endswith(text)]
+
     def tokenize(self, text: str) -> list[int]:
         return self.tokenize_batch([text])[0]
 
@@ -119,6 +127,10 @@ class SentencePieceTokenizer(Tokenizer):
     def detokenize(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode([int(i) for i in ids])
 
+    def text_of(self, token_id: int) -> str:
+        # A control piece such as </s> decodes to nothing.
+        return self._tokenizer.decode([token_id]) or self._tokenizer.id_to_piece(token_id)
+
 
 class HuggingFaceTokenizer(Tokenizer):
     """A Hugging Face tokenizer.json, threads as TOKENIZERS_PARALLELISM says."""
@@ -165,6 +177,9 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def detokenize(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def text_of(self, token_id: int) -> str:
+        return self._tokenizer.decode([token_id], skip_special_tokens=False)
 
     def _id(self, token: str | dict | None) -> int | None:
         if isinstance(token, dict):  # an AddedToken, written out

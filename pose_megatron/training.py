@@ -194,8 +194,12 @@ def _load(flags: CheckpointFlags, loaded: Checkpoint, *into) -> Checkpoint:
             loaded = _fall_back(flags, error, loaded.iteration)
 
 
-def train(trainer: Trainer, train_set: PoseDataset | None, valid_set: PoseDataset | None) -> None:
-    """Trains to the end, with validations and checkpoints on the way and at the end.
+def train(
+    trainer: Trainer, train_set: PoseDataset | None, valid_set: PoseDataset | None,
+    test_set: PoseDataset | None = None,
+) -> None:
+    """Trains to the end, with validations and checkpoints on the way and at the end; then, with
+    --test-data-path, reports the loss of --eval-iters batches of it.
 
     SIGTERM, SIGUSR1 and --exit-duration-in-mins end it after the step in hand, with a checkpoint.
 
@@ -241,6 +245,8 @@ def train(trainer: Trainer, train_set: PoseDataset | None, valid_set: PoseDatase
         if reason:
             print_rank_0(f"stopped at {at} by {reason}")
             break
+    if args.data.test_data_path and trainer.iteration == trainer.iterations:
+        log.validation(evaluate(trainer, test_set), "test")
     log.close()
 
 

@@ -212,7 +212,7 @@ def train(words: list[str], fault: str | None = None, save_at: int | None = None
     from pose_megatron.dataset import build_datasets
     from pose_megatron.layout import lay_out
     from pose_megatron.model_config import resolve_model
-    from pretrain_pose import position_sampler
+    from pose_megatron.sampler_flags import build_sampler
 
     args = parse(words)
     loaded, resume = training.starting_point(args.checkpoint)
@@ -220,8 +220,8 @@ def train(words: list[str], fault: str | None = None, save_at: int | None = None
     config = replace(config, family=family or config.family)
     layout = lay_out(args, config, distributed.world_size())
     regroup(args, config)
-    train_set, _ = build_datasets(
-        args.data, position_sampler(args, config), config.vocab_size,
+    train_set, *_ = build_datasets(
+        args.data, build_sampler(args, config.max_position_embeddings), config.vocab_size,
         STEPS * layout.global_batch_size, 0, "tokens" not in fields_here(),
     )
     trainer = training.setup(args, config, layout, loaded, resume)

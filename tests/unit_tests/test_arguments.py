@@ -38,7 +38,7 @@ def extended(method="yarn", factor=16.0, target=32768):
 
 def test_defaults_that_a_run_is_made_of():
     args = parse(RUN)
-    assert args.data.seq_length == 2048 and args.data.split == "969,30,1"
+    assert args.data.seq_length == 2048 and args.data.split is None
     assert args.training.micro_batch_size == 1 and args.training.train_iters == 10
     assert (args.training.lr, args.training.adam_beta1, args.training.adam_beta2) == (
         1e-4, 0.9, 0.95)
@@ -436,3 +436,9 @@ def test_a_config_survives_a_checkpoint():
         values = config.to_dict()
         assert ModelConfig.from_dict(values) == config
         assert ModelConfig.from_dict(values | {"of_a_later_version": 1}) == config
+
+
+def test_packed_skips_belong_to_packed_data():
+    with pytest.raises(ValueError, match="--packed-skips stream needs --data-mode packed"):
+        parse([*RUN, "--packed-skips", "stream"])
+    assert parse([*RUN, "--packed-skips", "stream", "--data-mode", "packed"])

@@ -1,5 +1,6 @@
 """dataset.py against the documents' own bytes, and against corpora whose token ids are unique."""
 
+import time
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -8,10 +9,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from megatron.core.datasets.indexed_dataset import _IndexWriter
 
 from pose_megatron.arguments import DataFlags
-from pose_megatron.dataset import Shuffle, build_datasets
-from pose_megatron.positions import SAMPLERS, PoseSampler
+from pose_megatron.dataset import build_datasets
+from pose_megatron.positions import PoseSampler
+from pose_megatron.samplers import SAMPLERS
 
 ALL_TRAIN = "1,0,0"
 SIZES = [40, 9, 8, 1, 17, 100, 3, 33, 8, 25]  # with L = 8: four do not fill a window
@@ -32,32 +35,6 @@ def train_set(prefix, window=8, target=64, samples=1, vocab=10**6, split=ALL_TRA
     data = DataFlags(data_path=paths, split=split, seq_length=window, short_documents=short)
     return build_datasets(data, PoseSampler(window, target, seed=seed, **sampler), vocab,
                           samples, 0)[0]
-
-
-@settings(max_examples=150, deadline=None)
-@given(st.integers(1, 2000), st.integers(0, 2**64 - 1), st.integers(0, 100))
-def test_shuffle_is_a_permutation(n, seed, epoch):
-    shuffle = Shuffle(n, seed, epoch)
-    assert sorted(shuffle[i] for i in range(n)) == list(range(n))
-
-
-def test_shuffle_mixes_and_differs_by_seed_and_epoch():
-    n = 1000
-    orders = [[Shuffle(n, seed, epoch)[i] for i in range(n)] for seed, epoch in
-              ((1, 0), (1, 1), (2, 0))]
-    for order in orders:
-        # A random order has on average one fixed point and one pair of neighbours kept.
-        assert sum(x == i for i, x in enumerate(order)) < 8
-        assert sum(b - a == 1 for a, b in pairwise(order)) < 8
-    for one, other in ((0, 1), (0, 2), (1, 2)):
-        assert sum(a == b for a, b in zip(orders[one], orders[other], strict=True)) < 8
-
-
-def test_shuffle_covers_a_corpus_that_no_table_would_fit():
-    shuffle = Shuffle(10**15, 7, 0)
-    seen = [shuffle[i] for i in range(2000)]
-    assert len(set(seen)) == 2000 and max(seen) < 10**15
-    assert 0.45 < np.mean(seen) / 10**15 < 0.55
 
 
 @pytest.mark.parametrize("options", [
@@ -89,7 +66,7 @@ def test_a_label_is_the_true_next_token_everywhere(world, make_corpus, name, con
     for run in [*[d for d in documents if len(d) > 8], stream]:
         following |= dict(pairwise(run))
     data = train_set(make_corpus(documents), samples=200, name=name, content=content, num_chunks=3,
-                     short=short)
+                     short=short, boundaries=tuple(range(0, 200, 3)))
     for i in range(200):
         sample = data[i]
         assert sample["labels"].tolist() == [following[t] for t in sample["tokens"].tolist()]
@@ -210,6 +187,37 @@ def test_positions_only_reads_no_token(world, make_corpus, monkeypatch):
         whole[0]
 
 
+def test_positions_cut_at_tokens_need_the_tokens_on_every_stage(world, make_corpus):
+    data = DataFlags(data_path=[make_corpus(numbered(SIZES))], split=ALL_TRAIN, seq_length=8)
+    sampler = PoseSampler(8, 64, "pose-boundary", 4, boundaries=tuple(range(0, 300, 3)))
+    whole = build_datasets(data, sampler, 10**6, 30, 0).train
+    bare = build_datasets(data, sampler, 10**6, 30, 0, positions_only=True).train
+    for i in range(30):
+        positions = bare[i]["position_ids"]
+        assert list(bare[i]) == ["position_ids"]
+        assert positions.tolist() == whole[i]["position_ids"].tolist()
+        cut = np.flatnonzero(np.diff(positions) > 1)
+        assert (whole[i]["tokens"][cut] % 3 == 0).all()
+    assert any((np.diff(bare[i]["position_ids"]) > 1).any() for i in range(30))
+
+
+@pytest.mark.parametrize("mode, cache", [("document", False), ("packed", False),
+                                         ("packed", True)])
+def test_a_million_documents_open_in_no_time(world, tmp_path, mode, cache):
+    lengths = [100 + i % 100 for i in range(10**6)]
+    prefix = str(tmp_path / "many")
+    with open(f"{prefix}.bin", "wb") as file:
+        file.truncate(2 * sum(lengths))  # zeros that take no disk
+    with _IndexWriter(f"{prefix}.idx", np.uint16) as writer:
+        writer.write(lengths, None, range(len(lengths) + 1))
+    data = DataFlags(data_path=[prefix], split=ALL_TRAIN, seq_length=64, data_mode=mode,
+                     data_cache_path=str(tmp_path / "cache") if cache else None)
+    start = time.perf_counter()
+    train = build_datasets(data, PoseSampler(64, 512), 10, 10**7, 0).train
+    assert [train[i]["tokens"].sum() for i in range(0, 10**7, 10**6)] == [0] * 10
+    assert time.perf_counter() - start < 10  # a fifth of a second on a quiet machine
+
+
 @pytest.mark.parametrize("weights, shares", [
     (("3", "1"), (0.75, 0.25)), (("0.5", "0.5"), (0.5, 0.5)), ((), (400 / 500, 100 / 500)),
 ])
@@ -229,7 +237,7 @@ def test_a_blend_mixes_by_weight(world, make_corpus, weights, shares):
 def test_validation_is_plain_and_from_other_documents(world, make_corpus):
     documents = numbered([50] * 40)
     data = DataFlags(data_path=[make_corpus(documents)], split="80,20,0", seq_length=8)
-    train, valid = build_datasets(data, PoseSampler(8, 64), 10**6, 300, 40)
+    train, valid, _ = build_datasets(data, PoseSampler(8, 64), 10**6, 300, 40)
     assert len(valid) == 40
 
     def documents_of(samples):

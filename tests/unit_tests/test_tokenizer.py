@@ -108,6 +108,27 @@ def test_surrogates():
     assert replace_surrogates("plain ✓") == "plain ✓"
 
 
+def test_the_ids_that_end_a_sentence_come_from_the_tokenizer(spm_folder, hf_folder):
+    from transformers import AutoTokenizer
+
+    ours = build_tokenizer("SentencePieceTokenizer", spm_folder)
+    theirs = sentencepiece.SentencePieceProcessor(model_file=str(spm_folder / "tokenizer.model"))
+    pieces = [theirs.id_to_piece(i) for i in range(512)]
+    for ending in (".", ":", ")"):
+        assert ours.ids_ending(ending) == [
+            i for i, piece in enumerate(pieces)
+            if piece.endswith(ending) or piece == f"<0x{ord(ending):02X}>"]
+    assert all(theirs.decode([i]).endswith("\n") for i in ours.ids_ending("\n"))
+    assert ours.ids_ending("\n") and ours.ids_ending("</s>") == [ours.eod]
+
+    ours = build_tokenizer("HuggingFaceTokenizer", hf_folder)
+    theirs = AutoTokenizer.from_pretrained(hf_folder)
+    for ending in (".", "\n", "<eos>", "Parser"):
+        assert ours.ids_ending(ending) == [
+            i for i in range(ours.vocab_size) if theirs.decode([i]).endswith(ending)] != []
+    assert ours.ids_ending("no such ending") == []
+
+
 @pytest.mark.parametrize("kind, model, message", [
     ("GPT2BPETokenizer", "hf", "GPT2BPETokenizer: unknown"),
     ("SentencePieceTokenizer", "nowhere", "nowhere: no such file"),

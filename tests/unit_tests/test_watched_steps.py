@@ -37,7 +37,7 @@ def run_on(make_corpus, tmp_path):
         config = resolve_model(args.model, args.data.seq_length, None, None)
         layout = lay_out(args, config, 1)
         sampler = PoseSampler(8, 64, seed=args.training.seed)
-        train_set, _ = build_datasets(
+        train_set, *_ = build_datasets(
             args.data, sampler, config.vocab_size, layout.end(args.training)[1], 0)
         trainer = training.setup(args, config, layout, None, False)
         with torch.no_grad():

@@ -1,0 +1,127 @@
+"""Trainers as `pretrain_pose.py` builds them, on random tokens: what the benchmarks of steps share.
+
+Also launches a benchmark's own ranks, and says what machine the figures are from.
+"""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from pose_megatron import cpu
+
+cpu.install()
+
+import numpy as np
+import torch
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.models.gpt.gpt_model import GPTModel
+
+from pose_megatron import distributed, training
+from pose_megatron.arguments import parse
+from pose_megatron.batch import batches, fields_here
+from pose_megatron.dataset import build_datasets
+from pose_megatron.layout import lay_out
+from pose_megatron.log import peak_memory
+from pose_megatron.model_config import resolve_model
+from pose_megatron.sampler_flags import build_sampler
+
+
+def random_corpus(folder: Path, vocabulary: int, document: int, documents: int = 64) -> str:
+    """Documents of so many random tokens; returns the prefix."""
+    prefix = folder / "random_text_document"
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.int32)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(documents):
+        tokens = torch.randint(vocabulary, (document,), generator=generator)
+        builder.add_document(tokens, [document])
+    builder.finalize(f"{prefix}.idx")
+    return str(prefix)
+
+
+class Run:
+    """A trainer and its micro-batches.
+
+    Args:
+        words: flags of pretrain_pose.py.
+        stock: rotates by megatron-core's own RotaryEmbedding at 0, 1, 2, ..., as its GPTModel does,
+            and takes plain positions from the dataset; all else is the same.
+    """
+
+    def __init__(self, words: list[str], stock: bool = False):
+        args = parse([*words, "--position-sampler", "full"] if stock else words)
+        loaded, resume = training.starting_point(args.checkpoint)
+        config = resolve_model(args.model, args.data.seq_length, loaded and loaded.model, None)
+        layout = lay_out(args, config, distributed.world_size())
+        if not torch.distributed.is_initialized():
+            distributed.initialize(args.parallel, args.training.seed, config.num_layers)
+        self.trainer = training.setup(args, config, layout, loaded, resume)
+        train_set, *_ = build_datasets(
+            args.data, build_sampler(args, config.max_position_embeddings), config.vocab_size,
+            layout.end(args.training)[1], 0, "tokens" not in fields_here())
+        for stage in self.trainer.stages if stock else ():
+            stage.__class__ = GPTModel
+            stage.rotary_pos_emb = RotaryEmbedding(
+                config.kv_channels, config.rotary_percent, rotary_base=config.rotary_base,
+                use_cpu_initialization=not torch.cuda.is_available(),
+                cp_group=stage.rotary_pos_emb.cp_group)
+        self.data = [
+            batches(train_set, self.trainer.consumed_samples, args.training.micro_batch_size,
+                    args.data.num_workers)
+            for _ in self.trainer.models]
+        for model in self.trainer.models:
+            model.train()
+
+    def step(self) -> training.Step:
+        return training.train_step(
+            self.trainer, self.data if len(self.data) > 1 else self.data[0])
+
+
+def launch(program: str, words: list[str], ranks: int = 1) -> list[dict]:
+    """Runs a program with `words` and --rows FILE on so many ranks; returns the rows of FILE."""
+    command = [sys.executable, program]
+    if ranks > 1:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                   "--nproc-per-node", str(ranks), program]
+    with tempfile.TemporaryDirectory() as folder:
+        rows = Path(folder) / "rows.jsonl"
+        env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+        run = subprocess.run([*command, *words, "--rows", str(rows)], env=env, capture_output=True,
+                             text=True)
+        if run.returncode:
+            sys.exit(f"{' '.join(command)} failed:\n{run.stdout[-2000:]}{run.stderr[-4000:]}")
+        return [json.loads(line) for line in rows.read_text().splitlines()]
+
+
+def report(rows_file: str, **row) -> None:
+    """Adds this rank's row, on rank 0, for `launch`."""
+    if distributed.rank() == 0:
+        with open(rows_file, "a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def synchronize() -> None:
+    torch.cuda.synchronize()  # nothing on a CPU
+
+
+def memory() -> int:
+    """Bytes, the most so far, of rank 0."""
+    return peak_memory()
+
+
+def machine() -> dict:
+    """Where and when, and with which packages."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "date": date.today().isoformat(),
+        "device": gpu or f"{platform.machine()} CPU, {os.cpu_count()} cores",
+        **{name: version(name) for name in ("torch", "megatron-core", "numpy")},
+    }

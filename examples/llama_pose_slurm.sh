@@ -1,0 +1,69 @@
+#!/usr/bin/env bash
+# Extends LLaMA-2-7B from 4k to 128k tokens on 4 nodes of 8 GPUs under Slurm. Submit it from the
+# repository:
+#
+#   sbatch examples/llama_pose_slurm.sh
+#
+# The job may be cut off, requeued and submitted again as it is: it goes on from its last checkpoint.
+#SBATCH --job-name=pose-128k
+#SBATCH --nodes=4
+#SBATCH --ntasks-per-node=1        # one torchrun a node, which starts a rank for each GPU
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=64
+#SBATCH --exclusive
+#SBATCH --time=12:00:00
+#SBATCH --requeue                  # after a node failure Slurm starts the job again
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.log
+set -euo pipefail
+cd "${SLURM_SUBMIT_DIR:?submit this with sbatch}"
+
+# All of these on storage that every node sees.
+MODEL=${MODEL:-models/llama-2-7b}                     # tokenizer and config.json of Hugging Face
+START=${START:-checkpoints/llama-2-7b}                # what tools/checkpoint/convert.py wrote
+RUN=${RUN:-checkpoints/llama-2-7b-128k}
+DATA=${DATA:-data/books_text_document}
+MINUTES=$((12 * 60 - 20))                             # of --time, less one save and the start
+
+# shellcheck source=/dev/null
+source .venv/bin/activate
+export OMP_NUM_THREADS=8
+export CUDA_DEVICE_MAX_CONNECTIONS=1                  # orders tensor-parallel overlap before Blackwell
+export TORCH_NCCL_ASYNC_ERROR_HANDLING=1              # a lost rank ends the others, not a hang
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1           # or a replaced node waits for an address in vain
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600             # seconds after SIGTERM for a step and a save
+export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
+# Where the fabric is not found by itself, name it:
+#   export NCCL_SOCKET_IFNAME=bond0 GLOO_SOCKET_IFNAME=bond0 NCCL_IB_HCA=mlx5
+
+mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+LAUNCH=(torchrun
+    --nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node 8 --max-restarts 3
+    --rdzv-backend c10d --rdzv-id "$SLURM_JOB_ID" --rdzv-endpoint "${hosts[0]}:29400")
+CHECKPOINT_ARGS=(
+    --pretrained-checkpoint "$START" --load "$RUN" --save "$RUN"
+    --save-interval 100 --save-retain 3 --async-save --load-fallback
+    --exit-duration-in-mins "$MINUTES")
+POSE_ARGS=(
+    --seq-length 4096 --max-position-embeddings 131072 --rope-scaling yarn)
+TRAINING_ARGS=(
+    --train-iters 1000 --global-batch-size 64 --micro-batch-size 1 --bf16
+    --lr 2e-5 --lr-warmup-iters 10 --weight-decay 0 --clip-grad 1.0)
+PARALLEL_ARGS=(
+    --tensor-model-parallel-size 4 --sequence-parallel
+    --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather)
+DATA_ARGS=(
+    --tokenizer-model "$MODEL" --data-path "$DATA" --split 990,10,0)
+LOG_ARGS=(
+    --log-interval 10 --eval-interval 100 --eval-iters 10
+    --log-file "$RUN.jsonl" --tensorboard-dir "$RUN-tensorboard")
+
+# --kill-on-bad-exit: one node's failure beyond its restarts ends the job, and --requeue starts it.
+srun --kill-on-bad-exit=1 "${LAUNCH[@]}" pretrain_pose.py \
+    "${CHECKPOINT_ARGS[@]}" "${POSE_ARGS[@]}" "${TRAINING_ARGS[@]}" \
+    "${PARALLEL_ARGS[@]}" "${DATA_ARGS[@]}" "${LOG_ARGS[@]}"
+
+# Stopped by the clock and not at the end: in line again.
+if [ "$(cat "$RUN/latest_checkpointed_iteration.txt")" -lt 1000 ]; then
+    scontrol requeue "$SLURM_JOB_ID"
+fi
