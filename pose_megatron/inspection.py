@@ -84,7 +84,7 @@ class Summary:
                              for name, value in self.progress.items()) or "weights only"
         return (
             f"checkpoint  {self.path}\n"
-            f"format      {self.format}\n"
+            f"format      {self.format}, family {c['family'] or 'of no Hugging Face class'}\n"
             f"shape       {c['num_layers']} layers, hidden {c['hidden_size']}, ffn "
             f"{c['ffn_hidden_size']}, {c['num_attention_heads']} heads of {c['kv_channels']}, "
             f"{c['num_query_groups']} groups, vocabulary {c['vocab_size']}{tied}\n"
