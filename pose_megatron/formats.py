@@ -30,6 +30,7 @@ class Source:
     Attributes:
         model: shape and rope.
         rows: the table.
+        by_row: whether it stores the rows themselves, padding included.
         dtypes: by the rows' names.
         tokenizer: folder where its tokenizer may be.
         hashes: (algorithm, digest) of files that came with one.
@@ -54,12 +55,12 @@ class Source:
             self._tensors = huggingface.Tensors(folder)
         self.hashes = getattr(self._tensors, "hashes", {})
         self.warnings = getattr(self._tensors, "warnings", [])
-        self._by_row = format == "megatron"
+        self.by_row = format == "megatron"
         with huggingface.naming(folder):
             sizes = huggingface.sizes(self.model)
             self.rows = list(table(**sizes))
             shapes, dtypes = self._tensors.shapes, self._tensors.dtypes
-            if self._by_row:
+            if self.by_row:
                 check_megatron(shapes, self.rows)
                 self.dtypes = dict(dtypes)
             else:
@@ -78,7 +79,7 @@ class Source:
 
     def read(self, row: Row, out: Tensor) -> Tensor:
         """Fills `out` with Megatron's tensor of the row."""
-        if self._by_row:
+        if self.by_row:
             return self._tensors.read(row.name, out)
         return row.join(self._tensors.read, out)
 

@@ -372,7 +372,9 @@ def _compare(source: Source, again: Source, rows, dtypes, advance: Callable[[int
     pairs = zip(read_ahead(source, rows, dtypes), read_ahead(again, rows, again.dtypes),
                 strict=True)
     for (row, tensor), (_, other) in pairs:
-        if formats.differing(tensor, other):
+        # Padding of the vocabulary, which training changes, leaves Megatron's format for none.
+        kept = len(tensor) if again.by_row else sum(row.blocks)
+        if formats.differing(tensor[:kept], other[:kept]):
             raise ValueError(f"read back another {row.name} than was written")
         advance(tensor.nbytes)
 
