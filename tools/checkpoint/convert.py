@@ -139,7 +139,7 @@ def convert(args: argparse.Namespace) -> None:
                     args.make_vocab_size_divisible_by)
     model, rows = source.model, source.rows
     problems = Problems(args.strict)
-    for warning in source.warnings:
+    for warning in source.warnings if team.rank == 0 else ():
         problems.add(warning)
     dtypes = source.dtypes
     if args.dtype != "keep":
@@ -163,12 +163,13 @@ def convert(args: argparse.Namespace) -> None:
                     tensors = read_ahead(source, job, dtypes, problems.look)
                     results[number] = sink.write(number, _counted(tensors, advance))
         together = {k: v for part in team.gather(results) for k, v in part.items()}
+        problems.nonfinite = {k: v for x in team.gather(problems.nonfinite) for k, v in x.items()}
         if team.rank == 0:
             sink.finish([together[number] for number in range(len(sink.jobs))])
             if args.saver == "hf" and not (folder / "tokenizer_config.json").is_file():
                 say("note: no tokenizer to copy; name one with --tokenizer-model", flush=True)
+            problems.report()
         team.share(None)
-        problems.report()
         errors, logits = rope(), []
         if args.verify is not False:
             with _phase(say, seconds, "verify", work) as advance:
@@ -189,7 +190,7 @@ def convert(args: argparse.Namespace) -> None:
         write_atomically(args.json, json.dumps({
             "tensors": len(rows), "bytes": total, "processes": team.size,
             "seconds": round(time.perf_counter() - start, 3), "phases": seconds,
-            "nonfinite": problems.nonfinite, "rope_errors": errors,
+            "nonfinite": sum(problems.nonfinite.values()), "rope_errors": errors,
             "logits_errors": {d.where: d.error for d in logits}}) + "\n")
     say(f"wrote {save}", flush=True)
 
@@ -258,14 +259,14 @@ def _sink(args, folder, source, dtypes, shard_bytes, processes):
 
 
 class Problems:
-    """Warnings; the first one is an error if `strict`.
+    """Warnings; each is an error if `strict`.
 
     Attributes:
-        nonfinite: values that are NaN or infinite.
+        nonfinite: by tensor, how many of its values are NaN or infinite.
     """
 
     def __init__(self, strict: bool):
-        self._strict, self.nonfinite, self._tensors = strict, 0, {}
+        self._strict, self.nonfinite = strict, {}
 
     def add(self, warning: str) -> None:
         if self._strict:
@@ -275,15 +276,16 @@ class Problems:
     def look(self, row, tensor: torch.Tensor) -> None:
         """Counts values that are NaN or infinite."""
         if count := formats.count_nonfinite(tensor):
-            self._tensors[row] = f"{count} of {tensor.numel()} values of {row.name}"
-            self.nonfinite += count
+            self.nonfinite[row.name] = count
             if self._strict:
                 self.report()
 
     def report(self) -> None:
-        if self._tensors:
-            more = f" and of {len(self._tensors) - 1} more tensors" * (len(self._tensors) > 1)
-            self.add(f"{next(iter(self._tensors.values()))}{more} are NaN or infinite")
+        if self.nonfinite:
+            names = sorted(self.nonfinite)
+            more = f" and {len(names) - 1} more tensors" if len(names) > 1 else ""
+            self.add(f"{sum(self.nonfinite.values())} values are NaN or infinite, in {names[0]}"
+                     f"{more}")
 
 
 @contextlib.contextmanager
