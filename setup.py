@@ -24,6 +24,9 @@ setup(
         "sentencepiece",
         "transformers>=5",
         "tokenizers",
+        "gigatoken>=0.10",  # a faster implementation of both, used where its ids are the same
+        "orjson",
+        "pyarrow",  # corpora in Parquet
         "safetensors",
         "psutil",  # megatron-core's checkpoint writer imports it and does not say so
         "pyyaml",

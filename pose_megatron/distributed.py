@@ -3,7 +3,6 @@
 import datetime
 import functools
 import os
-import sys
 import time
 from collections.abc import Callable
 
@@ -12,6 +11,7 @@ import torch.distributed as dist
 
 from pose_megatron.arguments import ParallelFlags
 from pose_megatron.lifetime import end_with_parent
+from pose_megatron.program import print_error
 
 
 def initialize(parallel: ParallelFlags, seed: int, num_layers: int = 1) -> None:
@@ -101,9 +101,7 @@ def one_sentence_errors(main: Callable[[], None]) -> Callable[[], None]:
                     first and not isinstance(error, ValueError | OSError)):
                 raise
             if first:
-                program = os.path.basename(sys.argv[0])
-                print(f"{program}: error: {_sentence(error)}", file=sys.stderr)
-                sys.stderr.flush()
+                print_error(_sentence(error))
             else:
                 time.sleep(2)  # let the sentence out before torchrun ends the job
             os._exit(1)  # the other ranks may be inside a collective: nothing to wait for

@@ -1,6 +1,6 @@
-"""JSONL corpora: lines of JSON objects, plain or compressed, read in runs of whole lines.
+"""JSONL: lines of JSON objects, plain or compressed, read in runs of whole lines.
 
-    corpus.jsonl(.gz|.zst) ──read_lines──► Lines ──parse_line──► texts
+    corpus.jsonl(.gz|.zst) ──read_lines, read_range──► Lines ──parse_line──► texts
 """
 
 import gzip
@@ -8,35 +8,50 @@ import json
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO
 
-CORPUS_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+import orjson
 
 
 @dataclass(frozen=True)
 class Lines:
-    """Whole consecutive lines of one corpus file.
+    """Whole consecutive lines of one file.
 
     Attributes:
-        first: number of the first line, from 1.
         content: the lines, decompressed, newlines included.
         position: bytes of the file, as it lies on disk, read so far.
     """
 
-    path: Path
-    first: int
     content: bytes
     position: int
 
-    def __iter__(self) -> Iterator[tuple[int, bytes]]:
-        """(number, line) of each line that is not blank."""
-        lines = self.content.split(b"\n")
-        return ((i, line) for i, line in enumerate(lines, self.first) if line.strip())
+    @cached_property
+    def split(self) -> list[bytes]:
+        """The lines, and what follows the last newline."""
+        return self.content.split(b"\n")
 
-    def __len__(self) -> int:
-        """Lines that are not blank."""
-        return sum(1 for _ in self)
+    def texts(self, keys: Sequence[str]) -> Iterator["tuple[int, list[str] | LineError]"]:
+        """(number, texts under the keys, or why there are none) of each line that is not blank.
+
+        Numbers count from 1 within these lines.
+        """
+        for number, line in enumerate(self.split, 1):
+            if not line or line.isspace():
+                continue
+            try:
+                # quick, and stricter than Python's: what it refuses, parse_line decides
+                row = orjson.loads(line)
+                texts = [row[key] for key in keys]
+            except (ValueError, TypeError, LookupError):
+                texts = ()
+            if {*map(type, texts)} != {str}:
+                try:
+                    texts = parse_line(line, keys)
+                except LineError as error:
+                    texts = error
+            yield number, texts
 
 
 class LineError(ValueError):
@@ -44,23 +59,10 @@ class LineError(ValueError):
 
     def __init__(self, reason: str, detail: str = ""):
         super().__init__(f"{reason} ({detail})" if detail else reason)
-        self.reason = reason
+        self.reason, self.detail = reason, detail
 
-
-def corpus_files(paths: Sequence[str | Path]) -> list[Path]:
-    """The paths, if each is a file that read_lines knows to open.
-
-    Raises:
-        ValueError: naming the first that is not.
-    """
-    for path in map(Path, paths):
-        if not path.is_file():
-            raise ValueError(f"--input {path}: no such file")
-        if not path.name.endswith(CORPUS_SUFFIXES):
-            raise ValueError(
-                f"--input {path}: unknown extension, use one of {', '.join(CORPUS_SUFFIXES)}"
-            )
-    return list(map(Path, paths))
+    def __reduce__(self):  # both parts, when it comes from another process
+        return LineError, (self.reason, self.detail)
 
 
 def read_lines(path: Path, size: int) -> Iterator[Lines]:
@@ -76,16 +78,33 @@ def read_lines(path: Path, size: int) -> Iterator[Lines]:
             blocks = _zstd_blocks(file, path, size)
         else:
             blocks = iter(lambda: file.read(size), b"")
-        first, parts = 1, []
+        parts = []
         for block in blocks:
             head, newline, tail = block.rpartition(b"\n")
             if newline:
-                content = b"".join([*parts, head, newline])
-                yield Lines(path, first, content, file.tell())
-                first, parts = first + content.count(b"\n"), []
+                yield Lines(b"".join([*parts, head, newline]), file.tell())
+                parts = []
             parts.append(tail)
         if content := b"".join(parts):
-            yield Lines(path, first, content, file.tell())
+            yield Lines(content, file.tell())
+
+
+def read_range(path: Path, start: int, end: int) -> Lines:
+    """The lines of a plain file that begin in bytes [start, end).
+
+    Ranges that cover a file give every line once, wherever they are cut.
+    """
+    before = min(start, 1)  # the byte that tells whether a line begins at `start`
+    with open(path, "rb") as file:
+        file.seek(start - before)
+        content = file.read(end - start + before)
+        first = content.find(b"\n") + 1 if before else 0
+        if before and (not first or first == len(content)):
+            return Lines(b"", end)  # within one line
+        parts = [content[first:]]
+        while parts[-1] and not parts[-1].endswith(b"\n"):
+            parts.append(file.readline(1 << 20))
+    return Lines(b"".join(parts), end)
 
 
 def parse_line(line: bytes, keys: Sequence[str]) -> list[str]:
@@ -130,7 +149,7 @@ def _zstd_blocks(file: BinaryIO, path: Path, size: int) -> Iterator[bytes]:
         raise ValueError(f"--input {path}: needs the package zstandard, install it") from None
     frame = None
     try:
-        while data := file.read(size):
+        while data := file.read(max(size // 4, 1)):  # text shrinks about fourfold
             while data:
                 frame = frame or zstandard.ZstdDecompressor().decompressobj()
                 if block := frame.decompress(data):

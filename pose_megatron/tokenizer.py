@@ -13,6 +13,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 TOKENIZER_TYPES = ("SentencePieceTokenizer", "HuggingFaceTokenizer")
+# What texts rarely hold, and what other implementations of a tokenizer get wrong.
+PROBES = (
+    *("", " ", "  x", "x  ", "\n\n\n", "\t\tx\r\n", "</s> <s> <unk>", "naïve 日本 😀\0", "1234567"),
+    *("▁a ▁▁b", "<0x0A>", "\ufffd\u200b\ufeff", "e\u0301 ﬁ ½ Ⅷ", "don't I'LL we'Ve"),
+    "\x85\u2028\xa0\u3000x",
+    *(character * n for character in " -=#\n" for n in range(2, 67)),
+)
 # What may lie beside a tokenizer in a Hugging Face folder and belongs to it.
 FOLDER_FILES = (
     *("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
@@ -74,6 +81,16 @@ class Tokenizer(ABC):
         """Every id whose text is `text` or ends with it."""
         return [i for i in range(self.vocab_size) if self.text_of(i).endswith(text)]
 
+    @abstractmethod
+    def as_json(self) -> dict:
+        """This tokenizer in the form of Hugging Face's tokenizer.json, for other implementations.
+
+        Special tokens that this one does not look for in texts are left out.
+
+        Raises:
+            ValueError: it has no such form.
+        """
+
     def tokenize(self, text: str) -> list[int]:
         return self.tokenize_batch([text])[0]
 
@@ -131,6 +148,12 @@ class SentencePieceTokenizer(Tokenizer):
         # A control piece such as </s> decodes to nothing.
         return self._tokenizer.decode([token_id]) or self._tokenizer.id_to_piece(token_id)
 
+    def as_json(self) -> dict:
+        from gigatoken._load.sentencepiece import sentencepiece_to_tokenizer_json
+
+        form = sentencepiece_to_tokenizer_json(self._path.read_bytes())
+        return _without_special(json.loads(form))
+
 
 class HuggingFaceTokenizer(Tokenizer):
     """A Hugging Face tokenizer.json, threads as TOKENIZERS_PARALLELISM says."""
@@ -181,6 +204,10 @@ class HuggingFaceTokenizer(Tokenizer):
     def text_of(self, token_id: int) -> str:
         return self._tokenizer.decode([token_id], skip_special_tokens=False)
 
+    def as_json(self) -> dict:
+        form = json.loads(self._tokenizer.to_str())
+        return _without_special(form) if self._tokenizer.encode_special_tokens else form
+
     def _id(self, token: str | dict | None) -> int | None:
         if isinstance(token, dict):  # an AddedToken, written out
             token = token.get("content")
@@ -189,11 +216,17 @@ class HuggingFaceTokenizer(Tokenizer):
 
 def replace_surrogates(text: str) -> str:
     """The text, with U+FFFD for each lone surrogate (JSON's "\\ud800" makes them)."""
+    if text.isascii():  # known without looking
+        return text
     try:
         text.encode()
     except UnicodeEncodeError:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text
+
+
+def _without_special(form: dict) -> dict:
+    return form | {"added_tokens": [t for t in form["added_tokens"] if not t["special"]]}
 
 
 def _file(path: Path, name: str, way_out: str) -> Path:

@@ -1,4 +1,4 @@
-"""Trains a byte-pair tokenizer from a JSONL corpus: every text survives encoding and decoding.
+"""Trains a byte-pair tokenizer from a corpus: every text survives encoding and decoding.
 
 LLaMA's conventions (sentencepiece BPE, <unk> 0, <s> 1, </s> 2, unknown characters as bytes, digits
 apart) without its leading space: text is taken as it is, newlines, tabs and runs of spaces
@@ -15,7 +15,6 @@ import io
 import json
 import os
 import random
-import signal
 import sys
 import tempfile
 import time
@@ -24,9 +23,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from pose_megatron import text_corpus
 from pose_megatron.durable import fsync
-from pose_megatron.jsonl import LineError, corpus_files, parse_line, read_lines
-from pose_megatron.tokenizer import replace_surrogates
+from pose_megatron.program import one_sentence_errors, positive
+from pose_megatron.tokenizer import PROBES
 
 EXAMPLE = """example:
   python tools/train_tokenizer.py --input corpus.jsonl --output-dir tokenizer --vocab-size 2048
@@ -35,11 +35,6 @@ FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
 SPECIAL = ("<unk>", "<s>", "</s>")
 SPACE = "▁"  # sentencepiece's sign for a space
 CHECK_CHARACTERS = 500_000  # of the corpus, on which both forms must agree
-# What texts rarely hold, and what converters get wrong.
-PROBES = (
-    *("", " ", "  x", "x  ", "\n\n\n", "\t\tx\r\n", "</s> <s> <unk>", "naïve 日本 😀\0", "1234567"),
-    *(character * n for character in " -=#\n" for n in range(2, 67)),
-)
 
 
 def train(texts: Sequence[str], vocab_size: int, threads: int, character_coverage: float) -> bytes:
@@ -164,37 +159,17 @@ def sample(texts: Iterator[str], size: int, seed: int = 0) -> list[str]:
     return [text for _, index, text in sorted(kept, key=lambda item: item[1])]
 
 
-def corpus_texts(files: Sequence[Path], keys: Sequence[str], on_error: str) -> Iterator[str]:
-    """The texts of the corpus that are not empty and can be encoded.
-
-    Raises:
-        ValueError: a line holds no document and `on_error` is "stop".
-    """
-    for path in files:
-        for lines in read_lines(path, 1 << 20):
-            for number, line in lines:
-                try:
-                    texts = parse_line(line, keys)
-                except LineError as error:
-                    if on_error == "skip":
-                        continue
-                    raise ValueError(
-                        f"{path}:{number}: {error}; mend the line, or skip such lines with "
-                        "--on-error skip"
-                    ) from None
-                yield from filter(None, map(replace_surrogates, texts))
-
-
 def run(args: argparse.Namespace) -> None:
     started = time.monotonic()
-    files = corpus_files(args.input)
+    files = text_corpus.corpus_files(args.input)
     for name in FILES:
         if (path := args.output_dir / name).exists() and not args.overwrite:
             raise ValueError(
                 f"--output-dir {args.output_dir}: {path} exists; choose another folder, or replace "
                 "it with --overwrite"
             )
-    texts = sample(corpus_texts(files, args.json_keys, args.on_error), args.sample_size)
+    texts = filter(None, text_corpus.texts(files, args.json_keys, args.on_error))
+    texts = sample(texts, args.sample_size)
     if not texts:
         raise ValueError(f"--input {' '.join(args.input)}: no text to train on")
     size = sum(len(text.encode()) for text in texts)
@@ -239,43 +214,27 @@ def parser() -> argparse.ArgumentParser:
         prog="train_tokenizer.py", description=__doc__, epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    p.add_argument("--input", nargs="+", required=True, help=".jsonl, .jsonl.gz or .jsonl.zst")
+    p.add_argument("--input", nargs="+", required=True,
+                   help="files or patterns: .jsonl or .json, plain or with .gz or .zst; .parquet")
     p.add_argument("--json-keys", nargs="+", default=["text"], help="keys of the texts")
     p.add_argument("--output-dir", type=Path, required=True, help="folder, created if missing")
-    p.add_argument("--vocab-size", type=_positive, required=True,
+    p.add_argument("--vocab-size", type=positive, required=True,
                    help="tokens, with 256 bytes and 3 special ones")
     p.add_argument("--character-coverage", type=float, default=0.9995,
                    help="share of the text's characters with a token of their own, not bytes")
-    p.add_argument("--sample-size", type=_positive, default=50_000_000,
+    p.add_argument("--sample-size", type=positive, default=50_000_000,
                    help="bytes of text to train on, chosen at random (default: %(default)s)")
     # a constant: the model file names it, and should be the same on every machine
-    p.add_argument("--threads", type=_positive, default=2, help="default: %(default)s")
+    p.add_argument("--threads", type=positive, default=2, help="default: %(default)s")
     p.add_argument("--on-error", choices=("stop", "skip"), default="stop",
                    help="at a line without a document")
     p.add_argument("--overwrite", action="store_true", help="replace an existing tokenizer")
     return p
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
-    return int(text)
-
-
-def main() -> int:
-    args = parser().parse_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up as after Ctrl-C
-    try:
-        run(args)
-    except (ValueError, OSError) as error:
-        if os.environ.get("POSE_TRACEBACK"):
-            raise
-        print(f"train_tokenizer.py: error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("train_tokenizer.py: interrupted, nothing kept", file=sys.stderr)
-        return 130
-    return 0
+@one_sentence_errors
+def main() -> None:
+    run(parser().parse_args())
 
 
 if __name__ == "__main__":

@@ -3,18 +3,23 @@
 import gzip
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
 import sysconfig
 import time
 import warnings
+from collections import Counter
 from itertools import chain
 from pathlib import Path
 
+import pyarrow
 import pytest
 import sentencepiece
 import zstandard
+from pyarrow import parquet
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 warnings.simplefilter("ignore")
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
@@ -85,26 +90,85 @@ def test_trained_folder_loads_in_transformers_with_the_same_ids(tokenizer, piece
         "tokenizer.json", "tokenizer.model", "tokenizer_config.json"]
 
 
-def test_two_workers_write_megatrons_files_from_any_compression(tmp_path, tokenizer, pieces):
-    # more than one batch per file, so that two workers could disorder them
-    a, b, c = (tmp_path / name for name in ("a.jsonl", "b.jsonl.gz", "c.jsonl.zst"))
-    a.write_bytes(jsonl({"text": text} for text in TEXTS[:6]).rstrip(b"\n"))
-    b.write_bytes(gzip.compress(jsonl({"text": text} for text in TEXTS[6:9])))
-    c.write_bytes(zstandard.ZstdCompressor().compress(jsonl({"text": t} for t in TEXTS[9:])))
+@pytest.fixture(scope="module")
+def byte_level(tmp_path_factory):
+    """A Hugging Face byte-level BPE as transformers loads it."""
+    folder = tmp_path_factory.mktemp("byte_level")
+    model = Tokenizer(models.BPE())
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.train_from_iterator(TEXTS, trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE, special_tokens=["<eos>"], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    model.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<eos>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_two_workers_write_megatrons_files_from_any_kind_of_file(tmp_path, tokenizer, pieces):
+    # more than one part per file, so that two workers could disorder them
+    texts = TEXTS * 2
+    for i, path in enumerate(("a.jsonl", "b.jsonl.gz", "c.jsonl.zst")):
+        content = jsonl({"text": text} for text in texts[i * 8 : i * 8 + 8])
+        if path.endswith("gz"):
+            content = gzip.compress(content)
+        if path.endswith("zst"):
+            content = zstandard.ZstdCompressor().compress(content)
+        (tmp_path / path).write_bytes(content)
+    parquet.write_table(pyarrow.table({"text": texts[24:]}), tmp_path / "d.parquet",
+                        row_group_size=3)
     prefix = tmp_path / "new" / "folder" / "corpus"
-    result = call("preprocess_data.py", "--input", a, b, c, "--output-prefix", prefix,
+    result = call("preprocess_data.py", "--input", tmp_path / "[a-d].*", "--output-prefix", prefix,
                   "--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", tokenizer,
                   "--append-eod", "--workers", 2, "--log-interval", 2)
     assert result.returncode == 0, result.stderr
-    expected = build(tmp_path / "stock", [[*pieces.encode(text), 2] for text in TEXTS])
+    expected = build(tmp_path / "stock", [[*pieces.encode(text), 2] for text in texts])
     assert files(f"{prefix}_text_document") == expected
+    assert "tokenizing with gigatoken: its ids are those of the tokenizer's own" in result.stderr
     assert "MB/s" in result.stderr and "tokens/s" in result.stderr and "left" in result.stderr
-    assert f"{len(TEXTS)} documents" in result.stdout
+    assert f"{len(texts)} documents" in result.stdout
     dataset = IndexedDataset(f"{prefix}_text_document")
-    assert [pieces.decode(dataset[i].tolist()) for i in range(len(dataset))] == TEXTS
-
+    assert [pieces.decode(dataset[i].tolist()) for i in range(len(dataset))] == texts
     assert sorted(path.name for path in prefix.parent.iterdir()) == [
         "corpus_summary.json", "corpus_text_document.bin", "corpus_text_document.idx"]
+
+
+def test_shards_joined_are_the_corpus_preprocessed_at_once(tmp_path, byte_level):
+    """With a Hugging Face tokenizer; either library, and transformers', give the same bytes."""
+    from transformers import AutoTokenizer
+
+    theirs = AutoTokenizer.from_pretrained(byte_level)
+    expected = build(tmp_path / "stock", [
+        [*theirs.encode(text, add_special_tokens=False), theirs.eos_token_id] for text in TEXTS])
+    for name, texts in (("all", TEXTS), ("a", TEXTS[:5]), ("b", TEXTS[5:])):
+        (tmp_path / f"{name}.jsonl").write_bytes(jsonl({"text": text} for text in texts))
+        library = "own" if name == "a" else "auto"
+        result = call("preprocess_data.py", "--input", tmp_path / f"{name}.jsonl",
+                      "--output-prefix", tmp_path / "shards" / name, "--append-eod",
+                      "--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", byte_level,
+                      "--tokenizer-library", library)
+        assert result.returncode == 0, result.stderr
+        assert ("with gigatoken" in result.stderr) == (library == "auto")
+    assert files(tmp_path / "shards" / "all_text_document") == expected
+    shards = [tmp_path / "shards" / f"{name}_text_document" for name in "ab"]
+    flags = ("--output-prefix", tmp_path / "new" / "joined")
+    result = call("merge_datasets.py", "--input", shards[0], f"{shards[1]}.idx", *flags)
+    assert result.returncode == 0 and "16 documents" in result.stdout, result.stderr
+    assert files(tmp_path / "new" / "joined") == expected
+    assert len(list((tmp_path / "new").iterdir())) == 2
+    (tmp_path / "none").mkdir()
+    for inputs, prefix, message in (
+        (shards, flags[1], "joined.bin exists; choose another prefix, or replace it with --over"),
+        ([tmp_path / "none"], tmp_path / "x", "none: the folder has no .idx file"),
+        (shards, shards[0], "is one of the shards"),
+        ([tmp_path / "nowhere"], tmp_path / "x", "nowhere.bin: no such file"),
+    ):
+        result = call("merge_datasets.py", "--input", *inputs, "--output-prefix", prefix)
+        assert result.returncode == 1 and message in result.stderr.splitlines()[-1], result.stderr
+    assert files(tmp_path / "new" / "joined") == expected
+    (tmp_path / "shards" / "all_text_document.idx").unlink()
+    result = call("merge_datasets.py", "--input", tmp_path / "shards", *flags, "--overwrite")
+    assert result.returncode == 0 and files(tmp_path / "new" / "joined") == expected
 
 
 def test_one_worker_overwrites_skips_lines_and_counts(tmp_path, tokenizer, pieces):
@@ -141,8 +205,27 @@ def test_one_worker_overwrites_skips_lines_and_counts(tmp_path, tokenizer, piece
     assert [line.split(": ")[0] for line in summary["first_skipped"]] == [
         f"{corpus}:{n}" for n in (3, 6, 7)]
     assert summary["outputs"]["title"]["documents"] == 3
+    lengths = Counter(len(d).bit_length() - 1 for d in ids["text"] if d)
+    assert summary["outputs"]["text"]["lengths"] == {
+        f"{1 << i}-{(2 << i) - 1}": n for i, n in sorted(lengths.items())}
     for note in ("1 lines skipped (not JSON)", "1 empty documents", "1 texts had lone surrogates"):
         assert note in result.stdout
+
+
+def test_lines_of_ten_megabytes(tmp_path, byte_level):
+    """Far longer than what a worker reads at a time; the last has no newline."""
+    # no piece crosses from ";" to a letter: the ids of the whole are those of its units
+    unit, sizes = "x" + "\0".join(TEXTS)[:500_000] + ";", (1, 20, 1, 4)
+    rows = ({"text": f"{i};" + unit * n} for i, n in enumerate(sizes))
+    (tmp_path / "c.jsonl").write_bytes(jsonl(rows).rstrip())
+    result = call("preprocess_data.py", "--input", tmp_path / "c.jsonl", "--output-prefix",
+                  tmp_path / "c", "--tokenizer-type", "HuggingFaceTokenizer",
+                  "--tokenizer-model", byte_level, "--workers", 2)
+    assert result.returncode == 0, result.stderr
+    own = Tokenizer.from_file(str(byte_level / "tokenizer.json"))
+    dataset, ids = IndexedDataset(str(tmp_path / "c_text_document")), own.encode(unit).ids
+    assert [dataset[i].tolist() for i in range(len(dataset))] == [
+        own.encode(f"{i};").ids + ids * n for i, n in enumerate(sizes)]
 
 
 GOOD = b'{"text": "a b c"}\n'
@@ -186,35 +269,66 @@ def test_no_end_of_sequence_token(tmp_path, tokenizer):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["c.jsonl", "tokenizer.json"]
 
 
-def test_stopped_runs_leave_nothing_that_looks_whole(tmp_path, tokenizer):
+def test_stopped_runs_go_on_to_the_same_bytes(tmp_path, tokenizer):
     corpus = tmp_path / "corpus.jsonl"
-    corpus.write_bytes(jsonl({"text": text} for text in TEXTS) * 60)
+    corpus.write_bytes(jsonl({"text": text} for text in TEXTS) * 16)
     runs = {}
     for stop, workers in ((signal.SIGINT, 2), (signal.SIGTERM, 1), (signal.SIGKILL, 2)):
         folder = tmp_path / stop.name
-        runs[stop] = folder, subprocess.Popen(
-            command("preprocess_data.py", "--input", corpus, "--output-prefix", folder / "c",
-                    "--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", tokenizer,
-                    "--workers", workers, "--log-interval", 10**9),
-            env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        flags = ("--input", corpus, "--output-prefix", folder / "c", "--workers", workers,
+                 "--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", tokenizer,
+                 "--log-interval", 10**9, "--tokenizer-library", "own")
+        runs[stop] = folder, flags, subprocess.Popen(
+            command("preprocess_data.py", *flags), env=ENVIRONMENT, stderr=subprocess.PIPE,
+            text=True, start_new_session=True,
         )
-    for stop, (folder, process) in runs.items():
+    for stop, (folder, _, process) in runs.items():
         deadline = time.monotonic() + 120
-        while not any(file.stat().st_size for file in folder.glob("*.bin.*tmp")):
+        while not any(p.stat().st_size > 1_000_000 for p in folder.glob("c.partial/0.bin")):
             assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
             time.sleep(0.02)
         if stop == signal.SIGINT:
             os.killpg(process.pid, stop)  # Ctrl-C reaches every process of the run
         else:
             process.send_signal(stop)
+    for stop, (folder, _, process) in runs.items():
         _, error = process.communicate(timeout=120)  # its workers, too, hold stderr
-        left = [path.name for path in folder.iterdir()]
+        assert [path.name for path in folder.iterdir()] == ["c.partial"]
         if stop == signal.SIGKILL:
             assert process.returncode == -stop
-            assert left and all(name.endswith(".tmp") for name in left)
         else:
-            assert (process.returncode, left) == (130, []), error
-            assert error.count("\n") == 1 and "interrupted" in error
+            assert process.returncode == 130 and error.count("\n") == 1, error
+            assert "interrupted, run it again to go on after" in error
+    outcomes = set()
+    for stop, (folder, flags, _) in runs.items():
+        result = call("preprocess_data.py", *flags)
+        assert result.returncode == 0, result.stderr
+        assert "going on after" in result.stderr or stop == signal.SIGKILL
+        assert len(list(folder.iterdir())) == 3
+        summary = json.loads((folder / "c_summary.json").read_text())
+        assert summary["documents"] == summary["lines"] == 256
+        assert summary["bytes"] == corpus.stat().st_size
+        outcomes.add(files(folder / "c_text_document"))
+    assert len(outcomes) == 1
+
+
+def test_a_full_disk_is_said_and_the_run_goes_on_when_there_is_room(tmp_path, tokenizer, pieces):
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_bytes(jsonl({"text": text} for text in TEXTS) * 4)
+    flags = ("--input", corpus, "--output-prefix", tmp_path / "out" / "c",
+             "--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", tokenizer)
+    limit = 1_000_000  # bytes of one file: the second part does not fit
+    result = subprocess.run(
+        command("preprocess_data.py", *flags), env=ENVIRONMENT, capture_output=True, text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    assert result.returncode == 1, result.stderr
+    assert "c: File too large; make room and run it again to go on" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["c.partial"]
+    result = call("preprocess_data.py", *flags)
+    assert result.returncode == 0 and "going on after" in result.stderr, result.stderr
+    expected = build(tmp_path / "stock", [pieces.encode(text) for text in TEXTS * 4])
+    assert files(tmp_path / "out" / "c_text_document") == expected
 
 
 @pytest.mark.parametrize("name, content, flags, message", [
@@ -235,7 +349,8 @@ def test_bad_training_ends_in_one_sentence(tmp_path, tokenizer, name, content, f
     assert not list(tmp_path.glob("out/*"))
 
 
-@pytest.mark.parametrize("tool", ["preprocess_data.py", "train_tokenizer.py"])
+@pytest.mark.parametrize(
+    "tool", ["preprocess_data.py", "train_tokenizer.py", "merge_datasets.py"])
 def test_help_ends_with_an_example(tool):
     result = call(tool, "--help")
     assert result.returncode == 0

@@ -11,8 +11,9 @@ LAYERS = [
     {"draws", "shuffle", "samplers", "positions", "coverage", "rope", "convert", "evaluation"},
     {"arguments", "layout", "model_config", "sampler_flags", "rope_config", "megatron_args"},
     {"cpu", "distributed", "corpus", "index_cache", "blend", "materialized", "dataset", "batch",
-     "attention", "gptj", "head", "model", "optimizer", "checkpoint", "tokenizer", "jsonl",
-     "durable", "lifetime", "directory", "huggingface", "weights", "tensor_files", "meta",
+     "attention", "gptj", "head", "model", "optimizer", "checkpoint", "tokenizer", "fast_tokenizer",
+     "jsonl", "text_corpus", "token_files", "encoding", "unfinished", "preprocessing", "durable",
+     "lifetime", "program", "directory", "huggingface", "weights", "tensor_files", "meta",
      "formats", "parity", "legacy", "origin", "index", "inspection"},
     {"log", "training"},
 ]
@@ -96,6 +97,10 @@ def test_no_drawer_for_left_overs():
     ("rope", {"megatron", "transformers"}),
     ("convert", {"megatron", "transformers"}),
     ("arguments", {"megatron", "transformers"}),
+    ("preprocessing", {"torch", "megatron", "transformers", "tokenizers", "sentencepiece",
+                       "gigatoken", "pyarrow", "zstandard"}),
+    ("token_files", {"torch", "megatron"}),
+    ("program", {"numpy", "torch", "megatron"}),
 ])
 def test_light_modules_stay_light(module, absent):
     code = f"import sys, pose_megatron.{module}; print(*sys.modules)"

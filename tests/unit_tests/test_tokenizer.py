@@ -1,8 +1,6 @@
-"""Ids against sentencepiece and transformers, texts back again, corpus lines, bad files."""
+"""Ids against sentencepiece and transformers, texts back again, bad files."""
 
-import gzip
 import importlib.util
-import io
 import json
 import subprocess
 import sys
@@ -11,12 +9,10 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
-import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from pose_megatron.jsonl import LineError, corpus_files, parse_line, read_lines
 from pose_megatron.tokenizer import build_tokenizer, replace_surrogates
 
 ROOT = Path(__file__).parents[2]
@@ -167,73 +163,6 @@ def test_import_loads_no_tokenizer_library():
     )
     result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True)
     assert (result.returncode, result.stdout) == (0, b"\n"), result.stderr
-
-
-def _compress(name: str, content: bytes) -> bytes:
-    if name.endswith(".gz"):
-        return gzip.compress(content)
-    if name.endswith(".zst"):  # two frames, as parallel compressors write
-        frame = zstandard.ZstdCompressor().compress
-        return frame(content[:7]) + frame(content[7:])
-    return content
-
-
-@pytest.mark.parametrize("name", ["c.jsonl", "c.jsonl.gz", "c.jsonl.zst"])
-def test_read_lines_gives_every_line_once_with_its_number(tmp_path, name):
-    @settings(max_examples=60, deadline=None)
-    @given(st.binary(max_size=200).map(lambda b: b.replace(b"a", b"\n")), st.integers(1, 50))
-    def holds(content, size):
-        path = tmp_path / name
-        path.write_bytes(_compress(name, content))
-        runs = list(read_lines(path, size))
-        assert b"".join(run.content for run in runs) == content
-        assert all(run.content.endswith(b"\n") for run in runs[:-1])
-        numbered = [pair for run in runs for pair in run]
-        expected = enumerate(io.BytesIO(content), 1)
-        assert numbered == [(n, line.rstrip(b"\n")) for n, line in expected if line.strip()]
-        assert len(numbered) == sum(map(len, runs))
-        positions = [0, *(run.position for run in runs), path.stat().st_size]
-        assert positions == sorted(positions)
-
-    holds()
-
-
-@pytest.mark.parametrize("name", ["c.jsonl.gz", "c.jsonl.zst"])
-def test_broken_compression_is_an_error(tmp_path, name):
-    path = tmp_path / name
-    whole = _compress(name, TEXTS[0].encode())
-    for broken in (whole[:-5], whole[: len(whole) // 2], b"not compressed"):
-        path.write_bytes(broken)
-        with pytest.raises(ValueError, match=rf"{name}: broken"):
-            list(read_lines(path, 1000))
-
-
-def test_corpus_files_names_the_offender(tmp_path):
-    good, bad = tmp_path / "a.jsonl", tmp_path / "b.txt"
-    good.touch()
-    bad.touch()
-    assert corpus_files([str(good)]) == [good]
-    with pytest.raises(ValueError, match=r"b\.txt: unknown extension, use one of \.jsonl"):
-        corpus_files([good, bad])
-    with pytest.raises(ValueError, match=r"c\.jsonl: no such file"):
-        corpus_files([good, tmp_path / "c.jsonl"])
-
-
-@pytest.mark.parametrize("line, message", [
-    (b'{"text": "a"', "not JSON"),
-    (b'{"text": "\xff"}', "not UTF-8 .byte 10"),
-    (b"[" * 100_000, "not JSON"),
-    (b'["text"]', "not a JSON object .its type is list"),
-    (b'{"body": "a", "id": 1}', "lacks key 'text' .it has body, id"),
-    (b'{"text": null}', "value of 'text' is not a string .its type is NoneType"),
-])
-def test_parse_line_says_what_is_wrong(line, message):
-    with pytest.raises(LineError, match=message):
-        parse_line(line, ["text"])
-
-
-def test_parse_line_takes_keys_in_order_and_a_byte_order_mark():
-    assert parse_line(b'\xef\xbb\xbf{"a": "1", "b": "\\u0000"}\r', ["b", "a"]) == ["\0", "1"]
 
 
 def test_training_does_not_depend_on_threads_and_knows_code():
