@@ -70,7 +70,6 @@ def build_tokenizer_of(args) -> Tokenizer | None:
 def describe(args, config: ModelConfig, layout, sampler: PoseSampler) -> None:
     """What this run is, in one look."""
     p, t = args.parallel, args.training
-    scaling = config.rope_scaling
     positions = sampler.describe()
     if args.data.materialized:
         law = read_description(args.data.materialized)["law"]
@@ -82,8 +81,7 @@ def describe(args, config: ModelConfig, layout, sampler: PoseSampler) -> None:
         f"{config.hidden_size}, ffn {config.ffn_hidden_size}, {config.num_attention_heads} heads, "
         f"{config.num_query_groups} groups, vocabulary {config.vocab_size} "
         f"(padded {config.padded_vocab_size}), {'bf16' if t.bf16 else 'float32'}\n"
-        f"rope       theta {config.rotary_base:g}, {scaling.method} x{scaling.factor:g}"
-        f"{f' from {scaling.original_max_position_embeddings}' if scaling.factor > 1 else ''}\n"
+        f"rope       theta {config.rotary_base:g}, {config.rope_scaling}\n"
         f"positions  {positions}\n"
         f"layout     tensor {p.tensor_model_parallel_size} x pipeline "
         f"{p.pipeline_model_parallel_size} x context {p.context_parallel_size} x data "

@@ -143,12 +143,15 @@ def layer_spec(config: TransformerConfig, implementation: str, vp_stage: int | N
                 f"--transformer-impl transformer_engine: {error}; install "
                 "'pose-megatron[gpu]', or use --transformer-impl torch"
             ) from None
-        return get_gpt_layer_with_transformer_engine_spec()
+        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
     # The library hands out shared submodule objects: change a copy.
     spec = copy.deepcopy(get_gpt_layer_local_spec(normalization="RMSNorm"))
     spec.submodules.input_layernorm = RMSNorm
     spec.submodules.pre_mlp_layernorm = RMSNorm
-    spec.submodules.self_attention.submodules.core_attention = SdpaCoreAttention
+    attention = spec.submodules.self_attention.submodules
+    attention.core_attention = SdpaCoreAttention
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
     layers = get_num_layers_to_build(config, vp_stage=vp_stage)
     # Given as a block, or the final norm would be the library's, which refuses sequence parallel.
     return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=RMSNorm)

@@ -1,21 +1,13 @@
-"""Checkpoints in Megatron-LM's directory layout, for any layout of ranks.
-
-    <dir>/latest_checkpointed_iteration.txt    an iteration, or `release` (converted weights)
-    <dir>/iter_0000100/                        torch_dist: __R_N.distcp, .metadata, common.pt,
-                                               metadata.json (written last)
-    <dir>/tokenizer/                           the tokenizer's files, for export
+"""Saves and loads a training state in Megatron-LM's directory layout, for any layout of ranks.
 
 Weights are stored under layout-free names with the layer as a leading axis, so what was saved by
-one layout loads under any other. The tracker file is written, atomically, only once everything it
-points at is complete; a directory that a killed run left unfinished is never pointed at.
+one layout loads under any other.
 """
 
-import argparse
 import multiprocessing
 import random
 import shutil
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -29,157 +21,32 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.safe_globals import register_safe_globals
 from torch.distributed.checkpoint.api import CheckpointException
 
-from pose_megatron.durable import fsync, write_atomically
+from pose_megatron.directory import (
+    TRACKER,
+    Checkpoint,
+    content_metadata,
+    copy_tokenizer,
+    exists,
+    fall_back,
+    find,
+    forget,
+    path_of,
+    publish,
+    whole_iterations,
+)
+from pose_megatron.durable import gist
 from pose_megatron.lifetime import children_end_with_this
+from pose_megatron.megatron_args import common_state
 from pose_megatron.model_config import ModelConfig
 from pose_megatron.optimizer import prime
 
-TRACKER = "latest_checkpointed_iteration.txt"
+__all__ = ["TRACKER", "Checkpoint", "exists", "fall_back", "find", "load", "save",
+           "whole_iterations", "write"]
+
 # The library has no error of its own for damaged files, and torch's is no Exception.
 ANY_FAILURE = (Exception, CheckpointException)
 
 register_safe_globals()
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """One complete checkpoint on disk.
-
-    Attributes:
-        root: the --load folder.
-        iteration: steps trained, 0 for converted weights.
-        path: its iter_ or release directory.
-        model: shape and rope.
-        common: everything in common.pt.
-    """
-
-    root: Path
-    iteration: int
-    path: Path
-    model: ModelConfig
-    common: dict
-
-    @property
-    def consumed_samples(self) -> int:
-        return self.common["args"].consumed_train_samples
-
-    @property
-    def is_release(self) -> bool:
-        return self.path.name == "release"
-
-    @property
-    def tokenizer_files(self) -> list[Path]:
-        folder = self.root / "tokenizer"
-        return sorted(p for p in folder.iterdir()) if folder.is_dir() else []
-
-
-def exists(root: str | Path) -> bool:
-    """Whether a folder holds a checkpoint."""
-    return (Path(root) / TRACKER).is_file()
-
-
-def find(root: str | Path, iteration: int | None = None) -> Checkpoint:
-    """The latest checkpoint of a folder, or that of `iteration`.
-
-    Raises:
-        ValueError: there is none, or it is damaged; names the file.
-    """
-    root = Path(root)
-    tracker = root / TRACKER
-    if not tracker.is_file():
-        raise ValueError(f"{root} is not a checkpoint folder: it has no {TRACKER}")
-    word = tracker.read_text(errors="replace").strip()
-    if iteration is not None:
-        word = str(iteration)
-    if word != "release" and not word.isdecimal():
-        raise ValueError(f"{tracker} says '{word}': neither an iteration nor 'release'")
-    path = _path(root, word)
-    for name in ("metadata.json", "common.pt", ".metadata"):
-        if not (path / name).is_file():
-            raise ValueError(f"checkpoint {path} is incomplete: {name} is missing")
-    try:
-        common = dist_checkpointing.load_common_state_dict(str(path))
-    except Exception as error:  # unpickling fails in many ways on damaged bytes
-        raise ValueError(
-            f"checkpoint {path}: common.pt cannot be read ({gist(error)})"
-        ) from None
-    if "args" not in common:
-        raise ValueError(f"checkpoint {path}: common.pt holds no 'args' to take the model from")
-    steps = 0 if word == "release" else int(word)
-    return Checkpoint(root, steps, path, _model_of(common, path), common)
-
-
-def fall_back(root: str | Path, error: ValueError, below: int | None = None) -> Checkpoint:
-    """The newest checkpoint of a folder that can be found, below an iteration that failed.
-
-    Raises:
-        ValueError: `error`, when there is none.
-    """
-    for iteration in whole_iterations(Path(root)):
-        if below is None or iteration < below:
-            try:
-                return find(root, iteration)
-            except ValueError:
-                continue
-    raise ValueError(f"{error}; and {root} has no other checkpoint to fall back to")
-
-
-def _path(root: Path, word: str | int) -> Path:
-    return root / (word if word == "release" else f"iter_{int(word):07d}")
-
-
-def _model_of(common: dict, path: Path) -> ModelConfig:
-    if "pose_megatron" in common:
-        return ModelConfig.from_dict(common["pose_megatron"]["model"])
-    args = vars(common["args"])
-    if args.get("normalization") != "RMSNorm" or not args.get("swiglu") or args.get(
-            "position_embedding_type") != "rope" or args.get("use_rope_scaling"):
-        raise ValueError(
-            f"checkpoint {path} is no LLaMA with plain RoPE: normalization "
-            f"{args.get('normalization')}, swiglu {args.get('swiglu')}, position_embedding_type "
-            f"{args.get('position_embedding_type')}, use_rope_scaling "
-            f"{args.get('use_rope_scaling')}"
-        )
-    grouped = args.get("group_query_attention")
-    names = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels",
-             "max_position_embeddings", "make_vocab_size_divisible_by",
-             "untie_embeddings_and_output_weights", "norm_epsilon", "rotary_base", "rotary_percent")
-    return ModelConfig(
-        num_query_groups=args["num_query_groups"] if grouped else args["num_attention_heads"],
-        vocab_size=args.get("vocab_size") or args["padded_vocab_size"],
-        **{name: args[name] for name in names if args.get(name) is not None},
-    )
-
-
-def common_state(model: ModelConfig, iteration: int, consumed_samples: int, **more) -> dict:
-    """What Megatron-LM keeps in common.pt, and our own key."""
-    scaling = model.rope_scaling
-    args = argparse.Namespace(
-        **{k: v for k, v in model.to_dict().items() if k != "rope_scaling"},
-        padded_vocab_size=model.padded_vocab_size,
-        group_query_attention=model.num_query_groups != model.num_attention_heads,
-        swiglu=True, normalization="RMSNorm", add_bias_linear=False, add_qkv_bias=False,
-        position_embedding_type="rope", use_rope_scaling=False,
-        rotary_seq_len_interpolation_factor=(
-            scaling.factor if scaling.method == "linear" else None),
-        seq_length=model.max_position_embeddings, iteration=iteration,
-        consumed_train_samples=consumed_samples, consumed_valid_samples=0,
-        ckpt_format="torch_dist", **more,
-    )
-    return {
-        "args": args, "checkpoint_version": 3.0, "iteration": iteration,
-        "num_floating_point_operations_so_far": 0,
-        "pose_megatron": {"model": model.to_dict()},
-    }
-
-
-def content_metadata() -> dict:
-    return {
-        # The one form of optimizer state that every other layout of ranks can read back.
-        "distrib_optim_sharding_type": "fully_reshardable",
-        "singleton_local_shards": False,
-        "chained_optim_avoid_prefix": True,
-    }
 
 
 def save(
@@ -205,6 +72,7 @@ def save(
         pipeline_model_parallel_size=p.get_pipeline_model_parallel_world_size(),
         data_parallel_size=p.get_data_parallel_world_size(),
         no_save_optim=False, no_save_rng=False,
+        params_dtype=next(stages[0].parameters()).dtype,
         use_distributed_optimizer=_is_distributed(optimizer),
     )
     metadata = content_metadata()
@@ -222,25 +90,10 @@ def save(
         if dist.get_rank() == 0:
             publish(root, path, iteration)
             for older in [i for i in whole_iterations(root) if i <= iteration][retain or 1 << 62 :]:
-                shutil.rmtree(_path(root, older))
+                shutil.rmtree(path_of(root, older))
         done(path)
 
     return write(root, iteration, state, metadata, tokenizer_files, finish, queue)
-
-
-def whole_iterations(root: Path) -> list[int]:
-    """Iterations of the complete checkpoints in a folder, newest first."""
-    # The writer makes metadata.json last.
-    found = (p.parent.name.removeprefix("iter_") for p in root.glob("iter_*/metadata.json"))
-    return sorted((int(i) for i in found if i.isdecimal()), reverse=True)
-
-
-def publish(root: Path, path: Path, word) -> None:
-    """Makes a complete checkpoint the one that is found."""
-    for file in path.iterdir():
-        fsync(file)
-    fsync(path)
-    write_atomically(root / TRACKER, str(word))
 
 
 def write(
@@ -248,14 +101,14 @@ def write(
     queue: AsyncCallsQueue | None = None,
 ) -> Path:
     """Writes a state dict as <root>/iter_... or <root>/release, then calls `finish`."""
-    path = _path(root, word)
+    path = path_of(root, word)
     if dist.get_rank() == 0:
         root.mkdir(parents=True, exist_ok=True)
         if path.exists():  # what a killed save left, or what this run overwrites
-            _forget(root, word)
+            forget(root, word)
             shutil.rmtree(path)
         path.mkdir()
-        _copy_tokenizer(root, tokenizer_files)
+        copy_tokenizer(root, tokenizer_files)
     dist.barrier()
     _quick_results_queue()
     request = dist_checkpointing.save(
@@ -279,24 +132,6 @@ def _quick_results_queue() -> None:
         filesystem_async._results_queue = manager.Queue()
 
 
-def _forget(root: Path, word) -> None:
-    """Before a checkpoint is written over: the tracker points at the one before, or at none."""
-    tracker = root / TRACKER
-    if not tracker.is_file() or tracker.read_text().strip() != str(word):
-        return
-    others = [i for i in whole_iterations(root) if i != word]
-    if others:
-        write_atomically(tracker, str(others[0]))
-    else:
-        tracker.unlink()
-
-
-def _copy_tokenizer(root: Path, files: Iterable[Path]) -> None:
-    folder = root / "tokenizer"
-    for file in map(Path, files):
-        folder.mkdir(exist_ok=True)
-        if file.parent.resolve() != folder.resolve():
-            shutil.copy2(file, folder / file.name)
 
 
 def load(checkpoint: Checkpoint, stages: list, optimizer=None, scheduler=None) -> None:
@@ -305,6 +140,11 @@ def load(checkpoint: Checkpoint, stages: list, optimizer=None, scheduler=None) -
     Raises:
         ValueError: the checkpoint is damaged or holds other tensors than the model.
     """
+    if checkpoint.is_legacy:
+        raise ValueError(
+            f"checkpoint {checkpoint.path} is in Megatron-LM's legacy layout; convert it first: "
+            "tools/checkpoint/convert.py --loader megatron --saver megatron"
+        )
     p = parallel_state
     group = p.get_data_parallel_group(with_context_parallel=True)
     metadata = content_metadata() | {"dp_cp_group": group}
@@ -330,6 +170,15 @@ def load(checkpoint: Checkpoint, stages: list, optimizer=None, scheduler=None) -
             raise ValueError(
                 f"checkpoint {checkpoint.path} was saved {'with' if was else 'without'} "
                 "--use-distributed-optimizer: resume the same way, or start anew with --finetune"
+            )
+        ours = metadata["distrib_optim_sharding_type"]
+        theirs = checkpoint.common.get("content_metadata") or {}
+        form = theirs.get("distrib_optim_sharding_type", ours)
+        if was and form != ours:
+            raise ValueError(
+                f"checkpoint {checkpoint.path} keeps its optimizer in the form {form}, which only "
+                "its own program resumes from; add --finetune to start from its weights, or save "
+                "it there with --dist-ckpt-optim-fully-reshardable"
             )
         prime(optimizer)
         sharded["optimizer"] = optimizer.sharded_state_dict(
@@ -374,13 +223,6 @@ def _sharded_models(stages: list, metadata: dict) -> dict[str, dict]:
 def _of_optimizer(models: dict[str, dict]) -> dict:
     """The optimizer looks parameters up by identity and takes one level or two."""
     return models["model"] if len(models) == 1 else models
-
-
-def gist(error: BaseException) -> str:
-    if isinstance(error, CheckpointException):  # by rank: what the first one said
-        error = next(iter(error.failures.values()))[0]
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def _without_extra_state(sharded: dict) -> dict:

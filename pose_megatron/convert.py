@@ -1,4 +1,4 @@
-"""LLaMA weights between Hugging Face and Megatron: a name table, state dict in, state dict out.
+"""Weights between Hugging Face and Megatron: one name table for each family of models.
 
 The Megatron side is the whole model (TP1, PP1) in the Transformer-Engine spelling, in which
 megatron-core stores every layer specification. Most tensors only change their name. Three do more:
@@ -7,77 +7,110 @@ megatron-core stores every layer specification. Most tensors only change their n
     linear_fc1   [gate; up]
     vocabulary   zero rows appended up to padded_vocab_size, and cut off on the way back
 
-Values are never touched, so Hugging Face -> Megatron -> Hugging Face is bit-identical. Both ways
-take a Mapping and fetch each tensor once, in order, so the caller may read them lazily from disk.
+Values are never touched, so Hugging Face -> Megatron -> Hugging Face is bit-identical. A table row
+needs no other, so a model is converted row by row in the memory of its largest one.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+# Megatron's name: Hugging Face's, or those of the parts that Megatron keeps in one tensor.
+_LAYER, _HF = "decoder.layers.{}", "model.layers.{}"
+_QKV = f"{_LAYER}.self_attention.linear_qkv"
+_LLAMA = {
+    "embedding.word_embeddings.weight": "model.embed_tokens.weight",
+    f"{_QKV}.layer_norm_weight": f"{_HF}.input_layernorm.weight",
+    f"{_QKV}.weight": [f"{_HF}.self_attn.{x}_proj.weight" for x in "qkv"],
+    f"{_LAYER}.self_attention.linear_proj.weight": f"{_HF}.self_attn.o_proj.weight",
+    f"{_LAYER}.mlp.linear_fc1.layer_norm_weight": f"{_HF}.post_attention_layernorm.weight",
+    f"{_LAYER}.mlp.linear_fc1.weight": [f"{_HF}.mlp.{x}_proj.weight" for x in ("gate", "up")],
+    f"{_LAYER}.mlp.linear_fc2.weight": f"{_HF}.mlp.down_proj.weight",
+    "decoder.final_layernorm.weight": "model.norm.weight",
+    "output_layer.weight": "lm_head.weight",
+}
+_GPTJ = "transformer.h.{}"
+TABLES = {
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA | {f"{_QKV}.bias": [f"{_HF}.self_attn.{x}_proj.bias" for x in "qkv"]},
+    "qwen3": _LLAMA | {
+        f"{_LAYER}.self_attention.{x}_layernorm.weight": f"{_HF}.self_attn.{x}_norm.weight"
+        for x in "qk"
+    },
+    "baichuan": _LLAMA | {f"{_QKV}.weight": f"{_HF}.self_attn.W_pack.weight"},
+    "gptj": {
+        "embedding.word_embeddings.weight": "transformer.wte.weight",
+        f"{_LAYER}.input_layernorm.weight": f"{_GPTJ}.ln_1.weight",
+        f"{_LAYER}.input_layernorm.bias": f"{_GPTJ}.ln_1.bias",
+        f"{_QKV}.weight": [f"{_GPTJ}.attn.{x}_proj.weight" for x in "qkv"],
+        f"{_LAYER}.self_attention.linear_proj.weight": f"{_GPTJ}.attn.out_proj.weight",
+        f"{_LAYER}.mlp.linear_fc1.weight": f"{_GPTJ}.mlp.fc_in.weight",
+        f"{_LAYER}.mlp.linear_fc1.bias": f"{_GPTJ}.mlp.fc_in.bias",
+        f"{_LAYER}.mlp.linear_fc2.weight": f"{_GPTJ}.mlp.fc_out.weight",
+        f"{_LAYER}.mlp.linear_fc2.bias": f"{_GPTJ}.mlp.fc_out.bias",
+        "decoder.final_layernorm.weight": "transformer.ln_f.weight",
+        "decoder.final_layernorm.bias": "transformer.ln_f.bias",
+        "output_layer.weight": "lm_head.weight",
+        "output_layer.bias": "lm_head.bias",
+    },
+}
+# What old checkpoints carry beside weights: rotary tables and causal masks.
+_BUFFERS = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attn.embed_positions")
+
 
 @dataclass(frozen=True)
 class Row:
-    """One Megatron tensor and the Hugging Face tensors it is made of, with their shapes."""
+    """One Megatron tensor and the Hugging Face tensors it is made of.
+
+    Attributes:
+        name, shape: Megatron's.
+        parts: Hugging Face's names and shapes, whose concatenation holds the blocks.
+        blocks: rows of the blocks (queries, keys, values; gate, up) that alternate.
+        groups: how often they alternate.
+    """
 
     name: str
     shape: tuple[int, ...]
     parts: dict[str, tuple[int, ...]]
-    groups: int = 1  # the parts alternate this many times along dimension 0
+    blocks: tuple[int, ...]
+    groups: int = 1
 
+    def join(self, read: Callable[[str, Tensor], None], out: Tensor) -> Tensor:
+        """Fills `out`, of this row's shape and contiguous; read(name, target) fills one part."""
+        length = sum(self.blocks)
+        parts = out[:length]
+        if self.groups > 1:
+            parts = torch.empty_like(parts)
+        rows = [shape[0] for shape in self.parts.values()]
+        for name, target in zip(self.parts, parts.split(rows), strict=True):
+            read(name, target)
+        if self.groups > 1:
+            for target, block in zip(self._blocks(out), parts.split(self.blocks), strict=True):
+                target.copy_(block.unflatten(0, (self.groups, -1)))
+        out[length:].zero_()
+        return out
 
-def hf_to_megatron(tensors: Mapping[str, Tensor], **sizes) -> dict[str, Tensor]:
-    """Megatron's tensors for those of a Hugging Face `LlamaForCausalLM`; `sizes` as in `table`.
+    def split(self, tensor: Tensor) -> dict[str, Tensor]:
+        """The parts, contiguous; views of `tensor` where they can be."""
+        if self.groups == 1:
+            parts = tensor[: sum(self.blocks)]
+        else:
+            parts = torch.cat([block.flatten(0, 1) for block in self._blocks(tensor)])
+        rows = [shape[0] for shape in self.parts.values()]
+        return dict(zip(self.parts, parts.split(rows), strict=True))
 
-    `rotary_emb.inv_freq`, which old checkpoints carry, is ignored. Tensors that need no change are
-    returned as they are, not copied.
-
-    Raises:
-        ValueError: a tensor is missing, unknown, or of another shape than `sizes` say; or (tied) an
-            `lm_head.weight` is there and differs from the embedding.
-    """
-    rows = list(table(**sizes))
-    names = {name for name in tensors if not name.endswith("rotary_emb.inv_freq")}
-    spare_head = names & {"lm_head.weight"} if sizes["tied"] else set()
-    _check_names(names - spare_head, {name for row in rows for name in row.parts})
-    result = {}
-    for row in rows:
-        parts = [_fetch(tensors, name, shape) for name, shape in row.parts.items()]
-        if len({part.dtype for part in parts}) > 1:
-            raise ValueError(f"tensors {', '.join(row.parts)} must have one dtype")
-        joined = parts[0]
-        if len(parts) > 1:
-            joined = torch.cat([p.unflatten(0, (row.groups, -1)) for p in parts], 1).flatten(0, 1)
-        if padding := row.shape[0] - len(joined):
-            joined = torch.cat((joined, joined.new_zeros(padding, *row.shape[1:])))
-        result[row.name] = joined
-    for name in spare_head:
-        if not torch.equal(tensors[name], tensors["model.embed_tokens.weight"]):
-            raise ValueError(
-                f"the embeddings are tied, but {name} differs from model.embed_tokens.weight"
-            )
-    return result
-
-
-def megatron_to_hf(tensors: Mapping[str, Tensor], **sizes) -> dict[str, Tensor]:
-    """The inverse of `hf_to_megatron`, same sizes and errors; the results are contiguous."""
-    rows = list(table(**sizes))
-    _check_names(set(tensors), {row.name for row in rows})
-    result = {}
-    for row in rows:
-        tensor = _fetch(tensors, row.name, row.shape)
-        lengths = [shape[0] for shape in row.parts.values()]
-        by_group = tensor[: sum(lengths)].unflatten(0, (row.groups, -1))
-        parts = by_group.split([length // row.groups for length in lengths], dim=1)
-        for name, part in zip(row.parts, parts, strict=True):
-            result[name] = part.flatten(0, 1).contiguous()
-    return result
+    def _blocks(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        """Of Megatron's tensor, each [groups, rows of a group, ...]."""
+        by_group = tensor[: sum(self.blocks)].unflatten(0, (self.groups, -1))
+        return by_group.split([rows // self.groups for rows in self.blocks], dim=1)
 
 
 def table(
     *,
+    family: str = "llama",  # of TABLES
     num_layers: int,
     hidden_size: int,
     ffn_hidden_size: int,
@@ -91,42 +124,111 @@ def table(
     """Every tensor of the model, in the order of the forward pass."""
     h, ffn = hidden_size, ffn_hidden_size
     q, kv = num_attention_heads * kv_channels, num_query_groups * kv_channels
-    vocabulary, padded = (vocab_size, h), (padded_vocab_size, h)
-    yield Row("embedding.word_embeddings.weight", padded, {"model.embed_tokens.weight": vocabulary})
+    names = TABLES[family]
+    gated = isinstance(names[f"{_LAYER}.mlp.linear_fc1.weight"], list)
+    qkv, fc1 = (q, kv, kv), (ffn, ffn) if gated else (ffn,)
+    vocabulary = ("word_embeddings.weight", "output_layer.weight", "output_layer.bias")
+    blocks = {  # rows of each tensor that has others than h
+        **dict.fromkeys(vocabulary, (vocab_size,)),
+        "linear_qkv.weight": qkv, "linear_qkv.bias": qkv,
+        "q_layernorm.weight": (kv_channels,), "k_layernorm.weight": (kv_channels,),
+        "linear_fc1.weight": fc1, "linear_fc1.bias": fc1,
+    }
+    columns = {"linear_proj.weight": q, "linear_fc2.weight": ffn}
+
+    def row(name: str, theirs: str | list[str], layer: int) -> Row:
+        kind = ".".join(name.split(".")[-2:])
+        rows = blocks.get(kind, (h,))
+        vector = kind.endswith(("bias", "norm.weight", "norm_weight"))
+        rest = () if vector else (columns.get(kind, h),)
+        if isinstance(theirs, str):
+            parts = {theirs.format(layer): (sum(rows), *rest)}
+        else:
+            parts = {n.format(layer): (r, *rest) for n, r in zip(theirs, rows, strict=True)}
+        length = padded_vocab_size if kind in vocabulary else sum(rows)
+        groups = num_query_groups if rows is qkv else 1
+        return Row(name.format(layer), (length, *rest), parts, rows, groups)
+
     for i in range(num_layers):
-        attention, mlp = f"decoder.layers.{i}.self_attention", f"decoder.layers.{i}.mlp"
-        hf = f"model.layers.{i}"
-        qkv = {
-            f"{hf}.self_attn.q_proj.weight": (q, h),
-            f"{hf}.self_attn.k_proj.weight": (kv, h),
-            f"{hf}.self_attn.v_proj.weight": (kv, h),
-        }
-        gate_up = {f"{hf}.mlp.{part}_proj.weight": (ffn, h) for part in ("gate", "up")}
-        norm = f"{attention}.linear_qkv.layer_norm_weight"
-        yield Row(norm, (h,), {f"{hf}.input_layernorm.weight": (h,)})
-        yield Row(f"{attention}.linear_qkv.weight", (q + 2 * kv, h), qkv, num_query_groups)
-        output = {f"{hf}.self_attn.o_proj.weight": (h, q)}
-        yield Row(f"{attention}.linear_proj.weight", (h, q), output)
-        norm = f"{mlp}.linear_fc1.layer_norm_weight"
-        yield Row(norm, (h,), {f"{hf}.post_attention_layernorm.weight": (h,)})
-        yield Row(f"{mlp}.linear_fc1.weight", (2 * ffn, h), gate_up)
-        down = {f"{hf}.mlp.down_proj.weight": (h, ffn)}
-        yield Row(f"{mlp}.linear_fc2.weight", (h, ffn), down)
-    yield Row("decoder.final_layernorm.weight", (h,), {"model.norm.weight": (h,)})
-    if not tied:
-        yield Row("output_layer.weight", padded, {"lm_head.weight": vocabulary})
+        for name, theirs in names.items():
+            in_layer = name.startswith(_LAYER)
+            if in_layer or (i == 0 and name.startswith("embedding")):
+                yield row(name, theirs, i)
+    for name, theirs in names.items():
+        if name.startswith("decoder.final") or (name.startswith("output") and not tied):
+            yield row(name, theirs, 0)
 
 
-def _check_names(present: set[str], wanted: set[str]) -> None:
-    for what, names in (("missing", wanted - present), ("unknown", present - wanted)):
+def check_hf(shapes: Mapping[str, tuple[int, ...]], rows: Iterable[Row], tied: bool) -> set[str]:
+    """Holds the tensors of a Hugging Face model to their table.
+
+    Args:
+        shapes: by name. Buffers that old checkpoints carry are ignored.
+        tied: whether a head that repeats the embedding is allowed.
+
+    Returns:
+        Such heads; their values must be the embedding's.
+
+    Raises:
+        ValueError: a tensor is missing, unknown, or of another shape.
+    """
+    wanted = {name: shape for row in rows for name, shape in row.parts.items()}
+    names = {name for name in shapes if not name.endswith(_BUFFERS)}
+    spare_heads = names & {"lm_head.weight"} if tied else set()
+    _check(shapes, names - spare_heads, wanted)
+    return spare_heads
+
+
+def check_megatron(shapes: Mapping[str, tuple[int, ...]], rows: Iterable[Row]) -> None:
+    """The same for the names of an undivided Megatron model."""
+    _check(shapes, set(shapes), {row.name: row.shape for row in rows})
+
+
+def _check(shapes: Mapping, present: set[str], wanted: Mapping[str, tuple[int, ...]]) -> None:
+    for what, names in (("missing", wanted.keys() - present), ("unknown", present - wanted.keys())):
         if names:
             first = ", ".join(sorted(names)[:3])
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise ValueError(f"{what} tensor {first}{more}")
+    for name, shape in wanted.items():
+        if tuple(shapes[name]) != shape:
+            raise ValueError(f"tensor {name} has shape {tuple(shapes[name])}, expected {shape}")
 
 
-def _fetch(tensors: Mapping[str, Tensor], name: str, shape: tuple[int, ...]) -> Tensor:
-    tensor = tensors[name]
-    if tensor.shape != shape:
-        raise ValueError(f"tensor {name} has shape {tuple(tensor.shape)}, expected {shape}")
-    return tensor
+def one_dtype(row: Row, dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    """That of all parts of a row, or ValueError."""
+    found = set(dtypes)
+    if len(found) > 1:
+        raise ValueError(f"tensors {', '.join(row.parts)} must have one dtype")
+    return found.pop()
+
+
+def hf_to_megatron(tensors: Mapping[str, Tensor], **sizes) -> dict[str, Tensor]:
+    """Megatron's tensors for those of a Hugging Face model; `sizes` as in `table`.
+
+    Raises:
+        ValueError: as `check_hf`; or (tied) an `lm_head.weight` is there and differs from the
+            embedding.
+    """
+    rows = list(table(**sizes))
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    for head in check_hf(shapes, rows, sizes["tied"]):
+        (embedding,) = rows[0].parts
+        if not torch.equal(tensors[head], tensors[embedding]):
+            raise ValueError(f"the embeddings are tied, but {head} differs from {embedding}")
+
+    def read(name: str, target: Tensor) -> None:
+        target.copy_(tensors[name])
+
+    result = {}
+    for row in rows:
+        dtype = one_dtype(row, (tensors[name].dtype for name in row.parts))
+        result[row.name] = row.join(read, torch.empty(row.shape, dtype=dtype))
+    return result
+
+
+def megatron_to_hf(tensors: Mapping[str, Tensor], **sizes) -> dict[str, Tensor]:
+    """The inverse of `hf_to_megatron`, same sizes and errors; the results are contiguous."""
+    rows = list(table(**sizes))
+    check_megatron({name: tensor.shape for name, tensor in tensors.items()}, rows)
+    return {n: t.contiguous() for row in rows for n, t in row.split(tensors[row.name]).items()}

@@ -8,7 +8,6 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state, tensor_parallel
 
 from pose_megatron.arguments import ParallelFlags
 from pose_megatron.lifetime import end_with_parent
@@ -21,13 +20,17 @@ def initialize(parallel: ParallelFlags, seed: int, num_layers: int = 1) -> None:
     Raises:
         ValueError: the environment names a rank without an address to meet at.
     """
+    from megatron.core import parallel_state, tensor_parallel  # seconds: tools do without
+
     timeout = datetime.timedelta(minutes=parallel.distributed_timeout_minutes)
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun is the parent
         end_with_parent(os.getppid())
-    if "RANK" in os.environ:
+    if dist.is_initialized():  # by a reader of checkpoints, in a job of one rank
+        pass
+    elif "RANK" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
@@ -51,6 +54,29 @@ def rank() -> int:
 
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+class Team:
+    """Processes that share a piece of work on the CPU: torchrun's, or this one alone."""
+
+    def __init__(self):
+        self.rank, self.size = rank(), world_size()
+        if self.size > 1:
+            dist.init_process_group("gloo")
+
+    def share(self, value):
+        """Rank 0's value, on every rank; they wait for each other."""
+        values = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(values, src=0)
+        return values[0]
+
+    def gather(self, value) -> list:
+        """The values of all ranks, on every rank."""
+        values = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value)
+        return values
 
 
 def print_rank_0(text: str) -> None:

@@ -1,4 +1,5 @@
-"""Files that are whole or not there, also after a crash: flushed to disk, then renamed."""
+"""Files that are whole or not there, also after a crash: flushed to disk, then renamed. And what
+is said of those that are damaged all the same."""
 
 import os
 from pathlib import Path
@@ -20,3 +21,11 @@ def fsync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def gist(error: BaseException) -> str:
+    """Of an error about a damaged file: its class and first line."""
+    if failures := getattr(error, "failures", None):  # torch's, by rank: what the first one said
+        error = next(iter(failures.values()))[0]
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

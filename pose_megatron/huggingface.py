@@ -1,34 +1,43 @@
-"""A LLaMA in a Hugging Face model folder, read and written without transformers' model classes.
+"""A model in a Hugging Face folder, read and written without transformers' model classes.
 
-    config.json                      shape and rope  <-> ModelConfig
-    model*.safetensors(.index.json)  weights, in one file or in shards with an index
-    tokenizer.*, ...                 SIDECARS: what accompanies the weights and is copied
+    config.json                         shape and rope  <-> ModelConfig
+    model*.safetensors(.index.json)     weights, in one file or in shards with an index
+    pytorch_model*.bin(.index.json)     the same in torch's format, only read
+    tokenizer.*, ...                    SIDECARS: what accompanies the weights and is copied
 
-Reading is lazy: a 70B model's tensors come from disk one by one. What transformers will make of the
-rope in config.json is asked of transformers itself (`rope_errors`).
+What transformers will make of the rope in config.json is asked of transformers itself
+(`rope_errors`).
 """
 
 import contextlib
 import json
+import math
+import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from pose_megatron.checkpoint import TRACKER
+from pose_megatron.convert import Row
+from pose_megatron.directory import TRACKER
 from pose_megatron.durable import fsync
 from pose_megatron.model_config import ModelConfig
-from pose_megatron.rope import attention_factor, from_hf, inverse_frequencies, to_hf
+from pose_megatron.rope import attention_factor, inverse_frequencies
+from pose_megatron.rope_config import from_hf, rotary_percent, to_hf
+from pose_megatron.tensor_files import (
+    SafetensorsWriter,
+    read_safetensors,
+    read_torch,
+    size,
+)
 from pose_megatron.tokenizer import FOLDER_FILES
 
 # config.json goes along for the ids of special tokens.
 SIDECARS = (*FOLDER_FILES, "chat_template.json", "generation_config.json", "config.json")
-ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
-NAMES = {  # config.json's name: ModelConfig's
+_NAMES = {  # config.json's name: ModelConfig's
     "num_hidden_layers": "num_layers",
     "hidden_size": "hidden_size",
     "intermediate_size": "ffn_hidden_size",
@@ -38,31 +47,80 @@ NAMES = {  # config.json's name: ModelConfig's
     "vocab_size": "vocab_size",
     "max_position_embeddings": "max_position_embeddings",
 }
-FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+
+
+@dataclass(frozen=True)
+class Family:
+    """How config.json spells a family of models.
+
+    Attributes:
+        only: keys with the one value that our layers compute; absent is the same.
+        defaults: what transformers takes for an absent key, where it is not `only`'s.
+        names: of sizes, as in _NAMES.
+        epsilon: name of the norms' epsilon and its default.
+        traits: of ModelConfig.
+    """
+
+    architecture: str
+    model_type: str
+    only: dict
+    defaults: dict = field(default_factory=dict)
+    names: dict = field(default_factory=lambda: _NAMES)
+    epsilon: tuple[str, float] = ("rms_norm_eps", 1e-6)
+    traits: dict = field(default_factory=dict)
+
+
+_SILU = {"hidden_act": "silu"}
+_FULL = {"use_sliding_window": False}
+FAMILIES = {  # by the names of pose_megatron.convert.TABLES
+    "llama": Family("LlamaForCausalLM", "llama",
+                    {**_SILU, "attention_bias": False, "mlp_bias": False}),
+    "mistral": Family("MistralForCausalLM", "mistral", {**_SILU, "sliding_window": None},
+                      {"sliding_window": 4096, "num_key_value_heads": 8}),
+    "qwen2": Family("Qwen2ForCausalLM", "qwen2", _SILU | _FULL, {"num_key_value_heads": 32},
+                    traits={"add_qkv_bias": True}),
+    "qwen3": Family("Qwen3ForCausalLM", "qwen3", {**_SILU, **_FULL, "attention_bias": False},
+                    {"num_key_value_heads": 32, "head_dim": 128}, traits={"qk_layernorm": True}),
+    # Baichuan2-7B; the 13B model has ALiBi, and its config.json no max_position_embeddings.
+    "baichuan": Family("BaichuanForCausalLM", "baichuan",
+                       {**_SILU, "tie_word_embeddings": False}),
+    "gptj": Family(
+        "GPTJForCausalLM", "gptj",
+        {"activation_function": "gelu_new", "tie_word_embeddings": False,
+         "scale_attn_weights": True},
+        {"rotary_dim": 64},
+        {"n_layer": "num_layers", "n_embd": "hidden_size", "n_inner": "ffn_hidden_size",
+         "n_head": "num_attention_heads", "vocab_size": "vocab_size",
+         "n_positions": "max_position_embeddings"},
+        ("layer_norm_epsilon", 1e-5)),
+}
+_ROPELESS = ("baichuan", "gptj")  # their own code reads no rope keys: base 10000, not interpolated
 
 
 def read_config(folder: Path, make_vocab_size_divisible_by: int = 128) -> ModelConfig:
     """The model that a folder's config.json describes.
 
     Raises:
-        ValueError: it is missing, broken, or says what this LLaMA lacks.
+        ValueError: it is missing, broken, or says what none of FAMILIES has.
     """
     config = _read_json(folder / "config.json")
     with naming(folder):
         architecture = (config.get("architectures") or [None])[0]
-        if architecture not in ARCHITECTURES:
+        named = {f.architecture: name for name, f in FAMILIES.items()}
+        if architecture not in named:
             raise ValueError(
                 f"config.json: architecture {architecture} is not supported; supported are "
-                f"{', '.join(ARCHITECTURES)}"
+                f"{', '.join(named)}"
             )
-        if architecture == "MistralForCausalLM":
-            config.setdefault("sliding_window", 4096)  # as transformers does
-        for name, only in (FIXED | {"sliding_window": None, "quantization_config": None}).items():
+        family = FAMILIES[named[architecture]]
+        config = family.defaults | config
+        for name, only in (family.only | {"quantization_config": None}).items():
             if (value := config.get(name, only)) != only:
                 raise ValueError(
                     f"config.json: {name} {value!r} is not supported, only {only!r} is"
                 )
-
+        if other := set(config.get("layer_types") or ()) - {"full_attention"}:
+            raise ValueError(f"config.json: layer_types {min(other)!r} is not supported")
         config = {name: value for name, value in config.items() if value is not None}
 
         def whole(name: str) -> int:
@@ -70,23 +128,54 @@ def read_config(folder: Path, make_vocab_size_divisible_by: int = 128) -> ModelC
                 raise ValueError(f"config.json: {name} must be a whole number, not {value!r}")
             return value
 
-        heads = whole("num_attention_heads")
-        config.setdefault("num_key_value_heads", heads)
-        config.setdefault("head_dim", whole("hidden_size") // max(heads, 1))
+        names = {ours: theirs for theirs, ours in family.names.items()}
+        heads, hidden = whole(names["num_attention_heads"]), whole(names["hidden_size"])
+        sizes = {"num_query_groups": heads, "kv_channels": hidden // max(heads, 1),
+                 "ffn_hidden_size": 4 * hidden}  # of GPT-J; the others say theirs
+        for ours, theirs in names.items():
+            if theirs in config or ours not in sizes or theirs == "intermediate_size":
+                sizes[ours] = whole(theirs)
+        if architecture == "GPTJForCausalLM":
+            sizes["rotary_percent"] = _percent(whole("rotary_dim"), sizes["kv_channels"])
         base, scaling = from_hf(config)
+        if rotary_percent(config) != 1:
+            raise ValueError(
+                f"config.json: a rotary share other than 1 is no layout of {architecture}"
+            )
+        name, epsilon = family.epsilon
         return ModelConfig(
-            **{ours: whole(theirs) for theirs, ours in NAMES.items()},
+            **sizes,
+            **family.traits,
+            family=named[architecture],
             make_vocab_size_divisible_by=make_vocab_size_divisible_by,
             untie_embeddings_and_output_weights=not config.get("tie_word_embeddings", False),
-            norm_epsilon=float(config.get("rms_norm_eps", 1e-6)),
+            norm_epsilon=float(config.get(name, epsilon)),
             rotary_base=base,
             rope_scaling=scaling,
         )
 
 
+def stored_dtype(folder: Path) -> torch.dtype:
+    """The precision that config.json says the weights have."""
+    config = _read_json(folder / "config.json")
+    return getattr(torch, config.get("dtype") or config.get("torch_dtype") or "float32")
+
+
+def _percent(rotary_dim: int, kv_channels: int) -> float:
+    """The share of a head of which ModelConfig makes exactly rotary_dim again."""
+    percent = rotary_dim / kv_channels
+    return percent if int(kv_channels * percent) == rotary_dim else math.nextafter(percent, 1)
+
+
 def sizes(model: ModelConfig) -> dict:
-    """What pose_megatron.convert asks for to convert this model."""
-    names = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads",
+    """What pose_megatron.convert asks for to convert this model.
+
+    Raises:
+        ValueError: Hugging Face has no model like it.
+    """
+    if model.family is None:
+        raise ValueError("no Hugging Face family has --add-qkv-bias and --qk-layernorm both")
+    names = ("family", "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads",
              "num_query_groups", "kv_channels", "vocab_size", "padded_vocab_size")
     tied = not model.untie_embeddings_and_output_weights
     return {name: getattr(model, name) for name in names} | {"tied": tied}
@@ -96,53 +185,75 @@ class Tensors(Mapping):
     """The weights of a folder by name; each is read from disk when it is asked for.
 
     Attributes:
-        bytes: of all files.
-        progress: called with the bytes of every tensor that is read.
+        shapes, dtypes: by name, known without reading.
+        hashes: sha256 of files, where huggingface_hub left a note of them when it downloaded.
+        warnings: what is odd and harms nothing.
 
     Raises:
-        ValueError: there are no safetensors, or a shard is missing, damaged or incomplete.
+        ValueError: there are no weights, or a shard is missing, damaged or incomplete.
     """
 
     def __init__(self, folder: Path):
-        index, whole = folder / "model.safetensors.index.json", folder / "model.safetensors"
-        weight_map = {}
+        weight_map, kind = {}, None
+        for kind in ("model.safetensors", "pytorch_model.bin"):
+            index = folder / f"{kind}.index.json"
+            if index.is_file() or (folder / kind).is_file():
+                break
+        else:
+            raise ValueError(
+                f"{folder}: no weights are here: neither model.safetensors, "
+                "model.safetensors.index.json, nor pytorch_model.bin with its own"
+            )
+        total = None
         if index.is_file():
-            weight_map = _read_json(index).get("weight_map")
+            content = _read_json(index)
+            weight_map, total = content.get("weight_map"), content.get("metadata", {})
             if not isinstance(weight_map, dict):
                 raise ValueError(f"{index} has no weight_map")
-        elif not whole.is_file():
-            raise ValueError(
-                f"{folder}: neither {whole.name} nor {index.name} is here; other formats must be "
-                "saved as safetensors first"
-            )
-        self._files, self.bytes = {}, 0
-        self.progress: Callable[[int], object] = lambda count: None
-        for shard in sorted(set(weight_map.values())) or [whole.name]:
+            total = total.get("total_size") if isinstance(total, dict) else None
+        read = read_safetensors if kind.endswith("safetensors") else read_torch
+        self._tensors, self.hashes, self.warnings = {}, {}, []
+        for shard in sorted(set(weight_map.values())) or [kind]:
             path = folder / shard
             if path.parent != folder or not path.is_file():
                 raise ValueError(f"{folder}: shard {shard} is missing")
-            try:
-                file = safe_open(path, framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise ValueError(f"{path} is damaged or cut off: {error}") from None
-            self._files |= dict.fromkeys(file.keys(), file)
-            self.bytes += path.stat().st_size
-        if lost := weight_map.keys() - self._files.keys():
-            raise ValueError(
-                f"{folder}: shard {weight_map[min(lost)]} lacks {min(lost)}, which {index.name} "
-                "names"
-            )
+            tensors = read(path)
+            if twice := tensors.keys() & self._tensors.keys():
+                raise ValueError(f"{path} has {min(twice)}, which another shard has too")
+            self._tensors |= tensors
+            if digest := _downloaded_hash(folder, shard):
+                self.hashes[path] = ("sha256", digest)
+        for name, shard in weight_map.items():
+            if name not in self._tensors or self._tensors[name].path != folder / shard:
+                raise ValueError(
+                    f"{folder}: shard {shard} lacks {name}, which {index.name} says it has")
+        self.shapes = {name: stored.shape for name, stored in self._tensors.items()}
+        self.dtypes = {name: stored.dtype for name, stored in self._tensors.items()}
+        found = sum(stored.nbytes for stored in self._tensors.values())
+        if total not in (None, found):
+            self.warnings.append(f"{index} says {total} bytes of tensors, the shards have {found}")
+
+    def read(self, name: str, out: torch.Tensor) -> torch.Tensor:
+        """Fills `out`, contiguous and of the tensor's shape and dtype."""
+        return self._tensors[name].read(out)
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        tensor = self._files[name].get_tensor(name)
-        self.progress(tensor.nbytes)
-        return tensor
+        return self.read(name, torch.empty(self.shapes[name], dtype=self.dtypes[name]))
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
+        return iter(self._tensors)
 
     def __len__(self) -> int:
-        return len(self._files)
+        return len(self._tensors)
+
+
+def _downloaded_hash(folder: Path, file: str) -> str | None:
+    """huggingface_hub's note of a downloaded file: commit, etag, time. A large file's etag is its
+    sha256."""
+    note = folder / ".cache" / "huggingface" / "download" / f"{file}.metadata"
+    lines = note.read_text().split() if note.is_file() else []
+    found = [line for line in lines if re.fullmatch("[0-9a-f]{64}", line)]
+    return found[0] if found else None
 
 
 def find_sidecars(source: Path) -> dict[str, Path]:
@@ -163,16 +274,18 @@ def find_sidecars(source: Path) -> dict[str, Path]:
 
 
 def write_config(
-    folder: Path, model: ModelConfig, dtype: torch.dtype, sidecars: Mapping[str, Path]
+    folder: Path, model: ModelConfig, dtype: torch.dtype, sidecars: Mapping[str, Path],
+    rope_as_longrope: bool = False,
 ) -> None:
     """Writes all that a folder holds beside the weights.
 
-    tokenizer_config.json says the model's window, and is made where the tokenizer has none.
+    tokenizer_config.json says the model's window, and is made where the tokenizer has none. A
+    generation config that stopped at the window before stops at this one.
 
     Raises:
-        ValueError: LLaMA's config cannot say what the model is.
+        ValueError: the family's config cannot say what the model is.
     """
-    if model.rotary_dim != model.kv_channels:
+    if model.rotary_dim != model.kv_channels and not model.is_gptj:
         raise ValueError(
             f"--rotary-percent {model.rotary_percent} has no Hugging Face form: LLaMA rotates "
             "whole heads"
@@ -182,12 +295,18 @@ def write_config(
     window = model.max_position_embeddings
     if tokenizer := _tokenizer_config(sidecars):
         _write_json(folder / "tokenizer_config.json", tokenizer | {"model_max_length": window})
+    if {"config.json", "generation_config.json"} <= sidecars.keys():
+        before = _read_json(sidecars["config.json"]).get("max_position_embeddings")
+        generation = _read_json(sidecars["generation_config.json"])
+        if before is not None and generation.get("max_length") == before:
+            _write_json(folder / "generation_config.json", generation | {"max_length": window})
+    family = FAMILIES[model.family]
     config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        **{theirs: getattr(model, ours) for theirs, ours in NAMES.items()},
-        **FIXED,
-        "rms_norm_eps": model.norm_epsilon,
+        "architectures": [family.architecture],
+        "model_type": family.model_type,
+        **{theirs: getattr(model, ours) for theirs, ours in family.names.items()},
+        **family.only,
+        family.epsilon[0]: model.norm_epsilon,
         "tie_word_embeddings": not model.untie_embeddings_and_output_weights,
         "use_cache": True,
         # transformers 4 and vLLM read the first, transformers 5 the second.
@@ -195,7 +314,17 @@ def write_config(
         **_special_tokens(folder, sidecars),
     }
     rope = to_hf(model.rope_scaling, base=model.rotary_base, rotary_dim=model.rotary_dim,
-                 max_position_embeddings=window)
+                 max_position_embeddings=window, as_longrope=rope_as_longrope)
+    if model.family in _ROPELESS:
+        if (rope["rope_theta"], rope["rope_scaling"]) != (10000.0, None):
+            raise ValueError(
+                f"--rope-scaling {model.rope_scaling.method} with base {rope['rope_theta']:g} has "
+                f"no Hugging Face form: the code of {family.architecture} reads no rope from its "
+                "config.json; train this family with --rope-scaling none"
+            )
+        rope = {}
+    if model.is_gptj:
+        rope = {"rotary_dim": model.rotary_dim}
     _write_json(folder / "config.json", config | rope)
 
 
@@ -232,32 +361,48 @@ def _special_tokens(folder: Path, sidecars: Mapping[str, Path]) -> dict:
     return {name: getattr(tokenizer, name) for name in names}
 
 
-def write_tensors(
-    folder: Path,
-    tensors: Mapping[str, torch.Tensor],
-    shard_bytes: int,
-    progress: Callable[[int], object] = lambda count: None,
-) -> None:
-    """Writes weights in their order, a new shard where `shard_bytes` would be exceeded.
+def plan_shards(rows: Sequence[Row], item: int | Mapping[str, int], limit: int) -> list[list[Row]]:
+    """Rows in their order, a new shard where `limit` bytes would be exceeded.
 
-    `progress` is called with the bytes of every shard that is written.
+    Args:
+        item: bytes of a value of each row, by its name.
     """
-    shards, filled = [{}], [0]
-    for name, tensor in tensors.items():
-        if filled[-1] and filled[-1] + tensor.nbytes > shard_bytes:
-            shards.append({})
-            filled.append(0)
-        shards[-1][name] = tensor
-        filled[-1] += tensor.nbytes
-    weight_map = {}
-    for number, (shard, size) in enumerate(zip(shards, filled, strict=True), 1):
-        part = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
-        save_file(shard, folder / f"model{part}.safetensors", metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(shard, f"model{part}.safetensors")
-        progress(size)
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(filled)}, "weight_map": weight_map}
-        _write_json(folder / "model.safetensors.index.json", index)
+    shards, filled = [[]], 0
+    for row in rows:
+        nbytes = sum(math.prod(shape) for shape in row.parts.values()) * item[row.name]
+        if shards[-1] and filled + nbytes > limit:
+            shards.append([])
+            filled = 0
+        shards[-1].append(row)
+        filled += nbytes
+    return shards
+
+
+def shard_name(number: int, count: int) -> str:
+    part = f"-{number + 1:05d}-of-{count:05d}" if count > 1 else ""
+    return f"model{part}.safetensors"
+
+
+def open_shard(path: Path, rows: Sequence[Row], dtypes: Mapping[str, torch.dtype]
+               ) -> SafetensorsWriter:
+    """A file for the parts of some rows; dtypes by the rows' names."""
+    return SafetensorsWriter(path, {
+        part: (dtypes[row.name], shape) for row in rows for part, shape in row.parts.items()})
+
+
+def write_index(
+    folder: Path, shards: Sequence[Sequence[Row]], dtypes: Mapping[str, torch.dtype]
+) -> None:
+    """The index of several shards; none for a single one."""
+    if len(shards) == 1:
+        return
+    weight_map, total = {}, 0
+    for number, rows in enumerate(shards):
+        for row in rows:
+            weight_map |= dict.fromkeys(row.parts, shard_name(number, len(shards)))
+            total += sum(size(dtypes[row.name], shape) for shape in row.parts.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    _write_json(folder / "model.safetensors.index.json", index)
 
 
 def rope_errors(folder: Path, model: ModelConfig) -> dict[str, float]:
@@ -269,29 +414,56 @@ def rope_errors(folder: Path, model: ModelConfig) -> dict[str, float]:
     Raises:
         ValueError: transformers refuses config.json, or reads another rope from it.
     """
+    if model.family == "baichuan":  # transformers has no class of it
+        return {}
     from transformers import AutoConfig
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+    if model.is_gptj:
+        plain = inverse_frequencies(model.rotary_dim, model.rotary_base, model.rope_scaling)
+        return _gptj_rope_errors(folder, plain)
     try:
         rotary = LlamaRotaryEmbedding(AutoConfig.from_pretrained(folder))
     except Exception as error:  # of many classes, for what it finds wrong in the file
         reason = " ".join(str(error).split())
         raise ValueError(f"{folder}: transformers refuses config.json: {reason}") from error
-    ours = inverse_frequencies(model.rotary_dim, model.rotary_base, model.rope_scaling)
-    errors = {"inv_freq": 0.0}
-    for position in (0, model.max_position_embeddings - 1):  # longrope chooses a list by position
-        rotary(torch.zeros(1), torch.tensor([[position]]))
+    scaling, errors = model.rope_scaling, {"inv_freq": 0.0}
+    window = scaling.original_max_position_embeddings
+    lengths = {1, model.max_position_embeddings}
+    if scaling.depends_on_length:  # transformers chooses by the largest position
+        lengths |= {window, window + 1, 4 * window}
+    for length in sorted(lengths):
+        rotary(torch.zeros(1), torch.tensor([[0, length - 1]]))
+        ours = inverse_frequencies(
+            model.rotary_dim, model.rotary_base, scaling,
+            length if scaling.depends_on_length else None,
+        )
         theirs = rotary.inv_freq.double()
         same = theirs.shape == ours.shape
         wrong = ((theirs - ours).abs() / ours).max().item() if same else float("inf")
         errors["inv_freq"] = max(errors["inv_freq"], wrong)
-    factor = attention_factor(model.rope_scaling)
+    factor = attention_factor(scaling)
     errors["attention_factor"] = abs(rotary.attention_scaling - factor) / factor
     if not all(error <= 1e-6 for error in errors.values()):
         raise ValueError(
             f"{folder}: transformers reads another rope from config.json than "
-            f"{model.rope_scaling}; relative errors {errors}"
+            f"{scaling}; relative errors {errors}"
         )
+    return errors
+
+
+def _gptj_rope_errors(folder: Path, ours: torch.Tensor) -> dict[str, float]:
+    """GPT-J's table at position 1 is the sine and cosine of its inverse frequencies."""
+    from transformers import AutoConfig
+    from transformers.models.gptj.modeling_gptj import create_sinusoidal_positions
+
+    config = AutoConfig.from_pretrained(folder)
+    sine, cosine = create_sinusoidal_positions(2, config.rotary_dim)[1].double().chunk(2)
+    theirs = torch.atan2(sine, cosine)
+    same = theirs.shape == ours.shape
+    errors = {"inv_freq": ((theirs - ours).abs() / ours).max().item() if same else float("inf")}
+    if not errors["inv_freq"] <= 1e-6:
+        raise ValueError(f"{folder}: transformers reads another rope from config.json; {errors}")
     return errors
 
 

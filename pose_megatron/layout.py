@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from pose_megatron.arguments import Arguments, ParallelFlags, TrainingFlags
 from pose_megatron.model_config import ModelConfig
+from pose_megatron.rope import inverse_frequencies
 
 
 @dataclass(frozen=True)
@@ -156,3 +157,5 @@ def _check_window(args: Arguments, model: ModelConfig) -> None:
             f"--max-position-embeddings {model.max_position_embeddings} (the target T); "
             "raise the latter or shorten the former"
         )
+    if model.rope_scaling.method == "dynamic":  # says why not
+        inverse_frequencies(model.rotary_dim, model.rotary_base, model.rope_scaling)

@@ -21,9 +21,12 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from pose_megatron.arguments import Arguments
+from pose_megatron import checkpoint, distributed, head
+from pose_megatron.arguments import Arguments, defaults
 from pose_megatron.attention import layer_spec
+from pose_megatron.checkpoint import Checkpoint
 from pose_megatron.distributed import device
+from pose_megatron.gptj import gptj_spec
 from pose_megatron.model_config import ModelConfig
 from pose_megatron.rope import RopeScaling, angles, attention_factor, inverse_frequencies
 
@@ -37,14 +40,17 @@ class PoseRotaryEmbedding(RotaryEmbedding):
     """
 
     def __init__(self, kv_channels: int, rotary_percent: float, rotary_base: float,
-                 scaling: RopeScaling, cp_group):
-        super().__init__(kv_channels, rotary_percent, rotary_base=rotary_base,
+                 scaling: RopeScaling, cp_group, rotary_interleaved: bool = False):
+        super().__init__(kv_channels, rotary_percent, rotary_interleaved, rotary_base=rotary_base,
                          use_cpu_initialization=True, cp_group=cp_group)
         self.scaling = scaling
-        self.inv_freq = inverse_frequencies(
-            int(kv_channels * rotary_percent), rotary_base, scaling
-        )
+        self._plain = (int(kv_channels * rotary_percent), rotary_base)
+        self.fit(scaling.original_max_position_embeddings if scaling.method == "dynamic" else None)
         self._position_ids = None
+
+    def fit(self, length: int | None) -> None:
+        """Takes the frequencies for sequences of `length` tokens; None: those that train."""
+        self.inv_freq = inverse_frequencies(*self._plain, self.scaling, length)
 
     @contextlib.contextmanager
     def bound(self, position_ids):
@@ -75,8 +81,13 @@ class PoseRotaryEmbedding(RotaryEmbedding):
                 f"position ids have shape {tuple(ids.shape)}; this rank needs [b, {here}], sliced "
                 "for context parallelism exactly once"
             )
+        if self.training and self.scaling.method == "dynamic":
+            self.fit(None)  # says why not
         self.inv_freq = self.inv_freq.to(ids.device)
-        return angles(ids, self.inv_freq)
+        both = angles(ids, self.inv_freq)  # (f, f)
+        if self.rotary_interleaved:  # neighbouring channels make a pair, not the two halves
+            return both.chunk(2, dim=-1)[0].repeat_interleave(2, dim=-1)
+        return both
 
 
 class PositionIdsDriven:
@@ -159,8 +170,8 @@ def _bind_rotary(model: GPTModel, scaling: RopeScaling, base: float) -> None:
             "exactly one route; set it from pose_megatron.model.softmax_scale before building"
         )
     model.rotary_pos_emb = PoseRotaryEmbedding(
-        config.kv_channels, model.rotary_percent, base, scaling, model.rotary_pos_emb.cp_group
-    )
+        config.kv_channels, model.rotary_percent, base, scaling, model.rotary_pos_emb.cp_group,
+        config.rotary_interleaved)
 
 
 def softmax_scale(kv_channels: int, rotary_percent: float, scaling: RopeScaling) -> float | None:
@@ -185,11 +196,12 @@ def softmax_scale(kv_channels: int, rotary_percent: float, scaling: RopeScaling)
 
 
 def transformer_config(model: ModelConfig, args: Arguments) -> TransformerConfig:
-    """megatron-core's description of a LLaMA, of its layout and of its precision."""
+    """megatron-core's description of a model, of its layout and of its precision."""
     p, t = args.parallel, args.training
     dtype = torch.bfloat16 if t.bf16 else torch.float32
     interleaved = p.num_layers_per_virtual_pipeline_stage is not None
     fusions = args.model.transformer_impl == "transformer_engine"
+    gptj = model.is_gptj
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -198,10 +210,13 @@ def transformer_config(model: ModelConfig, args: Arguments) -> TransformerConfig
         num_query_groups=model.num_query_groups,
         kv_channels=model.kv_channels,
         layernorm_epsilon=model.norm_epsilon,
-        normalization="RMSNorm",
-        gated_linear_unit=True,
-        activation_func=F.silu,
-        add_bias_linear=False,
+        normalization="LayerNorm" if gptj else "RMSNorm",
+        gated_linear_unit=not gptj,
+        activation_func=_gelu_new if gptj else F.silu,
+        add_bias_linear=gptj,
+        add_qkv_bias=model.add_qkv_bias,
+        qk_layernorm=model.qk_layernorm,
+        rotary_interleaved=gptj,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         softmax_scale=softmax_scale(
@@ -241,9 +256,10 @@ def build_model(
 ) -> PoseGPTModel:
     """This rank's pipeline stage (chunk `vp_stage` of it, if interleaved), on its device. Its
     weights are `initialize`'s or a checkpoint's to set."""
-    return PoseGPTModel(
+    spec = gptj_spec if model.is_gptj else layer_spec
+    stage = PoseGPTModel(
         config,
-        layer_spec(config, args.model.transformer_impl, vp_stage),
+        spec(config, args.model.transformer_impl, vp_stage),
         vocab_size=model.padded_vocab_size,
         max_sequence_length=model.max_position_embeddings,
         pre_process=parallel_state.is_pipeline_first_stage(
@@ -255,20 +271,33 @@ def build_model(
         rotary_percent=model.rotary_percent,
         rotary_base=model.rotary_base,
         rope_scaling=model.rope_scaling,
-    ).to(device())
+    )
+    if stage.post_process and model.is_gptj:
+        head.add_bias(stage.output_layer)
+    if stage.post_process and model.family == "baichuan":
+        head.normalize(stage.output_layer)
+    return stage.to(device())
+
+
+def _gelu_new(x):
+    return F.gelu(x, approximate="tanh")
 
 
 def logits_function(stage: PoseGPTModel, vocab_size: int):
     """`logits(tokens [b, s], last, position_ids [b, s]) -> float32 [b, last, vocab_size]`.
 
     Positions are plain when not given. Only the last ones pass the output layer, so memory stays
-    small at long contexts. For an undivided model (one pipeline stage, one tensor rank).
+    small at long contexts. For an undivided model (one pipeline stage, one tensor rank). Where
+    frequencies depend on the length, they are those of the largest position, as in transformers.
     """
+    rotary = stage.rotary_pos_emb
 
     @torch.no_grad()
     def logits(tokens, last: int, position_ids=None):
         if position_ids is None:
             position_ids = torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)
+        if rotary.scaling.depends_on_length:
+            rotary.fit(int(position_ids.max()) + 1)
         hook = stage.output_layer.register_forward_pre_hook(
             lambda _, args: (args[0][-last:], *args[1:])  # hidden states are [s, b, h]
         )
@@ -280,13 +309,40 @@ def logits_function(stage: PoseGPTModel, vocab_size: int):
     return logits
 
 
+def load_logits(
+    found: Checkpoint, model: ModelConfig | None = None, bf16: bool = False,
+    rounded_to: torch.dtype | None = None,
+):
+    """`logits_function` of a checkpoint's weights in one process, in float32 or bfloat16.
+
+    Args:
+        model: its shape and rope, where they differ from the checkpoint's own.
+        rounded_to: gives the weights the values that they have in another precision.
+    """
+    model, args = model or found.model, defaults(bf16=bf16)
+    if not parallel_state.model_parallel_is_initialized():
+        distributed.initialize(args.parallel, args.training.seed)
+    stage = build_model(transformer_config(model, args), model, args)
+    checkpoint.load(found, [stage])
+    if rounded_to is not None:
+        round_to(rounded_to, stage)
+    return logits_function(stage.eval(), model.vocab_size)
+
+
+@torch.no_grad()
+def round_to(dtype: torch.dtype, model: torch.nn.Module) -> None:
+    """Gives weights the values that they have in another precision; their own stays."""
+    for parameter in model.parameters():
+        parameter.copy_(parameter.to(dtype))
+
+
 @torch.no_grad()
 def initialize(stage: GPTModel, seed: int, std: float, num_layers: int) -> None:
     """Fresh weights that do not depend on the layout of ranks.
 
     Each weight is drawn whole from a generator keyed by (seed, name, layer) and every rank keeps
     its shard. Normal with `std`; projections into the residual stream with std / sqrt(2 * layers)
-    (Radford et al., 2019), as Megatron-LM does; norms are one.
+    (Radford et al., 2019), as Megatron-LM does; norms are one, biases zero.
     """
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     sharded = stage.sharded_state_dict(metadata={"dp_cp_group": group})
@@ -307,6 +363,9 @@ def _flat(tree):
 
 def _fill(part: ShardedTensor, seed: int, std: float, num_layers: int) -> None:
     if "norm" in part.key:
+        return
+    if part.key.endswith(".bias"):
+        part.data.zero_()
         return
     axes = part.prepend_axis_num
     layer, offset = part.global_offset[:axes], part.global_offset[axes:]

@@ -4,12 +4,17 @@ import dataclasses
 import math
 from dataclasses import dataclass, field
 
-from pose_megatron.rope import METHODS, RopeScaling
+from pose_megatron import rope_config
+from pose_megatron.rope import METHODS, RopeScaling, inverse_frequencies
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a LLaMA-architecture model: RMSNorm, SwiGLU, no biases, rotary positions.
+    """The shape of a model of LLaMA's kin, or of a GPT-J; rotary positions in all of them.
+
+    `family` is the table of pose_megatron.convert by which the model came in and goes out, None
+    where Hugging Face has none like it. `add_qkv_bias` (Qwen2) and `qk_layernorm` (Qwen3) add to
+    LLaMA's layer; `gptj` has a layer and `baichuan` an output layer of its own.
 
     `rotary_base` and `rope_scaling` say how positions turn into angles; the model accepts position
     ids in [0, max_position_embeddings). `vocab_size` is the tokenizer's; the embedding has
@@ -30,6 +35,9 @@ class ModelConfig:
     rotary_base: float = 10000.0
     rotary_percent: float = 1.0
     rope_scaling: RopeScaling = RopeScaling()
+    family: str | None = "llama"
+    add_qkv_bias: bool = False
+    qk_layernorm: bool = False
 
     def __post_init__(self):
         heads, groups = self.num_attention_heads, self.num_query_groups
@@ -49,10 +57,16 @@ class ModelConfig:
                 f"--kv-channels {self.kv_channels} x --rotary-percent {self.rotary_percent} gives "
                 f"{self.rotary_dim} rotary dimensions; they must be even"
             )
+        # What the scaling cannot do with this many dimensions, it says itself.
+        inverse_frequencies(self.rotary_dim, self.rotary_base, self.rope_scaling, length=1)
 
     @property
     def rotary_dim(self) -> int:
         return int(self.kv_channels * self.rotary_percent)
+
+    @property
+    def is_gptj(self) -> bool:
+        return self.family == "gptj"
 
     @property
     def padded_vocab_size(self) -> int:
@@ -62,11 +76,15 @@ class ModelConfig:
     @property
     def num_parameters(self) -> int:
         """Number of trainable values, vocabulary padding included."""
-        h, d = self.hidden_size, self.kv_channels
-        attention = h * d * (2 * self.num_attention_heads + 2 * self.num_query_groups)
-        layer = attention + 3 * h * self.ffn_hidden_size + 2 * h
-        tables = 2 if self.untie_embeddings_and_output_weights else 1
-        return self.num_layers * layer + tables * self.padded_vocab_size * h + h
+        h, d, ffn = self.hidden_size, self.kv_channels, self.ffn_hidden_size
+        qkv = d * (self.num_attention_heads + 2 * self.num_query_groups)
+        layer = h * qkv + h * d * self.num_attention_heads
+        layer += qkv * self.add_qkv_bias + 2 * d * self.qk_layernorm
+        tables = (2 if self.untie_embeddings_and_output_weights else 1) * self.padded_vocab_size * h
+        if self.is_gptj:  # MLP with biases, one norm of weight and bias, bias of the output layer
+            layer += 2 * h * ffn + ffn + h + 2 * h
+            return self.num_layers * layer + tables + self.padded_vocab_size + 2 * h
+        return self.num_layers * (layer + 3 * h * ffn + 2 * h) + tables + h
 
     def flops_per_token(self, window: int) -> float:
         """Model FLOPs of training on one token of a window: forward, and twice that backward.
@@ -89,6 +107,12 @@ class ModelConfig:
         known = {f.name for f in dataclasses.fields(cls)}
         values = {k: v for k, v in values.items() if k in known}
         return cls(**values | {"rope_scaling": RopeScaling(**values.get("rope_scaling", {}))})
+
+
+def family_of(add_qkv_bias: bool, qk_layernorm: bool) -> str | None:
+    """The Hugging Face family that has these beside LLaMA's layer."""
+    families = {(False, False): "llama", (True, False): "qwen2", (False, True): "qwen3"}
+    return families.get((add_qkv_bias, qk_layernorm))
 
 
 def flag(default, help: str, choices=None, nargs=None):
@@ -119,6 +143,8 @@ class ModelFlags:
     vocab_size: int | None = flag(None, "tokens (default: the tokenizer's)")
     make_vocab_size_divisible_by: int | None = flag(None, "pad the vocabulary to it (128)")
     untie_embeddings_and_output_weights: bool = flag(False, "separate output layer, as in LLaMA")
+    add_qkv_bias: bool = flag(False, "biases of queries, keys and values, as in Qwen2")
+    qk_layernorm: bool = flag(False, "RMSNorm of each query and key head, as in Qwen3")
     norm_epsilon: float | None = flag(None, "RMSNorm epsilon (default: 1e-5)")
     init_method_std: float = flag(0.02, "standard deviation of fresh weights")
     max_position_embeddings: int | None = flag(
@@ -129,6 +155,9 @@ class ModelFlags:
     rotary_percent: float | None = flag(None, "share of a head that rotates (default: 1.0)")
     rope_scaling: str | None = flag(None, "interpolation of the rotary frequencies", METHODS)
     rope_scaling_factor: float | None = flag(None, "default: T / original window")
+    rope_scaling_config: str | None = flag(
+        None, "JSON object, or a file with one, of what else the method takes, in Hugging Face's "
+        "words: beta_fast, low_freq_factor, long_factor, attention_factor, ...")
     transformer_impl: str = flag(
         "torch", "torch runs everywhere; transformer_engine needs a GPU and the package",
         ("torch", "transformer_engine"))
@@ -186,6 +215,9 @@ def _shape_of_flags(flags: ModelFlags) -> dict:
         "num_query_groups": flags.num_query_groups if flags.group_query_attention else heads,
         "kv_channels": flags.kv_channels or hidden // heads,
         "untie_embeddings_and_output_weights": flags.untie_embeddings_and_output_weights,
+        "add_qkv_bias": flags.add_qkv_bias,
+        "qk_layernorm": flags.qk_layernorm,
+        "family": family_of(flags.add_qkv_bias, flags.qk_layernorm),
     }
     if shape["num_query_groups"] is None:
         raise ValueError("--group-query-attention needs --num-query-groups")
@@ -199,7 +231,7 @@ def _shape_of_flags(flags: ModelFlags) -> dict:
 def _shape_of_checkpoint(flags: ModelFlags, loaded: ModelConfig) -> dict:
     shape = {f.name: getattr(loaded, f.name) for f in dataclasses.fields(loaded)}
     for name, value in shape.items():
-        if name in ("max_position_embeddings", "rope_scaling"):
+        if name in ("max_position_embeddings", "rope_scaling", "family"):
             continue
         wanted = getattr(flags, name)
         if wanted not in (None, False) and wanted != value:
@@ -213,29 +245,69 @@ def _shape_of_checkpoint(flags: ModelFlags, loaded: ModelConfig) -> dict:
 def _resolve_scaling(
     flags: ModelFlags, target: int, seq_length: int, loaded: ModelConfig | None
 ) -> RopeScaling:
+    """The scaling for the target window: the checkpoint's, a new one, or a new one over it."""
     before = loaded.rope_scaling if loaded else RopeScaling()
-    original = flags.original_max_position_embeddings
-    asked = (flags.rope_scaling, flags.rope_scaling_factor, original)
-    if before.method != "none":
-        now = (before.method, before.factor, before.original_max_position_embeddings)
-        if any(a is not None and a != b for a, b in zip(asked, now, strict=True)):
+    asked = _asked_scaling(flags)
+    if before.method == "none":
+        original = loaded.max_position_embeddings if loaded else seq_length
+        return _new_scaling(asked, original, target)
+    if all(getattr(before, name) == value for name, value in asked.items()):
+        if target == loaded.max_position_embeddings:
+            return before  # trained further, or resumed
+    if target <= loaded.max_position_embeddings or not asked.get("method"):
+        raise ValueError(
+            f"the checkpoint is interpolated already, to {loaded.max_position_embeddings} "
+            f"positions (--rope-scaling {before.method} --rope-scaling-factor {before.factor:g}); "
+            "leave the rope flags out to train it further, or give --rope-scaling and a greater "
+            "--max-position-embeddings to extend it once more"
+        )
+    further = target / loaded.max_position_embeddings
+    if asked["method"] != before.method:
+        return _new_scaling(asked, loaded.max_position_embeddings, target, over=before)
+    # The same method again is one extension from the first window, by the product of both factors.
+    again = {"factor": before.factor * further} | asked
+    if again["factor"] < before.factor:
+        raise ValueError(
+            f"--rope-scaling-factor {again['factor']:g} is less than {before.factor:g}, the "
+            f"checkpoint's: of the same method give the whole factor, from the first window to "
+            f"{target}"
+        )
+    return dataclasses.replace(before, **again)
+
+
+def _asked_scaling(flags: ModelFlags) -> dict:
+    """Fields of RopeScaling that the flags name."""
+    named = {
+        "method": flags.rope_scaling,
+        "factor": flags.rope_scaling_factor,
+        "original_max_position_embeddings": flags.original_max_position_embeddings,
+    }
+    asked = rope_config.options(flags.rope_scaling_config) if flags.rope_scaling_config else {}
+    for name, value in named.items():
+        if value is not None and asked.setdefault(name, value) != value:
             raise ValueError(
-                f"the checkpoint is interpolated already (--rope-scaling {now[0]} "
-                f"--rope-scaling-factor {now[1]}); leave the rope flags out to train it further, "
-                "or extend the checkpoint it came from"
+                f"--rope-scaling-config says {name} {asked[name]!r}, another flag {value!r}"
             )
-        if target != loaded.max_position_embeddings:
-            raise ValueError(
-                f"--max-position-embeddings {target} contradicts the checkpoint, already "
-                f"interpolated to {loaded.max_position_embeddings}; extend the one it came from"
-            )
-        return before
-    original = original or (loaded.max_position_embeddings if loaded else seq_length)
-    factor = flags.rope_scaling_factor
-    method = flags.rope_scaling or "none"
-    if method == "none":
+    for name in ("short_factor", "long_factor"):
+        if isinstance(asked.get(name), list):
+            asked[name] = tuple(asked[name])
+    return asked
+
+
+def _new_scaling(
+    asked: dict, original: int, target: int, over: RopeScaling | None = None
+) -> RopeScaling:
+    if asked.get("method", "none") == "none":
+        factor = asked.get("factor")
         if factor not in (None, 1.0):
             raise ValueError(f"--rope-scaling-factor {factor} needs a --rope-scaling method")
+        if options := asked.keys() - {"method", "factor", "original_max_position_embeddings"}:
+            raise ValueError(f"--rope-scaling-config {min(options)} needs a --rope-scaling method")
+        if over is not None:
+            raise ValueError(
+                f"--rope-scaling none contradicts the checkpoint, which has {over.method}"
+            )
         return RopeScaling()
-    factor = max(target / original, 1.0) if factor is None else factor
-    return RopeScaling(method, factor=factor, original_max_position_embeddings=original)
+    asked = {"original_max_position_embeddings": original} | asked
+    factor = max(target / asked["original_max_position_embeddings"], 1.0)
+    return RopeScaling(**{"factor": factor, "over": over} | asked)

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from pose_megatron import arguments, checkpoint, distributed, model_config
 from pose_megatron.dataset import Corpus
 from pose_megatron.evaluation import perplexities
-from pose_megatron.model import build_model, logits_function, transformer_config
+from pose_megatron.model import load_logits
 from pose_megatron.rope import METHODS
 
 
@@ -44,6 +44,7 @@ def parse() -> argparse.Namespace:
     add("--batch-tokens", type=int, default=16384, help="input tokens of one forward pass")
     add("--rope-scaling", choices=METHODS, help="interpolate a checkpoint that is not yet")
     add("--rope-scaling-factor", type=float, help="default: longest context / original window")
+    add("--rope-scaling-config", metavar="JSON", help="its other options, as in pretrain_pose.py")
     add("--bf16", action="store_true")
     add("--name", help="label in tables and plots (default: the folder's name)")
     add("--output", help="JSON lines file to append to")
@@ -61,17 +62,14 @@ def main() -> None:
     config = model_config.resolve_model(
         arguments.ModelFlags(
             rope_scaling=flags.rope_scaling, rope_scaling_factor=flags.rope_scaling_factor,
+            rope_scaling_config=flags.rope_scaling_config,
             max_position_embeddings=lengths[-1] if flags.rope_scaling else None,
         ),
         lengths[0], found.model, None,
     )
     documents = read_documents(flags, lengths[-1], stride, config.vocab_size)
 
-    args = arguments.defaults(bf16=flags.bf16)
-    distributed.initialize(args.parallel, args.training.seed)
-    stage = build_model(transformer_config(config, args), config, args)
-    checkpoint.load(found, [stage])
-    logits = logits_function(stage.eval(), config.vocab_size)
+    logits = load_logits(found, config, flags.bf16)
 
     scored = sum((len(d) - lengths[-1] - 1) // stride + 1 for d in documents)
     name = flags.name or Path(flags.load).name

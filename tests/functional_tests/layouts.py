@@ -18,7 +18,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -32,7 +32,13 @@ MODELS = {
     "grouped": f"{SHAPE} --group-query-attention --num-query-groups 2 "
                "--untie-embeddings-and-output-weights",
     "tied": SHAPE,  # embedding and output layer are one table; every head has its own keys
+    # Qwen2's biases of queries, keys and values, and Qwen3's norms of queries and keys.
+    "biased-normed": f"{SHAPE} --group-query-attention --num-query-groups 2 "
+                         "--untie-embeddings-and-output-weights --add-qkv-bias --qk-layernorm",
+    "GPT-J": f"{SHAPE} --untie-embeddings-and-output-weights",
+    "Baichuan2": f"{SHAPE} --untie-embeddings-and-output-weights",
 }
+FAMILIES = {"GPT-J": "gptj", "Baichuan2": "baichuan"}  # which no flag of a fresh model asks for
 
 TP, PP, CP = (f"--{name}-parallel-size" for name in ("tensor-model", "pipeline-model", "context"))
 SP = "--sequence-parallel"
@@ -62,6 +68,7 @@ class Layout:
 LAYOUTS = {
     "1 rank, grouped": Layout(1, ""),
     "1 rank, tied": Layout(1, "", "tied"),
+    **{f"1 rank, {name}": Layout(1, "", name) for name in ("biased-normed", *FAMILIES)},
     "1 rank, selective recompute": Layout(1, SELECTIVE),
     "DP2": Layout(2, ""),
     "DP2, distributed optimizer": Layout(2, SHARDED, "tied"),
@@ -83,6 +90,15 @@ LAYOUTS = {
     "CP2, distributed optimizer, full recompute": Layout(
         2, f"{CP} 2 {SHARDED} {FULL} {WIDE}"),
     "CP2, tied, selective recompute": Layout(2, f"{CP} 2 {SELECTIVE}", "tied"),
+    "TP2, biased-normed": Layout(2, f"{TP} 2", "biased-normed"),
+    "TP2 SP, biased-normed, full recompute": Layout(
+        2, f"{TP} 2 {SP} {FULL}", "biased-normed"),
+    "PP2, biased-normed": Layout(2, f"{PP} 2", "biased-normed"),
+    "TP2 SP, GPT-J, selective recompute": Layout(2, f"{TP} 2 {SP} {SELECTIVE}", "GPT-J"),
+    "PP2 VPP2, GPT-J": Layout(2, f"{PP} 2 {VPP2}", "GPT-J"),
+    "CP2, GPT-J, full recompute": Layout(2, f"{CP} 2 {FULL}", "GPT-J"),
+    "TP2 SP, Baichuan2": Layout(2, f"{TP} 2 {SP}", "Baichuan2"),
+    "PP2, Baichuan2, distributed optimizer": Layout(2, f"{PP} 2 {SHARDED}", "Baichuan2"),
     "TP4 SP, 2 query groups": Layout(4, f"{TP} 4 {SP} {WIDE}"),
     "CP4, distributed optimizer": Layout(4, f"{CP} 4 {SHARDED} {WIDE}"),
     "CP2 TP2 SP": Layout(4, f"{CP} 2 {TP} 2 {SP} {WIDE}"),
@@ -158,7 +174,7 @@ def train_each(names: list[str], weights: Path, corpus: str, output: Path) -> No
         if not (weights / model).exists():
             # Of another seed: a layout that did not load them would be seen.
             words = f"{COMMON} {shape} --data-path {corpus} --seed 5 --save {weights / model}"
-            train(words.split(), save_at=STEPS)
+            train(words.split(), save_at=STEPS, family=FAMILIES.get(model))
     for name in names:
         layout = ALL[name]
         words = f"{COMMON} {layout.words} --data-path {corpus}".split()
@@ -175,13 +191,15 @@ def train_each(names: list[str], weights: Path, corpus: str, output: Path) -> No
     dist.destroy_process_group()
 
 
-def train(words: list[str], fault: str | None = None, save_at: int | None = None) -> dict:
+def train(words: list[str], fault: str | None = None, save_at: int | None = None,
+          family: str | None = None) -> dict:
     """Up to step STEPS, with pretrain_pose.py's parts.
 
     Args:
         words: flags of pretrain_pose.py.
         fault: of FAULTS, for `spoil`.
         save_at: the step after which it saves into --save.
+        family: of the model, instead of the one that its flags name.
 
     Returns:
         {"losses": per token of each step, "grad_norms": before clipping, "sample_losses": of every
@@ -199,6 +217,7 @@ def train(words: list[str], fault: str | None = None, save_at: int | None = None
     args = parse(words)
     loaded, resume = training.starting_point(args.checkpoint)
     config = resolve_model(args.model, args.data.seq_length, loaded and loaded.model, None)
+    config = replace(config, family=family or config.family)
     layout = lay_out(args, config, distributed.world_size())
     regroup(args, config)
     train_set, *_ = build_datasets(

@@ -290,15 +290,6 @@ def test_bad_hugging_face_folder(run, tmp_path, hf, case):
     assert [p.name for p in tmp_path.iterdir()] == ["hf"]  # nothing half-written
 
 
-def test_mistral_without_sliding_window_is_a_llama(run, tmp_path, hf):
-    edit(hf, architectures=["MistralForCausalLM"], model_type="mistral", sliding_window=None)
-    run(*to_megatron(hf, tmp_path / "meg"))
-    run(*to_hf(tmp_path / "meg", tmp_path / "back"))
-    assert AutoConfig.from_pretrained(tmp_path / "back").model_type == "llama"
-    there, back = stored(hf), stored(tmp_path / "back")
-    assert there.keys() == back.keys() and all(torch.equal(there[k], back[k]) for k in there)
-
-
 def test_where_it_may_write(run, megatron, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
@@ -362,7 +353,8 @@ def test_command_line(tmp_path, hf):
     summary = json.loads((tmp_path / "run.json").read_text())
     assert summary["tensors"] == 1 + 3 * 6 + 2
     assert summary["bytes"] == 4 * (2 * 384 * 64 + 64 + 3 * (2 * 64 + 64 * (3 * 64 + 3 * 96)))
-    assert max(summary["rope_errors"].values()) <= 1e-6 and summary["seconds"] > 0
+    assert max(summary["rope_errors"].values()) <= 1e-6
+    assert summary["seconds"] > sum(summary["phases"].values()) > 0
 
     _, err = failing.communicate()
     assert failing.returncode == 1 and "Traceback" not in err

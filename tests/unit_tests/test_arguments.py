@@ -1,10 +1,12 @@
 """arguments.py: what the words mean, and what each mistake is answered with."""
 
 import dataclasses
+import json
 
 import pytest
 
 from pose_megatron.arguments import LR_DECAY_STYLES, REFUSED, parse
+from pose_megatron.layout import lay_out
 from pose_megatron.model_config import ModelConfig, resolve_model, spell
 from pose_megatron.rope import RopeScaling
 
@@ -343,21 +345,94 @@ def test_an_extended_checkpoint_is_trained_further_as_it_is():
     assert resolve(same, loaded=before) == before
 
 
+FURTHER = ["--max-position-embeddings", "262144"]
+
+
+def llama31(**more):
+    return dataclasses.replace(
+        LOADED, max_position_embeddings=131072, rotary_base=5e5,
+        rope_scaling=RopeScaling("llama3", 8.0, 8192, **more))
+
+
+@pytest.mark.parametrize("method", ["linear", "ntk", "yarn", "yarn_revised"])
+def test_a_scaled_checkpoint_is_extended_by_a_scaling_over_its_own(method):
+    """Llama 3.1, from its window of 131072 to twice that."""
+    config = resolve([*FURTHER, "--rope-scaling", method], loaded=llama31())
+    before = RopeScaling("llama3", 8.0, 8192)
+    assert config.rope_scaling == RopeScaling(method, 2.0, 131072, over=before)
+    # A restart with the same words finds its own checkpoint, and goes on with it.
+    again = resolve([*FURTHER, "--rope-scaling", method], loaded=config)
+    assert again == resolve([], loaded=config) == config
+    factor = resolve([*FURTHER, "--rope-scaling", method, "--rope-scaling-factor", "3"],
+                     loaded=llama31())
+    assert factor.rope_scaling.factor == 3.0
+    assert resolve([*FURTHER, "--rope-scaling", method, "--rope-scaling-factor", "3"],
+                   loaded=factor) == factor
+
+
+def test_the_same_method_again_is_one_extension_by_the_product():
+    config = resolve([*FURTHER, "--rope-scaling", "llama3"], loaded=llama31(high_freq_factor=5.0))
+    assert config.rope_scaling == RopeScaling("llama3", 16.0, 8192, high_freq_factor=5.0)
+    yarn = resolve(["--max-position-embeddings", "65536", "--rope-scaling", "yarn"],
+                   loaded=extended())
+    assert yarn.rope_scaling == RopeScaling("yarn", 32.0, 2048)
+    assert resolve(["--max-position-embeddings", "65536", "--rope-scaling", "yarn"],
+                   loaded=yarn) == yarn
+    with pytest.raises(ValueError, match="-factor 2 is less than 16, the checkpoint's"):
+        resolve(["--max-position-embeddings", "65536", "--rope-scaling", "yarn",
+                 "--rope-scaling-factor", "2"], loaded=extended())
+
+
 @pytest.mark.parametrize("words, message", [
     (["--rope-scaling", "linear"], "interpolated already.*--rope-scaling yarn"),
     (["--rope-scaling", "none"], "interpolated already"),
     (["--rope-scaling-factor", "32"], "interpolated already.*--rope-scaling-factor 16"),
     (["--original-max-position-embeddings", "4096"], "interpolated already"),
+    (["--rope-scaling-config", '{"beta_fast": 16}'], "interpolated already"),
     (["--max-position-embeddings", "65536"],
-     "--max-position-embeddings 65536 contradicts the checkpoint, already interpolated to 32768"),
+     "interpolated already, to 32768 positions .*give --rope-scaling and a greater"),
+    (["--max-position-embeddings", "65536", "--rope-scaling", "none"],
+     "--rope-scaling none contradicts the checkpoint, which has yarn"),
+    (["--max-position-embeddings", "16384", "--rope-scaling", "yarn"], "interpolated already"),
+    (["--max-position-embeddings", "65536", "--rope-scaling", "longrope", "--rope-scaling-config",
+      '{"long_factor": [1, 2]}'], "'longrope' cannot extend a model that is already scaled"),
 ])
-def test_an_extended_checkpoint_is_not_extended_again(words, message):
+def test_what_does_not_extend_an_extended_checkpoint(words, message):
     with pytest.raises(ValueError, match=message):
         resolve(words, loaded=extended())
 
 
+def test_options_of_a_method_come_in_hugging_faces_words(tmp_path):
+    pairs = LOADED.rotary_dim // 2
+    (tmp_path / "rope.json").write_text(json.dumps(
+        {"rope_type": "longrope", "long_factor": [2.0] * pairs}))
+    words = ["--max-position-embeddings", "32768", "--rope-scaling-config"]
+    config = resolve([*words, str(tmp_path / "rope.json")], loaded=LOADED)
+    assert config.rope_scaling == RopeScaling("longrope", 16.0, 2048, long_factor=[2.0] * pairs)
+    assert resolve([*words, str(tmp_path / "rope.json")], loaded=config) == config
+    config = resolve([*words, '{"beta_fast": 16}', "--rope-scaling", "yarn"], loaded=LOADED)
+    assert config.rope_scaling == RopeScaling("yarn", 16.0, 2048, beta_fast=16)
+    for given, message in [
+        ('{"rope_type": "longrope", "long_factor": [2.0]}', "'longrope' has 1 factors; "),
+        ('{"beta_fast": 16}', "--rope-scaling-config beta_fast needs a --rope-scaling method"),
+        ('{"beta_fats": 16}', "does not know beta_fats"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            resolve([*words, given], loaded=LOADED)
+    with pytest.raises(ValueError, match="config says method 'yarn', another flag 'linear'"):
+        resolve([*words, '{"type": "yarn"}', "--rope-scaling", "linear"], loaded=LOADED)
+
+
+def test_dynamic_is_not_trained():
+    config = resolve(["--max-position-embeddings", "32768", "--rope-scaling", "dynamic"],
+                     loaded=LOADED)
+    with pytest.raises(ValueError, match="'dynamic' has no frequencies to train with"):
+        lay_out(parse(["--train-iters", "1", "--seq-length", "128"]), config, 1)
+
+
 def test_a_config_survives_a_checkpoint():
-    for config in (LOADED, extended(), resolve([*SHAPE, *VOCAB])):
+    over = resolve([*FURTHER, "--rope-scaling", "ntk"], loaded=llama31())
+    for config in (LOADED, extended(), over, resolve([*SHAPE, *VOCAB])):
         values = config.to_dict()
         assert ModelConfig.from_dict(values) == config
         assert ModelConfig.from_dict(values | {"of_a_later_version": 1}) == config

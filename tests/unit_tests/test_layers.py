@@ -9,11 +9,12 @@ import pytest
 
 LAYERS = [
     {"draws", "shuffle", "samplers", "positions", "coverage", "rope", "convert", "evaluation"},
-    {"arguments", "layout", "model_config", "sampler_flags"},
+    {"arguments", "layout", "model_config", "sampler_flags", "rope_config", "megatron_args"},
     {"cpu", "distributed", "corpus", "index_cache", "blend", "materialized", "dataset", "batch",
-     "attention", "model", "optimizer", "checkpoint", "tokenizer", "fast_tokenizer", "jsonl",
-     "text_corpus", "token_files", "encoding", "unfinished", "preprocessing", "durable", "lifetime",
-     "program", "huggingface", "weights"},
+     "attention", "gptj", "head", "model", "optimizer", "checkpoint", "tokenizer", "fast_tokenizer",
+     "jsonl", "text_corpus", "token_files", "encoding", "unfinished", "preprocessing", "durable",
+     "lifetime", "program", "directory", "huggingface", "weights", "tensor_files", "meta",
+     "formats", "parity", "legacy", "origin", "index", "inspection"},
     {"log", "training"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}

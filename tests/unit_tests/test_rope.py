@@ -1,13 +1,12 @@
 """rope.py against transformers' own functions, hand-derived end points and exact arithmetic."""
 
-import json
 import math
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoConfig, LlamaConfig
+from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from pose_megatron.rope import (
@@ -15,9 +14,7 @@ from pose_megatron.rope import (
     RopeScaling,
     angles,
     attention_factor,
-    from_hf,
     inverse_frequencies,
-    to_hf,
 )
 
 YARN = [
@@ -25,11 +22,7 @@ YARN = [
     {"beta_fast": 16.0, "beta_slow": 2.0, "truncate": False},
     {"attention_factor": 1.25},
 ]
-
-
-def scaling_of(method, factor=16.0, original=2048, **more):
-    needs = method.startswith("yarn")
-    return RopeScaling(method, factor, original if needs else None, **(more if needs else {}))
+STATIC = [method for method in METHODS if method not in ("none", "longrope", "dynamic")]
 
 
 def theirs(keys, dim=128, heads=4):
@@ -67,6 +60,113 @@ def test_yarn_is_that_of_transformers(base, dim, original, options):
     assert attention_factor(scaling) == pytest.approx(rotary.attention_scaling, rel=1e-12)
 
 
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+@pytest.mark.parametrize("options", [LLAMA3, {**LLAMA3, "factor": 32.0}, {
+    "factor": 2.5, "low_freq_factor": 0.5, "high_freq_factor": 6.0}])
+@pytest.mark.parametrize("base, dim, original", [(500000.0, 128, 8192), (10000.0, 64, 2048)])
+def test_llama3_is_that_of_transformers(base, dim, original, options):
+    keys = {"rope_type": "llama3", "rope_theta": base,
+            "original_max_position_embeddings": original, **options}
+    rotary = theirs({"rope_parameters": keys, "max_position_embeddings": 16 * original}, dim=dim)
+    scaling = RopeScaling("llama3", original_max_position_embeddings=original, **options)
+    assert relative_error(inverse_frequencies(dim, base, scaling), rotary.inv_freq) < 1e-6
+    assert attention_factor(scaling) == rotary.attention_scaling == 1.0
+
+
+def test_llama3_by_hand():
+    """Llama 3.1: base 500000, d = 128, L = 8192. A pair turns 8192 / (2 pi 500000^(i/64)) times:
+    four times at i = 28.2, once at i = 34.98."""
+    plain = inverse_frequencies(128, 5e5, RopeScaling())
+    ours = inverse_frequencies(128, 5e5, RopeScaling("llama3", 8.0, 8192))
+    assert torch.equal(ours[:29], plain[:29])
+    assert torch.allclose(ours[35:], plain[35:] / 8, rtol=1e-15, atol=0)
+    turns = 1303.797 * math.exp(-30 / 64 * 13.12236)  # pair 30: 2.78
+    kept = (turns - 1) / 3
+    assert ours[30] / plain[30] == pytest.approx(kept + (1 - kept) / 8, rel=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [None, 1.3])
+@pytest.mark.parametrize("position, given", [(0, "short_factor"), (4095, "short_factor"),
+                                             (4096, "long_factor"), (40000, "long_factor")])
+def test_longrope_is_that_of_transformers(temperature, position, given):
+    lists = {"short_factor": [1.0 + 0.01 * i for i in range(32)],
+             "long_factor": [1.0 + 0.5 * i for i in range(32)]}
+    keys = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 16.0, **lists,
+            "original_max_position_embeddings": 4096, "attention_factor": temperature}
+    rotary = theirs({"rope_parameters": keys, "max_position_embeddings": 65536}, dim=64)
+    rotary(torch.zeros(1), torch.tensor([[0, position]]))
+    scaling = RopeScaling("longrope", 16.0, 4096, attention_factor=temperature, **lists)
+    ours = inverse_frequencies(64, 1e4, scaling, length=position + 1)
+    assert relative_error(ours, rotary.inv_freq) < 1e-6
+    assert attention_factor(scaling) == pytest.approx(rotary.attention_scaling, rel=1e-12)
+    plain = inverse_frequencies(64, 1e4, RopeScaling())
+    assert torch.equal(ours, plain / torch.tensor(lists[given], dtype=torch.float64))
+    trained = inverse_frequencies(64, 1e4, scaling)
+    assert torch.equal(trained, plain / torch.tensor(lists["long_factor"], dtype=torch.float64))
+    assert scaling.depends_on_length
+
+
+def test_longrope_of_one_list_does_not_depend_on_length():
+    scaling = RopeScaling("longrope", 4.0, 2048, long_factor=[1.0, 2.0, 3.0, 4.0])
+    assert scaling.short_factor == scaling.long_factor == (1.0, 2.0, 3.0, 4.0)
+    assert not scaling.depends_on_length
+    short = inverse_frequencies(8, 1e4, scaling, length=5)
+    assert torch.equal(short, inverse_frequencies(8, 1e4, scaling))
+
+
+@pytest.mark.parametrize("length", [1, 2048, 2049, 5000, 8192])
+def test_dynamic_is_that_of_transformers(length):
+    keys = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+    rotary = theirs({"rope_parameters": keys, "max_position_embeddings": 2048})
+    rotary(torch.zeros(1), torch.tensor([[0, length - 1]]))
+    ours = inverse_frequencies(128, 1e4, RopeScaling("dynamic", 4.0, 2048), length)
+    assert relative_error(ours, rotary.inv_freq) < 1e-6
+
+
+def test_dynamic_has_nothing_to_train_with():
+    with pytest.raises(ValueError, match="dynamic.*anew for every sequence length; train with ntk"):
+        inverse_frequencies(128, 1e4, RopeScaling("dynamic", 4.0, 2048))
+
+
+def test_linear_and_ntk_over_llama3():
+    """The frequencies of transformers' llama3, divided once more."""
+    keys = {"rope_type": "llama3", "rope_theta": 5e5, "original_max_position_embeddings": 8192,
+            **LLAMA3}
+    rotary = theirs({"rope_parameters": keys, "max_position_embeddings": 131072})
+    before = RopeScaling("llama3", 8.0, 8192)
+    linear = RopeScaling("linear", 4.0, 131072, over=before)
+    assert relative_error(inverse_frequencies(128, 5e5, linear), rotary.inv_freq / 4) < 1e-6
+    ntk = inverse_frequencies(128, 5e5, RopeScaling("ntk", 4.0, 131072, over=before))
+    by_pair = 4.0 ** (torch.arange(64) / 63)  # from 1 to 4
+    assert relative_error(ntk, rotary.inv_freq / by_pair) < 1e-6
+    assert str(linear) == "linear x4 from 131072 over llama3 x8 from 8192"
+
+
+@pytest.mark.parametrize("method", ["yarn", "yarn_revised", "llama3"])
+def test_a_ramp_over_linear_counts_the_turns_that_are_left(method):
+    """Positions at half speed in a window of 4096 turn as plain ones do in 2048."""
+    even = {} if method == "llama3" else {"truncate": False}
+    over = RopeScaling(method, 8.0, 4096, over=RopeScaling("linear", 2.0, 2048))
+    alone = RopeScaling(method, 8.0, 2048, **even)
+    ours = inverse_frequencies(128, 1e4, over)
+    assert torch.allclose(ours, inverse_frequencies(128, 1e4, alone) / 2, rtol=1e-12, atol=0)
+    assert attention_factor(over) == attention_factor(alone)
+
+
+def test_temperatures_multiply():
+    before = RopeScaling("yarn", 16.0, 4096)
+    assert attention_factor(before) == pytest.approx(1.2772589)  # 0.1 ln 16 + 1
+    over = RopeScaling("yarn_revised", 2.0, 65536, over=before)
+    assert attention_factor(over) == pytest.approx(1.2772589 * 1.0693147)
+    assert attention_factor(RopeScaling("linear", 2.0, over=before)) == attention_factor(before)
+    ours = inverse_frequencies(128, 1e4, over)
+    plain = inverse_frequencies(128, 1e4, RopeScaling())
+    assert torch.equal(ours[:17], plain[:17])  # turn often enough in both windows
+    assert torch.allclose(ours[-4:], plain[-4:] / 32, rtol=1e-12, atol=0)
+
+
 def test_yarn_revised_by_hand():
     """base 10000, d = 128, L = 2048: the ramp of the paper's models goes from pair 16 to pair 41.
 
@@ -94,28 +194,32 @@ def test_ntk_keeps_the_fastest_pair_and_divides_the_slowest():
 
 
 @given(
-    st.sampled_from(METHODS),
+    st.sampled_from(STATIC),
     st.integers(2, 64).map(lambda n: 2 * n),
     st.floats(100, 1e7),
     st.integers(32, 10**6),
+    st.sampled_from([None, *STATIC]),
 )
-def test_factor_one_is_the_identity(method, dim, base, original):
-    scaling = scaling_of(method, 1.0, original)
-    plain = inverse_frequencies(dim, base, RopeScaling())
+def test_factor_one_is_the_identity(method, dim, base, original, before):
+    over = RopeScaling(before, 3.0, 64) if before else None
+    plain = inverse_frequencies(dim, base, over or RopeScaling())
+    scaling = RopeScaling(method, 1.0, original, over=over)
     assert torch.allclose(inverse_frequencies(dim, base, scaling), plain, rtol=1e-14, atol=0)
-    assert attention_factor(scaling) == 1.0
+    assert attention_factor(scaling) == (attention_factor(over) if over else 1.0)
 
 
 @given(
-    st.sampled_from(METHODS[1:]),
+    st.sampled_from(STATIC),
     st.integers(2, 64).map(lambda n: 2 * n),
     st.floats(100, 1e7),
     st.integers(32, 10**6),
     st.floats(1, 200),
+    st.sampled_from([None, *STATIC]),
 )
-def test_every_frequency_lies_between_plain_and_linear(method, dim, base, original, factor):
-    plain = inverse_frequencies(dim, base, RopeScaling())
-    ours = inverse_frequencies(dim, base, scaling_of(method, factor, original))
+def test_every_frequency_lies_between_plain_and_linear(method, dim, base, original, factor, before):
+    over = RopeScaling(before, 3.0, 64) if before else None
+    plain = inverse_frequencies(dim, base, over or RopeScaling())
+    ours = inverse_frequencies(dim, base, RopeScaling(method, factor, original, over=over))
     assert torch.all(ours <= plain * (1 + 1e-12))
     assert torch.all(ours >= plain / factor * (1 - 1e-12))
 
@@ -158,97 +262,6 @@ def test_cos_and_sin_are_those_of_transformers():
     assert torch.allclose(ours.sin(), sin, atol=3e-4)
 
 
-EXPORTS = [scaling_of(method) for method in METHODS if method != "none"] + [
-    RopeScaling(),
-    *(RopeScaling(method, 6.5, 4096, **more) for method in METHODS[3:] for more in YARN),
-]
-
-
-@pytest.mark.parametrize("scaling", EXPORTS, ids=lambda s: f"{s.method}-{s.attention_factor}")
-@pytest.mark.parametrize("spelling", ["both", "rope_scaling", "rope_parameters"])
-def test_export_loads_in_transformers_with_our_frequencies(scaling, spelling, tmp_path):
-    keys = to_hf(scaling, base=12345.5, rotary_dim=64, max_position_embeddings=32768)
-    if spelling == "rope_scaling":
-        del keys["rope_parameters"]
-    elif spelling == "rope_parameters":
-        del keys["rope_scaling"], keys["rope_theta"]
-    shape = {"model_type": "llama", "hidden_size": 256, "num_attention_heads": 4, "head_dim": 64}
-    (tmp_path / "config.json").write_text(json.dumps({**shape, **keys}))
-    config = AutoConfig.from_pretrained(tmp_path)
-    rotary = LlamaRotaryEmbedding(config)
-    ours = inverse_frequencies(64, 12345.5, scaling)
-    assert config.max_position_embeddings == 32768
-    assert relative_error(ours, rotary.inv_freq) < 1e-6
-    assert rotary.attention_scaling == pytest.approx(attention_factor(scaling), rel=1e-12)
-    rotary(torch.zeros(1), torch.tensor([[0, 30000]]))  # longrope chooses its list by position
-    assert relative_error(ours, rotary.inv_freq) < 1e-6
-
-    config.save_pretrained(tmp_path / "again")  # transformers' own spelling of the same
-    again = json.loads((tmp_path / "again" / "config.json").read_text())
-    for read in (json.loads((tmp_path / "config.json").read_text()), again):
-        base, back = from_hf(read)
-        assert torch.allclose(inverse_frequencies(64, base, back), ours, rtol=1e-12, atol=0)
-        assert attention_factor(back) == attention_factor(scaling)
-        if scaling.method != "ntk":  # which is another base, in Hugging Face's words
-            assert (base, back.method) == (12345.5, scaling.method)
-
-
-def test_export_of_yarn_revised_also_serves_vllm():
-    keys = to_hf(scaling_of("yarn_revised"), base=1e4, rotary_dim=64, max_position_embeddings=32768)
-    longrope = keys["rope_scaling"]
-    assert longrope["short_mscale"] == longrope["long_mscale"] == 0.1 * math.log(16) + 1
-    assert keys["original_max_position_embeddings"] == 2048
-
-
-def test_import_spells_alike():
-    yarn = {"factor": 4.0, "original_max_position_embeddings": 4096}
-    expected = (5e5, RopeScaling("yarn", 4.0, 4096))
-    assert from_hf({"rope_theta": 5e5, "rope_scaling": {"type": "yarn", **yarn}}) == expected
-    assert from_hf({"rope_theta": 5e5, "rope_scaling": {"rope_type": "yarn", **yarn}}) == expected
-    new = {"rope_type": "yarn", "rope_theta": 5e5, **yarn}
-    assert from_hf({"rope_parameters": new}) == expected
-    assert from_hf({}) == from_hf({"rope_scaling": None}) == (10000.0, RopeScaling())
-    mscale = {"rope_type": "yarn", **yarn, "mscale": 0.7, "mscale_all_dim": 1.0}
-    rotary = theirs({"rope_parameters": dict(mscale), "max_position_embeddings": 16384})
-    _, scaling = from_hf({"rope_parameters": mscale})
-    assert attention_factor(scaling) == pytest.approx(rotary.attention_scaling, rel=1e-12)
-
-
-LONGROPE = to_hf(scaling_of("yarn_revised"), base=1e4, rotary_dim=8, max_position_embeddings=32768)
-YARN_4K = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}
-
-
-@pytest.mark.parametrize(
-    "config, named",
-    [
-        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "llama3"),
-        ({"rope_scaling": {"factor": 8.0}}, "factor"),
-        ({"rope_scaling": {"type": "linear"}}, "factor"),
-        ({"rope_scaling": {"type": "linear", "factor": 0.5}}, "0.5"),
-        ({"rope_scaling": {"type": "yarn", "factor": 8.0}}, "original_max_position_embeddings"),
-        ({"rope_scaling": {"type": "yarn", "rope_type": "linear", "factor": 8.0}}, "rope_type"),
-        ({"rope_scaling": {**YARN_4K, "finetuned": True}}, "finetuned"),
-        ({"rope_scaling": YARN_4K, "rope_parameters": {"rope_type": "default"}}, "rope_type"),
-        ({"rope_scaling": YARN_4K, "rope_parameters": {**YARN_4K, "factor": 8.0}}, "factor"),
-        ({"rope_scaling": YARN_4K, "original_max_position_embeddings": 2048}, "2048"),
-        ({"rope_theta": 1e4, "rope_parameters": {"rope_theta": 5e5}}, "rope_theta"),
-        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "full_attention"),
-        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
-        ({"rope_scaling": LONGROPE["rope_scaling"], "rope_theta": 5e5}, "short_factor"),
-        ({"rope_scaling": {**LONGROPE["rope_scaling"], "long_factor": [1.0] * 4}}, "long_factor"),
-        ({"rope_scaling": {**LONGROPE["rope_scaling"], "long_mscale": 1.0}}, "long_mscale"),
-        (
-            {"rope_scaling": {**LONGROPE["rope_scaling"], "attention_factor": None}},
-            "attention_factor",
-        ),
-    ],
-)
-def test_import_refuses_by_name_what_it_does_not_know(config, named):
-    with pytest.raises(ValueError, match=named):
-        from_hf(config)
-
-
 @pytest.mark.parametrize(
     "arguments, named",
     [
@@ -260,6 +273,28 @@ def test_import_refuses_by_name_what_it_does_not_know(config, named):
         ({"method": "yarn", "factor": 2.0}, "original-max-position-embeddings"),
         ({"method": "yarn", "factor": 2.0, "original_max_position_embeddings": 6}, "6"),
         ({"method": "ntk", "factor": 2.0, "original_max_position_embeddings": 0}, "0"),
+        ({"method": "ntk", "factor": "2"}, "factor '2' must be a finite number"),
+        ({"method": "yarn", "factor": 2.0, "original_max_position_embeddings": 64,
+          "beta_fast": "32"}, "beta_fast '32' must be a finite number"),
+        ({"method": "yarn", "factor": 2.0, "original_max_position_embeddings": 64,
+          "truncate": 1}, "truncate 1 must be true or false"),
+        ({"method": "llama3", "factor": 2.0}, "original-max-position-embeddings"),
+        ({"method": "llama3", "factor": 2.0, "original_max_position_embeddings": 64,
+          "high_freq_factor": 1.0}, "high_freq_factor > low_freq_factor > 0, not 1.0 and 1.0"),
+        ({"method": "yarn", "factor": 2.0, "original_max_position_embeddings": 64,
+          "low_freq_factor": 2.0}, "'yarn' has no low_freq_factor; .* choose llama3"),
+        ({"method": "longrope", "factor": 2.0, "original_max_position_embeddings": 64},
+         "needs long_factor, a list .*--rope-scaling-config.*, not None"),
+        ({"method": "longrope", "factor": 2.0, "original_max_position_embeddings": 64,
+          "long_factor": [1.0, -2.0]}, "long_factor holds -2.0"),
+        ({"method": "longrope", "factor": 2.0, "original_max_position_embeddings": 64,
+          "long_factor": [1.0], "short_factor": [1.0, 2.0]}, "short_factor has 2 .* long_factor 1"),
+        ({"method": "dynamic", "factor": 2.0}, "original-max-position-embeddings"),
+        ({"method": "linear", "factor": 2.0,
+          "over": RopeScaling("dynamic", 2.0, 64)}, "'dynamic' cannot be extended"),
+        ({"method": "longrope", "factor": 2.0, "original_max_position_embeddings": 64,
+          "long_factor": [1.0], "over": RopeScaling("linear", 2.0)},
+         "'longrope' cannot extend a model that is already scaled with 'linear'"),
     ],
 )
 def test_scaling_that_makes_no_sense(arguments, named):
@@ -275,3 +310,6 @@ def test_shapes_that_make_no_sense():
         inverse_frequencies(2, 1e4, RopeScaling("ntk", 2.0))
     with pytest.raises(ValueError, match="beta_fast"):
         RopeScaling("yarn", 2.0, 2048, beta_fast=1.0, beta_slow=2.0)
+    with pytest.raises(ValueError, match="'longrope' has 3 factors; 8 rotated channels need 4"):
+        scaling = RopeScaling("longrope", 2.0, 64, long_factor=[1.0, 2.0, 3.0])
+        inverse_frequencies(8, 1e4, scaling)

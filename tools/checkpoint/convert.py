@@ -1,36 +1,46 @@
-"""Converts a LLaMA checkpoint between Hugging Face and Megatron, exactly.
+"""Converts a checkpoint between Hugging Face, Meta's own format and Megatron, exactly.
 
-Hugging Face's side is safetensors with config.json and the tokenizer's files; Megatron's side is a
-torch_dist checkpoint that every layout of ranks loads. The output is built in a temporary folder
-beside --save-dir, read back and compared, and only then renamed: it is whole or it is not there.
+hf        safetensors (or legacy .bin) with config.json and the tokenizer's files: LLaMA, Mistral,
+          Qwen2, Qwen3, Baichuan2-7B, GPT-J
+meta      consolidated.NN.pth with params.json: LLaMA 1, 2, 3
+megatron  a torch_dist checkpoint that every layout of ranks loads, or saved
+
+Tensor after tensor passes through, so a model of any size fits; torchrun shares the work between
+processes. The output is built in a temporary folder beside --save-dir, read back and compared, and
+only then renamed: it is whole or it is not there.
 """
+
+import os
+import sys
+
+# Not this folder: its inspect.py would hide Python's own from all that is imported below.
+HERE = os.path.dirname(os.path.abspath(__file__))
+ROOT = os.path.dirname(os.path.dirname(HERE))
+sys.path[:] = [ROOT, *(path for path in sys.path if os.path.abspath(path) != HERE)]
 
 import argparse
 import contextlib
+import hashlib
 import json
 import re
-import sys
+import shutil
+import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from pose_megatron import cpu
-
-cpu.install()
-
-from pose_megatron import huggingface
-from pose_megatron.checkpoint import find
-from pose_megatron.convert import hf_to_megatron, megatron_to_hf
-from pose_megatron.distributed import one_sentence_errors
+from pose_megatron import formats, huggingface, meta, weights
+from pose_megatron.directory import find
+from pose_megatron.distributed import Team, one_sentence_errors
 from pose_megatron.durable import write_atomically
-from pose_megatron.model_config import ModelConfig
-from pose_megatron.weights import read_weights, write_weights
+from pose_megatron.formats import FORMATS, Source, read_ahead
+from pose_megatron.rope_config import notes
+from pose_megatron.tensor_files import size
 
+SMALL = 100_000_000  # parameters up to which logits are compared unasked
 EXAMPLES = """examples:
   # a Hugging Face folder into Megatron's format
   python tools/checkpoint/convert.py --loader hf --saver megatron \\
@@ -39,6 +49,10 @@ EXAMPLES = """examples:
   # the extended model back, in bfloat16; config.json carries the interpolation
   python tools/checkpoint/convert.py --loader megatron --saver hf --dtype bfloat16 \\
       --load-dir checkpoints/llama-2-7b-pose-128k --save-dir models/llama-2-7b-pose-128k
+
+  # a large one, as Meta gives it away, by eight processes
+  torchrun --nproc-per-node 8 tools/checkpoint/convert.py --loader meta --saver megatron \\
+      --load-dir Meta-Llama-3-70B/original --save-dir checkpoints/llama-3-70b
 """
 
 
@@ -49,9 +63,8 @@ def parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    formats = ("hf", "megatron")
-    p.add_argument("--loader", required=True, choices=formats, help="format of --load-dir")
-    p.add_argument("--saver", required=True, choices=formats, help="format of --save-dir")
+    p.add_argument("--loader", required=True, choices=FORMATS, help="format of --load-dir")
+    p.add_argument("--saver", required=True, choices=FORMATS, help="format of --save-dir")
     p.add_argument("--load-dir", required=True, type=Path)
     p.add_argument("--save-dir", required=True, type=Path)
     p.add_argument("--overwrite", action="store_true", help="replace a checkpoint in --save-dir")
@@ -63,10 +76,16 @@ def parser() -> argparse.ArgumentParser:
         type=int,
         default=128,
         metavar="N",
-        help="loader hf: the embedding gets zero rows up to a multiple of N [128]",
+        help="loader hf, meta: the embedding gets zero rows up to a multiple of N [128]",
     )
     p.add_argument(
         "--iteration", type=int, help="loader megatron: which one [the latest of the folder]"
+    )
+    p.add_argument(
+        "--max-position-embeddings",
+        type=int,
+        metavar="N",
+        help="loader meta: the window, which params.json leaves out [the published model's]",
     )
     p.add_argument(
         "--tokenizer-model",
@@ -77,10 +96,26 @@ def parser() -> argparse.ArgumentParser:
         "--max-shard-size", default="5GB", help="saver hf: of one safetensors file [5GB]"
     )
     p.add_argument(
+        "--target-tensor-parallel-size",
+        type=int,
+        default=1,
+        metavar="N",
+        help="saver meta: files, one for each rank of Meta's code [1]",
+    )
+    p.add_argument(
+        "--strict", action="store_true", help="fail on what is otherwise a warning, such as NaN"
+    )
+    p.add_argument(
+        "--rope-as-longrope",
+        action="store_true",
+        help="saver hf: write yarn as longrope, which transformers 4.43 to 4.54 read exactly",
+    )
+    p.add_argument(
         "--verify",
         action=argparse.BooleanOptionalAction,
-        default=True,
-        help="read the result back and compare every bit; the rope is always checked",
+        help="check hashes that came along, read the result back and compare every bit, then its "
+        "logits with transformers' [logits of models up to 100M parameters only; the rope is "
+        "always checked]",
     )
     p.add_argument(
         "--json", type=Path, metavar="FILE", help="write tensors, bytes, seconds, rope errors there"
@@ -90,80 +125,200 @@ def parser() -> argparse.ArgumentParser:
 
 @one_sentence_errors
 def main() -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and the temporary folder is removed
     convert(parser().parse_args())
 
 
 def convert(args: argparse.Namespace) -> None:
-    start = time.perf_counter()
+    start, seconds = time.perf_counter(), {}
+    team = Team()
+    say = print if team.rank == 0 else lambda *_, **__: None
     load, save = args.load_dir.resolve(), args.save_dir.resolve()
+    shard_bytes = _check(args, load, save)
+    source = Source(args.loader, load, args.iteration, args.max_position_embeddings,
+                    args.make_vocab_size_divisible_by)
+    model, rows = source.model, source.rows
+    problems = Problems(args.strict)
+    for warning in source.warnings if team.rank == 0 else ():
+        problems.add(warning)
+    dtypes = source.dtypes
+    if args.dtype != "keep":
+        dtypes = dict.fromkeys(dtypes, getattr(torch, args.dtype))
+    total = sum(size(dtypes[row.name], row.shape) for row in rows)
+    sidecars = huggingface.find_sidecars(args.tokenizer_model or source.tokenizer)
+    with _staged(team, save, args.overwrite) as folder:
+        if team.rank == 0:
+            _check_space(folder, total, save)
+            _prepare(args, folder, model, dtypes[rows[0].name], sidecars)
+        team.share(None)
+        with _rope_check([load] * (args.loader == "hf") + [folder] * (args.saver == "hf"), model,
+                         team.rank == 0) as rope:
+            sink = _sink(args, folder, source, dtypes, shard_bytes, team.size)
+            mine = range(team.rank, len(sink.jobs), team.size)
+            jobs = {number: sink.jobs[number] for number in mine}
+            work = sum(size(dtypes[row.name], row.shape) for job in jobs.values() for row in job)
+            results = {}
+            with _phase(say, seconds, "convert", work) as advance:
+                for number, job in jobs.items():
+                    tensors = read_ahead(source, job, dtypes, problems.look)
+                    results[number] = sink.write(number, _counted(tensors, advance))
+        together = {k: v for part in team.gather(results) for k, v in part.items()}
+        problems.nonfinite = {k: v for x in team.gather(problems.nonfinite) for k, v in x.items()}
+        if team.rank == 0:
+            sink.finish([together[number] for number in range(len(sink.jobs))])
+            if args.saver == "hf" and not (folder / "tokenizer_config.json").is_file():
+                say("note: no tokenizer to copy; name one with --tokenizer-model", flush=True)
+            problems.report()
+        team.share(None)
+        errors, logits = rope(), []
+        if args.verify is not False:
+            with _phase(say, seconds, "verify", work) as advance:
+                _check_hashes(source, team)
+                window = model.max_position_embeddings
+                again = Source(args.saver, folder, None, window, model.make_vocab_size_divisible_by)
+                if args.saver == "megatron" and again.model != model:
+                    raise ValueError(f"read back {again.model}, wrote {model}")
+                seen = {row.name: row for job in jobs.values() for row in job}
+                _compare(source, again, seen.values(), dtypes, advance)
+            if team.size == 1:
+                logits = _check_logits({args.loader: load, args.saver: folder}, model, args)
+        team.share(None)
+    if args.saver == "hf":
+        for note in notes(model.rope_scaling, model.max_position_embeddings, args.rope_as_longrope):
+            say(f"note: {note}")
+    if args.json and team.rank == 0:
+        write_atomically(args.json, json.dumps({
+            "tensors": len(rows), "bytes": total, "processes": team.size,
+            "seconds": round(time.perf_counter() - start, 3), "phases": seconds,
+            "nonfinite": sum(problems.nonfinite.values()), "rope_errors": errors,
+            "logits_errors": {d.where: d.error for d in logits}}) + "\n")
+    say(f"wrote {save}", flush=True)
+
+
+def _check(args: argparse.Namespace, load: Path, save: Path) -> int:
+    """Holds flags to each other; the bytes of --max-shard-size."""
     if save == load or save in load.parents:
         raise ValueError(f"--save-dir {save} would replace --load-dir {load}; choose another")
     if args.tokenizer_model and not args.tokenizer_model.exists():
         raise ValueError(f"--tokenizer-model {args.tokenizer_model} does not exist")
-    shard_bytes = _bytes(args.max_shard_size)
-    rope = None
-    with huggingface.staged(save, args.overwrite) as folder:
-        if args.loader == "hf":
-            model = huggingface.read_config(load, args.make_vocab_size_divisible_by)
-            files = huggingface.Tensors(load)
-            rope = _check_rope(load, model)
-            with _phase("read", files.bytes) as files.progress, huggingface.naming(load):
-                tensors = hf_to_megatron(files, **huggingface.sizes(model))
-        else:
-            print(f"loading {find(load, args.iteration).path}", flush=True)
-            with _phase("read") as advance:
-                tensors, model = read_weights(load, args.iteration)
-                advance(_total(tensors))
-        if args.dtype != "keep":
-            dtype = getattr(torch, args.dtype)
-            tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
-        own = load if args.loader == "hf" else load / "tokenizer"
-        sidecars = huggingface.find_sidecars(args.tokenizer_model or own)
-
-        if args.saver == "hf":
-            with huggingface.naming(load):
-                tensors = megatron_to_hf(tensors, **huggingface.sizes(model))
-            dtype = tensors["model.embed_tokens.weight"].dtype
-            huggingface.write_config(folder, model, dtype, sidecars)
-            if not (folder / "tokenizer_config.json").is_file():
-                print("note: no tokenizer to copy; name one with --tokenizer-model", flush=True)
-            rope = _check_rope(folder, model)
-            with _phase("write", total := _total(tensors)) as advance:
-                huggingface.write_tensors(folder, tensors, shard_bytes, advance)
-        else:
-            with _phase("write", total := _total(tensors)) as advance:
-                write_weights(folder, tensors, model, sidecars.values())
-                advance(total)
-        if args.verify:
-            with _phase("verify", total) as advance:
-                if args.saver == "hf":
-                    again = huggingface.Tensors(folder)
-                else:
-                    again, model_again = read_weights(folder)
-                    if model_again != model:
-                        raise ValueError(f"read back {model_again}, wrote {model}")
-                _compare(tensors, again, advance)
-    if args.saver == "hf" and model.rope_scaling.method == "linear":
-        print(
-            "note: vLLM multiplies the window by the factor of linear interpolation; start it with "
-            f"--max-model-len {model.max_position_embeddings}"
-        )
-    if args.json:
-        seconds = round(time.perf_counter() - start, 3)
-        counts = {"tensors": len(tensors), "bytes": total, "seconds": seconds}
-        write_atomically(args.json, json.dumps(counts | {"rope_errors": rope}) + "\n")
-    print(f"wrote {save}", flush=True)
+    for name, loader in (("iteration", "megatron"), ("max_position_embeddings", "meta")):
+        if getattr(args, name) is not None and args.loader != loader:
+            raise ValueError(f"--{name.replace('_', '-')} has no meaning with --loader "
+                             f"{args.loader}, only with {loader}")
+    for name in ("make_vocab_size_divisible_by", "max_position_embeddings",
+                 "target_tensor_parallel_size"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+    if args.target_tensor_parallel_size != 1 and args.saver != "meta":
+        raise ValueError("--target-tensor-parallel-size has no meaning with --saver "
+                         f"{args.saver}: what it writes every layout of ranks loads")
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)B", args.max_shard_size.strip().upper())
+    if not match or float(match[1]) == 0:
+        raise ValueError(f"--max-shard-size {args.max_shard_size} is not a size such as 5GB or "
+                         "200MB")
+    return int(float(match[1]) * 1000 ** ["", *"KMGT"].index(match[2]))
 
 
-def _check_rope(folder: Path, model: ModelConfig) -> dict[str, float]:
-    errors = huggingface.rope_errors(folder, model)
-    words = ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
-    print(f"rope as transformers reads it: relative errors: {words}", flush=True)
+@contextlib.contextmanager
+def _staged(team: Team, save: Path, overwrite: bool) -> Iterator[Path]:
+    """One temporary folder for all processes, which rank 0 makes, renames or removes."""
+    with contextlib.ExitStack() as stack:
+        folder = None
+        if team.rank == 0:
+            folder = stack.enter_context(huggingface.staged(save, overwrite))
+        yield team.share(folder)
+
+
+def _check_space(folder: Path, needed: int, save: Path) -> None:
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise ValueError(f"--save-dir {save}: the weights take {needed / 1e9:.2f} GB, the disk has "
+                         f"{free / 1e9:.2f} GB free")
+
+
+def _prepare(args, folder, model, dtype, sidecars) -> None:
+    """All that a folder holds beside the weights."""
+    if args.saver == "hf":
+        huggingface.sizes(model)
+        huggingface.write_config(folder, model, dtype, sidecars, args.rope_as_longrope)
+    elif args.saver == "megatron":
+        weights.begin(folder, sidecars.values())
+    else:
+        meta.write_params(folder, model, args.target_tensor_parallel_size)
+        if "tokenizer.model" in sidecars:
+            shutil.copyfile(sidecars["tokenizer.model"], folder / "tokenizer.model")
+
+
+def _sink(args, folder, source, dtypes, shard_bytes, processes):
+    if args.saver == "hf":
+        return formats.HuggingFaceSink(folder, source.rows, dtypes, shard_bytes)
+    if args.saver == "megatron":
+        return formats.MegatronSink(folder, source.rows, dtypes, source.model, processes)
+    return formats.MetaSink(folder, source.rows, dtypes, source.model,
+                            args.target_tensor_parallel_size)
+
+
+class Problems:
+    """Warnings; each is an error if `strict`.
+
+    Attributes:
+        nonfinite: by tensor, how many of its values are NaN or infinite.
+    """
+
+    def __init__(self, strict: bool):
+        self._strict, self.nonfinite = strict, {}
+
+    def add(self, warning: str) -> None:
+        if self._strict:
+            raise ValueError(f"{warning} (--strict)")
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
+
+    def look(self, row, tensor: torch.Tensor) -> None:
+        """Counts values that are NaN or infinite."""
+        if count := formats.count_nonfinite(tensor):
+            self.nonfinite[row.name] = count
+            if self._strict:
+                self.report()
+
+    def report(self) -> None:
+        if self.nonfinite:
+            names = sorted(self.nonfinite)
+            more = f" and {len(names) - 1} more tensors" if len(names) > 1 else ""
+            self.add(f"{sum(self.nonfinite.values())} values are NaN or infinite, in {names[0]}"
+                     f"{more}")
+
+
+@contextlib.contextmanager
+def _rope_check(folders: list[Path], model, wanted: bool) -> Iterator[Callable[[], dict]]:
+    """Starts to ask transformers what rope it reads from the folders; yields how to get the answer.
+
+    Importing transformers takes longer than converting a small model, so where that is not done yet
+    another process does it meanwhile.
+    """
+    folders = folders if wanted else []
+    if "transformers" in sys.modules or not folders:
+        yield lambda: _rope_errors(folders, model)
+        return
+    import multiprocessing
+    from concurrent.futures import ProcessPoolExecutor
+
+    with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
+        future = pool.submit(_rope_errors, folders, model)
+        yield future.result
+
+
+def _rope_errors(folders: list[Path], model) -> dict[str, float]:
+    errors = {}
+    for folder in folders:
+        errors = huggingface.rope_errors(folder, model)
+        words = ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
+        words = words or "transformers has no class for it"
+        print(f"rope as transformers reads it: relative errors: {words}", flush=True)
     return errors
 
 
 @contextlib.contextmanager
-def _phase(name: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
+def _phase(say, seconds: dict, name: str, total: int) -> Iterator[Callable[[int], None]]:
     """A progress bar in bytes on a terminal; everywhere one line with MB/s at the end."""
     start, done = time.perf_counter(), 0
 
@@ -172,32 +327,58 @@ def _phase(name: str, total: int | None = None) -> Iterator[Callable[[int], None
         done += count
         bar.update(count)
 
-    with tqdm(desc=name, total=total, unit="B", unit_scale=True, leave=False, disable=None) as bar:
+    disable = None if say is print else True  # rank 0's share stands for all
+    with tqdm(desc=name, total=total, unit="B", unit_scale=True, leave=False,
+              disable=disable) as bar:
         yield advance
-    seconds, size = time.perf_counter() - start, done / 1e6
-    print(f"{name:6} {size:10,.1f} MB {seconds:8.1f} s {size / seconds:8,.0f} MB/s", flush=True)
+    seconds[name] = round(time.perf_counter() - start, 3)
+    say(f"{name:7} {done / 1e6:10,.1f} MB {seconds[name]:8.1f} s "
+        f"{done / 1e6 / max(seconds[name], 1e-3):8,.0f} MB/s", flush=True)
 
 
-def _compare(written: Mapping, read: Mapping, advance: Callable[[int], None]) -> None:
-    if other := written.keys() ^ read.keys():
-        raise ValueError(f"read back other tensors: {min(other)}")
-    for name, tensor in written.items():
-        again = read[name]
-        bits = (t.contiguous().view(torch.uint8) for t in (tensor, again))
-        if tensor.dtype != again.dtype or not torch.equal(*bits):
-            raise ValueError(f"read back another {name} than was written")
+def _counted(tensors, advance: Callable[[int], None]):
+    for row, tensor in tensors:
+        yield row, tensor
         advance(tensor.nbytes)
 
 
-def _total(tensors: Mapping[str, torch.Tensor]) -> int:
-    return sum(tensor.nbytes for tensor in tensors.values())
+def _check_hashes(source: Source, team: Team) -> None:
+    """Of files that came with one: each process takes some."""
+    for path in sorted(source.hashes)[team.rank :: team.size]:
+        algorithm, expected = source.hashes[path]
+        with open(path, "rb") as file:
+            found = hashlib.file_digest(file, algorithm).hexdigest()
+        if found != expected:
+            raise ValueError(f"{path} is damaged: its {algorithm} is {found}, should be {expected}")
 
 
-def _bytes(size: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)B", size.strip().upper())
-    if not match or float(match[1]) == 0:
-        raise ValueError(f"--max-shard-size {size} is not a size such as 5GB or 200MB")
-    return int(float(match[1]) * 1000 ** ["", *"KMGT"].index(match[2]))
+def _check_logits(sides: dict[str, Path], model, args) -> list:
+    """Compared in Megatron and transformers; with --verify whatever the size, else of small models.
+    """
+    comparable = {"hf", "megatron"} <= sides.keys() and model.family != "baichuan"
+    if not comparable or not (args.verify or model.num_parameters <= SMALL):
+        return []
+    found = find(sides["megatron"], args.iteration)
+    if found.is_legacy and not args.verify:  # which no model loads
+        return []
+    from pose_megatron import cpu  # only now: megatron-core takes seconds to import
+
+    cpu.install()
+    from pose_megatron import parity
+
+    return parity.check(found, sides["hf"])
+
+
+def _compare(source: Source, again: Source, rows, dtypes, advance: Callable[[int], None]) -> None:
+    rows = list(rows)
+    pairs = zip(read_ahead(source, rows, dtypes), read_ahead(again, rows, again.dtypes),
+                strict=True)
+    for (row, tensor), (_, other) in pairs:
+        # Padding of the vocabulary, which training changes, leaves Megatron's format for none.
+        kept = len(tensor) if again.by_row else sum(row.blocks)
+        if formats.differing(tensor[:kept], other[:kept]):
+            raise ValueError(f"read back another {row.name} than was written")
+        advance(tensor.nbytes)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,165 @@
+"""Tensors inside files: where each lies, and how its bytes come and go.
+
+Headers are read at once, bytes on demand with pread into the caller's buffer and with pwrite out of
+it. No file is mapped: memory is what the caller allocates, however large the file, and a damaged
+disk is an error message instead of SIGBUS. torch.save's files are unpickled with
+`weights_only=True` and onto no device.
+"""
+
+import json
+import os
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pose_megatron.durable import gist
+
+_DTYPES = {  # of safetensors
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_LARGEST_HEADER = 100_000_000  # bytes, safetensors' own limit
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A contiguous tensor at `offset` bytes in a file."""
+
+    path: Path
+    offset: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return size(self.dtype, self.shape)
+
+    def read(self, out: Tensor, start: int = 0) -> Tensor:
+        """Fills `out` (contiguous, of this dtype) with this tensor's elements from `start` on.
+
+        Raises:
+            ValueError: the file ends too early.
+        """
+        target, offset = data(out), self.offset + start * self.dtype.itemsize
+        with open(self.path, "rb", buffering=0) as file:
+            while target:
+                if not (count := os.preadv(file.fileno(), [target], offset)):
+                    raise ValueError(f"{self.path} is cut off: it ends at byte {offset}")
+                target, offset = target[count:], offset + count
+        return out
+
+
+def size(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
+    """Bytes."""
+    return torch.Size(shape).numel() * dtype.itemsize
+
+
+def data(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor on the CPU."""
+    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())
+
+
+def read_safetensors(path: Path) -> dict[str, Stored]:
+    """The tensors of a safetensors file by name.
+
+    Raises:
+        ValueError: its header is damaged, or it is not as long as the header says.
+    """
+    length = path.stat().st_size
+    with open(path, "rb") as file:
+        (header,) = struct.unpack("<Q", file.read(8).ljust(8, b"\xff"))
+        if header > min(_LARGEST_HEADER, length - 8):
+            raise ValueError(f"{path} is damaged or cut off: its header does not fit into it")
+        try:
+            entries = json.loads(file.read(header))
+            entries.pop("__metadata__", None)
+            found = {
+                name: Stored(path, 8 + header + entry["data_offsets"][0], _DTYPES[entry["dtype"]],
+                             tuple(entry["shape"]))
+                for name, entry in entries.items()
+            }
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is damaged: header unreadable ({gist(error)})") from None
+    end = 8 + header
+    for stored in sorted(found.values(), key=lambda stored: stored.offset):
+        if stored.offset != end:
+            raise ValueError(f"{path} is damaged: a gap or an overlap at byte {end}")
+        end += stored.nbytes
+    if end != length:
+        raise ValueError(f"{path} is damaged or cut off: {length} bytes, its header says {end}")
+    return found
+
+
+def read_torch(path: Path) -> dict[str, Stored]:
+    """The tensors of a dict that torch.save wrote, by name.
+
+    Raises:
+        ValueError: the file is damaged, holds more than tensors, or is of before torch 1.6.
+    """
+    try:
+        tensors = torch.load(path, map_location="meta", weights_only=True)
+    except Exception as error:  # of many classes, for damaged bytes
+        raise ValueError(f"{path} is damaged, or holds more than tensors: {gist(error)}") from None
+    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
+        raise ValueError(f"{path} does not hold tensors by name")
+    return {name: locate(path, name, tensor) for name, tensor in tensors.items()}
+
+
+def locate(path: Path, name: str, tensor: Tensor, base: int = 0) -> Stored:
+    """Where a tensor that was loaded onto the meta device lies."""
+    if not hasattr(tensor.untyped_storage(), "_checkpoint_offset"):
+        raise ValueError(f"{path} is in torch's format of before 1.6; load and save it anew first")
+    if not tensor.is_contiguous():
+        raise ValueError(f"{path}: {name} is not stored contiguously; save a contiguous copy first")
+    offset = tensor.untyped_storage()._checkpoint_offset
+    offset += base + tensor.storage_offset() * tensor.dtype.itemsize
+    return Stored(path, offset, tensor.dtype, tuple(tensor.shape))
+
+
+class SafetensorsWriter:
+    """A safetensors file whose tensors are put one by one, in any order.
+
+    Args:
+        tensors: dtype and shape of every tensor, by name.
+    """
+
+    def __init__(self, path: Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]):
+        header, begin = {"__metadata__": {"format": "pt"}}, 0
+        for name, (dtype, shape) in tensors.items():
+            end = begin + size(dtype, shape)
+            header[name] = {"dtype": _NAMES[dtype], "shape": list(shape),
+                            "data_offsets": [begin, end]}
+            begin = end
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        base = 8 + len(text)
+        self._places = {
+            name: (base + header[name]["data_offsets"][0], *tensors[name]) for name in tensors
+        }
+        self._file = open(path, "xb", buffering=0)
+        write_at(self._file.fileno(), struct.pack("<Q", len(text)) + text, 0)
+
+    def put(self, name: str, tensor: Tensor) -> None:
+        offset, dtype, shape = self._places.pop(name)
+        assert tensor.dtype == dtype and tuple(tensor.shape) == shape, name
+        write_at(self._file.fileno(), data(tensor.contiguous()), offset)
+
+    def close(self) -> None:
+        """Puts it on disk; every tensor must have been put."""
+        assert not self._places, f"never put: {', '.join(self._places)}"
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+
+def write_at(handle: int, content: bytes | memoryview, offset: int) -> None:
+    content = memoryview(content)
+    while content:
+        count = os.pwrite(handle, content, offset)
+        content, offset = content[count:], offset + count

@@ -1,0 +1,83 @@
+"""Says what a checkpoint is: Hugging Face's, Meta's or Megatron's, without loading its tensors."""
+
+import os
+import sys
+
+# Not this folder: its inspect.py would hide Python's own from all that is imported below.
+HERE = os.path.dirname(os.path.abspath(__file__))
+ROOT = os.path.dirname(os.path.dirname(HERE))
+sys.path[:] = [ROOT, *(path for path in sys.path if os.path.abspath(path) != HERE)]
+
+import argparse
+import json
+from pathlib import Path
+
+from pose_megatron.distributed import one_sentence_errors
+from pose_megatron.inspection import compare, summarise
+
+EXAMPLES = """examples:
+  # shape, parameters, dtype, rope and training progress
+  python tools/checkpoint/inspect.py checkpoints/llama-2-7b-pose-128k
+
+  # what an export changed; exit code 1 if anything differs
+  python tools/checkpoint/inspect.py --diff --values checkpoints/pose models/pose
+"""
+
+
+def parse() -> argparse.Namespace:
+    p = argparse.ArgumentParser(
+        prog="inspect.py", description=__doc__, epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("checkpoints", nargs="+", type=Path, metavar="FOLDER",
+                   help="of a checkpoint, or of one iteration of it")
+    p.add_argument("--iteration", type=int, help="of a Megatron checkpoint [the latest]")
+    p.add_argument("--diff", action="store_true",
+                   help="compare two: config, and names, shapes and dtypes of tensors")
+    p.add_argument("--values", action="store_true",
+                   help="with --diff: read every tensor and give the largest absolute difference")
+    p.add_argument("--json", action="store_true", help="print JSON instead")
+    args = p.parse_args()
+    if args.diff and len(args.checkpoints) != 2:
+        p.error(f"--diff compares two folders, not {len(args.checkpoints)}")
+    if args.values and not args.diff:
+        p.error("--values needs --diff")
+    return args
+
+
+@one_sentence_errors
+def main() -> None:
+    args = parse()
+    summaries = [summarise(path, args.iteration) for path in args.checkpoints]
+    if not args.diff:
+        if args.json:
+            found = [summary.to_dict() for summary in summaries]
+            print(json.dumps(found[0] if len(found) == 1 else found, indent=2))
+        else:
+            print("\n\n".join(map(str, summaries)))
+        return
+    differences = compare(*summaries, args.values)
+    if args.json:
+        print(json.dumps(differences, indent=2))
+    else:
+        print_differences(differences, args.checkpoints)
+    sys.exit(1 if differences else 0)
+
+
+def print_differences(differences: dict, paths: list[Path]) -> None:
+    print(f"one    {paths[0]}\nother  {paths[1]}")
+    if not differences:
+        print("no difference")
+    for what, names in differences.items():
+        print(f"{what}: {len(names)}")
+        for name, value in list(names.items())[:20]:
+            shown = f"{value:.3e}" if isinstance(value, float) else (
+                f"{value[0]} | {value[1]}" if isinstance(value, list) else value)
+            print(f"  {name}: {shown}")
+        if len(names) > 20:
+            print(f"  ... and {len(names) - 20} more")
+    if values := differences.get("values"):
+        print(f"largest difference: {max(values.values()):.3e}")
+
+
+if __name__ == "__main__":
+    main()
