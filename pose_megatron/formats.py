@@ -99,11 +99,10 @@ class HuggingFaceSink:
     def write(self, number: int, tensors: Iterable[tuple[Row, Tensor]]) -> None:
         """Writes job `number`."""
         path = self.folder / huggingface.shard_name(number, len(self.jobs))
-        file = huggingface.open_shard(path, self.jobs[number], self._dtypes)
-        for row, tensor in tensors:
-            for name, part in row.split(tensor).items():
-                file.put(name, part)
-        file.close()
+        with huggingface.open_shard(path, self.jobs[number], self._dtypes) as file:
+            for row, tensor in tensors:
+                for name, part in row.split(tensor).items():
+                    file.put(name, part)
 
     def finish(self, results: list) -> None:
         """Once, when all jobs are written; `results` is what they returned."""
@@ -124,10 +123,9 @@ class MegatronSink:
         self.jobs = [job for job in self.jobs if job]
 
     def write(self, number: int, tensors: Iterable[tuple[Row, Tensor]]) -> dict:
-        file = weights.Writer(self.folder, number)
-        for row, tensor in tensors:
-            file.put(row.name, tensor)
-        file.close()
+        with weights.Writer(self.folder, number) as file:
+            for row, tensor in tensors:
+                file.put(row.name, tensor)
         return file.places
 
     def finish(self, results: list) -> None:
@@ -151,14 +149,13 @@ class MetaSink:
                 of["lm_head.weight"] = of["model.embed_tokens.weight"]
 
     def write(self, number: int, tensors: Iterable[tuple[Row, Tensor]]) -> None:
-        file = meta.Writer(self.folder, self._model, self._shapes, self._dtypes, number,
-                           self._ranks)
-        for row, tensor in tensors:
-            for name, part in row.split(tensor).items():
-                file.put(name, part)
-                if self._tied and name == "model.embed_tokens.weight":
-                    file.put("lm_head.weight", part)
-        file.close()
+        with meta.Writer(self.folder, self._model, self._shapes, self._dtypes, number,
+                         self._ranks) as file:
+            for row, tensor in tensors:
+                for name, part in row.split(tensor).items():
+                    file.put(name, part)
+                    if self._tied and name == "model.embed_tokens.weight":
+                        file.put("lm_head.weight", part)
 
     def finish(self, results: list) -> None:
         pass

@@ -33,7 +33,7 @@ from pose_megatron.index import read_index
 from pose_megatron.legacy import Legacy
 from pose_megatron.megatron_args import common_state
 from pose_megatron.model_config import ModelConfig
-from pose_megatron.tensor_files import Stored, data, locate
+from pose_megatron.tensor_files import Stored, Written, data, locate
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
 _EXTRA = ("self_attention.linear_qkv", "self_attention.core_attention",
@@ -169,7 +169,7 @@ class _Part(io.RawIOBase):
         return len(content)
 
 
-class Writer:
+class Writer(Written):
     """Writes whole tensors into one file of the `release` checkpoint of a folder, one by one.
 
     Several processes may write a file each; the `places` of all of them go to `finish`.
@@ -194,7 +194,10 @@ class Writer:
         corner = () if layer is None else (layer,)
         # A storage of its own size, without a copy: torch.save would write all of a buffer's.
         alone = torch.frombuffer(data(tensor), dtype=tensor.dtype)
-        torch.save(alone.view(*(1,) * len(corner), *tensor.shape), self._file)
+        try:
+            torch.save(alone.view(*(1,) * len(corner), *tensor.shape), self._file)
+        except RuntimeError as error:  # torch's own, over what the disk said
+            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
         self.places[name] = (key, corner, tensor.dtype, tuple(tensor.shape), self.path.name, begin,
                              self._file.tell() - begin)
 
@@ -271,10 +274,9 @@ def write_weights(
     """
     root = Path(root)
     path = begin(root, tokenizer_files)
-    writer = Writer(root)
-    for name, tensor in tensors.items():
-        writer.put(name, tensor)
-    writer.close()
+    with Writer(root) as writer:
+        for name, tensor in tensors.items():
+            writer.put(name, tensor)
     finish(root, model, writer.places)
     return path
 

@@ -37,6 +37,7 @@ from pose_megatron.directory import find
 from pose_megatron.distributed import Team, one_sentence_errors
 from pose_megatron.durable import write_atomically
 from pose_megatron.formats import FORMATS, Source, read_ahead
+from pose_megatron.lifetime import end_with_parent
 from pose_megatron.rope_config import notes
 from pose_megatron.tensor_files import size
 
@@ -302,7 +303,8 @@ def _rope_check(folders: list[Path], model, wanted: bool) -> Iterator[Callable[[
     import multiprocessing
     from concurrent.futures import ProcessPoolExecutor
 
-    with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("fork"), initializer=end_with_parent,
+                             initargs=(os.getpid(),)) as pool:
         future = pool.submit(_rope_errors, folders, model)
         yield future.result
 
