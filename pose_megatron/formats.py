@@ -2,6 +2,7 @@
 them. What is in memory at a time is the row that is read and the row that is written.
 """
 
+import dataclasses
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -26,6 +27,8 @@ class Source:
         iteration: megatron: which one, None for the latest.
         window: meta: max_position_embeddings, None for the published model's.
         make_vocab_size_divisible_by: hf, meta: of the embedding's padding.
+        as_llama: makes of a Baichuan2 the LLaMA that computes the same: the rows of its head have
+            length one already. Its own code cannot interpolate, LLaMA's can.
 
     Attributes:
         model: shape and rope.
@@ -40,7 +43,8 @@ class Source:
     """
 
     def __init__(self, format: str, folder: Path, iteration: int | None = None,
-                 window: int | None = None, make_vocab_size_divisible_by: int = 128):
+                 window: int | None = None, make_vocab_size_divisible_by: int = 128,
+                 as_llama: bool = False):
         self.folder, self.tokenizer = folder, folder
         if format == "megatron":
             self._tensors = weights.open_weights(folder, iteration)
@@ -68,6 +72,12 @@ class Source:
                     row.name: one_dtype(row, (dtypes[part] for part in row.parts))
                     for row in self.rows
                 }
+            self._normalized, self._own_rows = as_llama, {row.name: row for row in self.rows}
+            if as_llama:
+                if self.model.family != "baichuan":
+                    raise ValueError(f"--as-llama is for Baichuan2, not {self.model.family}")
+                self.model = dataclasses.replace(self.model, family="llama")
+                self.rows = list(table(**huggingface.sizes(self.model)))
 
     def _check_heads(self, heads: Iterable[str]) -> None:
         (embedding,) = self.rows[0].parts
@@ -79,8 +89,12 @@ class Source:
     def read(self, row: Row, out: Tensor) -> Tensor:
         """Fills `out` with Megatron's tensor of the row."""
         if self._by_row:
-            return self._tensors.read(row.name, out)
-        return row.join(self._tensors.read, out)
+            self._tensors.read(row.name, out)
+        else:
+            self._own_rows[row.name].join(self._tensors.read, out)
+        if self._normalized and row.name == "output_layer.weight":
+            out.copy_(torch.nn.functional.normalize(out.float()))
+        return out
 
 
 class HuggingFaceSink:

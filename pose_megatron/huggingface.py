@@ -321,6 +321,7 @@ def write_config(
                 f"--rope-scaling {model.rope_scaling.method} with base {rope['rope_theta']:g} has "
                 f"no Hugging Face form: the code of {family.architecture} reads no rope from its "
                 "config.json; train this family with --rope-scaling none"
+                + " or export it with --as-llama" * (model.family == "baichuan")
             )
         rope = {}
     if model.is_gptj:

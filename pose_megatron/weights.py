@@ -78,15 +78,18 @@ class Weights(Mapping):
                 name = key if layer is None else key.replace("layers.", f"layers.{layer}.", 1)
                 self.shapes[name] = tensor.size[layer is not None :]
                 self.dtypes[name] = tensor.properties.dtype
+        sizes = {}
         for place, info in index.storage_data.items():
             chunk = index.chunk_sizes.get((place.fqn, getattr(place, "offset", None)))
             if chunk is None:
                 continue
             path = self.path / info.relative_path
-            if path.parent != self.path or not path.is_file():
-                raise ValueError(f"{damaged} {info.relative_path} is missing")
-            if path.stat().st_size < info.offset + info.length:
-                raise ValueError(f"{damaged} {info.relative_path} is cut off")
+            if path not in sizes:
+                if path.parent != self.path or not path.is_file():
+                    raise ValueError(f"{damaged} {path.name} is missing")
+                sizes[path] = path.stat().st_size
+            if sizes[path] < info.offset + info.length:
+                raise ValueError(f"{damaged} {path.name} is cut off")
             self._chunks.setdefault(place.fqn, []).append(
                 _Chunk(path, info.offset, info.length, place.offset, chunk))
 

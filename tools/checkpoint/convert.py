@@ -107,6 +107,11 @@ def parser() -> argparse.ArgumentParser:
         "--strict", action="store_true", help="fail on what is otherwise a warning, such as NaN"
     )
     p.add_argument(
+        "--as-llama",
+        action="store_true",
+        help="a Baichuan2 becomes the LLaMA that computes the same, which can be interpolated",
+    )
+    p.add_argument(
         "--rope-as-longrope",
         action="store_true",
         help="saver hf: write yarn as longrope, which transformers 4.43 to 4.54 read exactly",
@@ -137,7 +142,7 @@ def convert(args: argparse.Namespace) -> None:
     load, save = args.load_dir.resolve(), args.save_dir.resolve()
     shard_bytes = _check(args, load, save)
     source = Source(args.loader, load, args.iteration, args.max_position_embeddings,
-                    args.make_vocab_size_divisible_by)
+                    args.make_vocab_size_divisible_by, args.as_llama)
     model, rows = source.model, source.rows
     problems = Problems(args.strict)
     for warning in source.warnings if team.rank == 0 else ():
@@ -358,7 +363,7 @@ def _check_logits(sides: dict[str, Path], model, args) -> list:
     """Compared in Megatron and transformers; with --verify whatever the size, else of small models.
     """
     comparable = {"hf", "megatron"} <= sides.keys() and model.family != "baichuan"
-    if not comparable or not (args.verify or model.num_parameters <= SMALL):
+    if args.as_llama or not comparable or not (args.verify or model.num_parameters <= SMALL):
         return []
     from pose_megatron import cpu  # only now: megatron-core takes seconds to import
 
