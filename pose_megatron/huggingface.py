@@ -338,7 +338,13 @@ def _tokenizer_config(sidecars: Mapping[str, Path]) -> dict:
         return {}
     from sentencepiece import SentencePieceProcessor
 
-    tokens = SentencePieceProcessor(model_file=str(sidecars["tokenizer.model"]))
+    try:
+        tokens = SentencePieceProcessor(model_file=str(sidecars["tokenizer.model"]))
+    except RuntimeError:
+        raise ValueError(
+            f"{sidecars['tokenizer.model']} is no SentencePiece model (LLaMA 3's is not); name the "
+            "tokenizer of a Hugging Face folder with --tokenizer-model"
+        ) from None
     special = {"bos": tokens.bos_id(), "eos": tokens.eos_id(), "unk": tokens.unk_id()}
     return {
         "tokenizer_class": "LlamaTokenizer",

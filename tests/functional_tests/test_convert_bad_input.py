@@ -123,6 +123,13 @@ def test_wrong_hashes_of_a_download(run, hf, tmp_path):
         run(*words(tmp_path / "meta", tmp_path / "out2", loader="meta"))
 
 
+def test_a_tokenizer_that_is_not_sentencepiece(run, hf, tmp_path):
+    (tmp_path / "tokenizer.model").write_text("IQ== 0\nIg== 1\n")  # tiktoken's, as of LLaMA 3
+    more = "--tokenizer-model", tmp_path / "tokenizer.model"
+    with pytest.raises(ValueError, match="tokenizer.model is no SentencePiece model"):
+        run(*words(hf, tmp_path / "out", *more, saver="hf"))
+
+
 def test_values_that_are_no_numbers(run, hf, tmp_path, capsys):
     norm = torch.ones(64)
     norm[:3] = torch.tensor([float("nan"), float("inf"), -float("inf")])

@@ -1,15 +1,13 @@
 """Every family in and out: the same bits again, and the logits and rope of those who made it."""
 
 import pytest
-from families import CASES, line, measure, supported
+from families import CASES, line, measure
 
 pytestmark = pytest.mark.usefixtures("world")
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if not case.fault])
 def test_a_family_comes_in_and_goes_out(name, tmp_path):
-    if not supported(CASES[name]):
-        pytest.skip("no such rope yet")
     rows = measure(CASES[name], tmp_path)
     print(*(line(name, row) for row in rows), sep="\n")
     assert [row["direction"] for row in rows][:2] == ["in", "out"]

@@ -150,7 +150,7 @@ def convert(args: argparse.Namespace) -> None:
     dtypes = source.dtypes
     if args.dtype != "keep":
         dtypes = dict.fromkeys(dtypes, getattr(torch, args.dtype))
-    total = sum(size(dtypes[row.name], row.shape) for row in rows)
+    total = _bytes({0: rows}, dtypes)
     sidecars = huggingface.find_sidecars(args.tokenizer_model or source.tokenizer)
     with _staged(team, save, args.overwrite) as folder:
         if team.rank == 0:
@@ -160,32 +160,21 @@ def convert(args: argparse.Namespace) -> None:
         with _rope_check([load] * (args.loader == "hf") + [folder] * (args.saver == "hf"), model,
                          team.rank == 0) as rope:
             sink = _sink(args, folder, source, dtypes, shard_bytes, team.size)
-            mine = range(team.rank, len(sink.jobs), team.size)
-            jobs = {number: sink.jobs[number] for number in mine}
-            work = sum(size(dtypes[row.name], row.shape) for job in jobs.values() for row in job)
-            results = {}
-            with _phase(say, seconds, "convert", work) as advance:
-                for number, job in jobs.items():
-                    tensors = read_ahead(source, job, dtypes, problems.look)
-                    results[number] = sink.write(number, _counted(tensors, advance))
-        together = {k: v for part in team.gather(results) for k, v in part.items()}
-        problems.nonfinite = {k: v for x in team.gather(problems.nonfinite) for k, v in x.items()}
-        if team.rank == 0:
-            sink.finish([together[number] for number in range(len(sink.jobs))])
-            if args.saver == "hf" and not (folder / "tokenizer_config.json").is_file():
-                say("note: no tokenizer to copy; name one with --tokenizer-model", flush=True)
-            problems.report()
-        team.share(None)
+            jobs = {n: sink.jobs[n] for n in range(team.rank, len(sink.jobs), team.size)}
+            mine = {row.name: row for job in jobs.values() for row in job}
+            with _phase(say, seconds, "convert", _bytes(jobs, dtypes)) as advance:
+                _transfer(team, source, sink, jobs, dtypes, problems, advance)
+        if args.saver == "hf" and not (folder / "tokenizer_config.json").is_file():
+            say("note: no tokenizer to copy; name one with --tokenizer-model", flush=True)
         errors, logits = rope(), []
         if args.verify is not False:
-            with _phase(say, seconds, "verify", work) as advance:
+            with _phase(say, seconds, "verify", _bytes({0: mine.values()}, dtypes)) as advance:
                 _check_hashes(source, team)
                 window = model.max_position_embeddings
                 again = Source(args.saver, folder, None, window, model.make_vocab_size_divisible_by)
                 if args.saver == "megatron" and again.model != model:
                     raise ValueError(f"read back {again.model}, wrote {model}")
-                seen = {row.name: row for job in jobs.values() for row in job}
-                _compare(source, again, seen.values(), dtypes, advance)
+                _compare(source, again, mine.values(), dtypes, advance)
             if team.size == 1:
                 logits = _check_logits({args.loader: load, args.saver: folder}, model, args)
         team.share(None)
@@ -262,6 +251,24 @@ def _sink(args, folder, source, dtypes, shard_bytes, processes):
         return formats.MegatronSink(folder, source.rows, dtypes, source.model, processes)
     return formats.MetaSink(folder, source.rows, dtypes, source.model,
                             args.target_tensor_parallel_size)
+
+
+def _transfer(team: Team, source: Source, sink, jobs: dict, dtypes, problems, advance) -> None:
+    """Does this process's jobs, and what is to be done once all have done theirs."""
+    results = {}
+    for number, job in jobs.items():
+        tensors = read_ahead(source, job, dtypes, problems.look)
+        results[number] = sink.write(number, _counted(tensors, advance))
+    together = {k: v for part in team.gather(results) for k, v in part.items()}
+    problems.nonfinite = {k: v for x in team.gather(problems.nonfinite) for k, v in x.items()}
+    if team.rank == 0:
+        sink.finish([together[number] for number in range(len(sink.jobs))])
+        problems.report()
+    team.share(None)
+
+
+def _bytes(jobs: dict, dtypes) -> int:
+    return sum(size(dtypes[row.name], row.shape) for job in jobs.values() for row in job)
 
 
 class Problems:
