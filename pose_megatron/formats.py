@@ -2,6 +2,7 @@
 them. What is in memory at a time is the row that is read and the row that is written.
 """
 
+import dataclasses
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -26,6 +27,8 @@ class Source:
         iteration: megatron: which one, None for the latest.
         window: meta: max_position_embeddings, None for the published model's.
         make_vocab_size_divisible_by: hf, meta: of the embedding's padding.
+        as_llama: makes of a Baichuan2 the LLaMA that computes the same: the rows of its head have
+            length one already. Its own code cannot interpolate, LLaMA's can.
 
     Attributes:
         model: shape and rope.
@@ -41,7 +44,8 @@ class Source:
     """
 
     def __init__(self, format: str, folder: Path, iteration: int | None = None,
-                 window: int | None = None, make_vocab_size_divisible_by: int = 128):
+                 window: int | None = None, make_vocab_size_divisible_by: int = 128,
+                 as_llama: bool = False):
         self.folder, self.tokenizer = folder, folder
         if format == "megatron":
             self._tensors = weights.open_weights(folder, iteration)
@@ -69,6 +73,12 @@ class Source:
                     row.name: one_dtype(row, (dtypes[part] for part in row.parts))
                     for row in self.rows
                 }
+            self._normalized, self._own_rows = as_llama, {row.name: row for row in self.rows}
+            if as_llama:
+                if self.model.family != "baichuan":
+                    raise ValueError(f"--as-llama is for Baichuan2, not {self.model.family}")
+                self.model = dataclasses.replace(self.model, family="llama")
+                self.rows = list(table(**huggingface.sizes(self.model)))
 
     def _check_heads(self, heads: Iterable[str]) -> None:
         (embedding,) = self.rows[0].parts
@@ -80,8 +90,12 @@ class Source:
     def read(self, row: Row, out: Tensor) -> Tensor:
         """Fills `out` with Megatron's tensor of the row."""
         if self.by_row:
-            return self._tensors.read(row.name, out)
-        return row.join(self._tensors.read, out)
+            self._tensors.read(row.name, out)
+        else:
+            self._own_rows[row.name].join(self._tensors.read, out)
+        if self._normalized and row.name == "output_layer.weight":
+            out.copy_(torch.nn.functional.normalize(out.float()))
+        return out
 
 
 class HuggingFaceSink:
@@ -100,11 +114,10 @@ class HuggingFaceSink:
     def write(self, number: int, tensors: Iterable[tuple[Row, Tensor]]) -> None:
         """Writes job `number`."""
         path = self.folder / huggingface.shard_name(number, len(self.jobs))
-        file = huggingface.open_shard(path, self.jobs[number], self._dtypes)
-        for row, tensor in tensors:
-            for name, part in row.split(tensor).items():
-                file.put(name, part)
-        file.close()
+        with huggingface.open_shard(path, self.jobs[number], self._dtypes) as file:
+            for row, tensor in tensors:
+                for name, part in row.split(tensor).items():
+                    file.put(name, part)
 
     def finish(self, results: list) -> None:
         """Once, when all jobs are written; `results` is what they returned."""
@@ -125,10 +138,9 @@ class MegatronSink:
         self.jobs = [job for job in self.jobs if job]
 
     def write(self, number: int, tensors: Iterable[tuple[Row, Tensor]]) -> dict:
-        file = weights.Writer(self.folder, number)
-        for row, tensor in tensors:
-            file.put(row.name, tensor)
-        file.close()
+        with weights.Writer(self.folder, number) as file:
+            for row, tensor in tensors:
+                file.put(row.name, tensor)
         return file.places
 
     def finish(self, results: list) -> None:
@@ -152,14 +164,13 @@ class MetaSink:
                 of["lm_head.weight"] = of["model.embed_tokens.weight"]
 
     def write(self, number: int, tensors: Iterable[tuple[Row, Tensor]]) -> None:
-        file = meta.Writer(self.folder, self._model, self._shapes, self._dtypes, number,
-                           self._ranks)
-        for row, tensor in tensors:
-            for name, part in row.split(tensor).items():
-                file.put(name, part)
-                if self._tied and name == "model.embed_tokens.weight":
-                    file.put("lm_head.weight", part)
-        file.close()
+        with meta.Writer(self.folder, self._model, self._shapes, self._dtypes, number,
+                         self._ranks) as file:
+            for row, tensor in tensors:
+                for name, part in row.split(tensor).items():
+                    file.put(name, part)
+                    if self._tied and name == "model.embed_tokens.weight":
+                        file.put("lm_head.weight", part)
 
     def finish(self, results: list) -> None:
         pass

@@ -321,6 +321,7 @@ def write_config(
                 f"--rope-scaling {model.rope_scaling.method} with base {rope['rope_theta']:g} has "
                 f"no Hugging Face form: the code of {family.architecture} reads no rope from its "
                 "config.json; train this family with --rope-scaling none"
+                + " or export it with --as-llama" * (model.family == "baichuan")
             )
         rope = {}
     if model.is_gptj:
@@ -337,7 +338,13 @@ def _tokenizer_config(sidecars: Mapping[str, Path]) -> dict:
         return {}
     from sentencepiece import SentencePieceProcessor
 
-    tokens = SentencePieceProcessor(model_file=str(sidecars["tokenizer.model"]))
+    try:
+        tokens = SentencePieceProcessor(model_file=str(sidecars["tokenizer.model"]))
+    except RuntimeError:
+        raise ValueError(
+            f"{sidecars['tokenizer.model']} is no SentencePiece model (LLaMA 3's is not); name the "
+            "tokenizer of a Hugging Face folder with --tokenizer-model"
+        ) from None
     special = {"bos": tokens.bos_id(), "eos": tokens.eos_id(), "unk": tokens.unk_id()}
     return {
         "tokenizer_class": "LlamaTokenizer",

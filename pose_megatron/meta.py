@@ -21,7 +21,7 @@ from torch import Tensor
 from pose_megatron.durable import fsync, gist
 from pose_megatron.model_config import ModelConfig
 from pose_megatron.rope_config import from_hf, to_hf
-from pose_megatron.tensor_files import Stored, data, read_torch, write_at
+from pose_megatron.tensor_files import Stored, Written, data, read_torch, write_at
 
 _NAMES = {  # Hugging Face's: Meta's, and the dimension that is sliced
     "model.embed_tokens.weight": ("tok_embeddings.weight", 1),  # of LLaMA 3: 0
@@ -213,7 +213,7 @@ def write_params(folder: Path, model: ModelConfig, ranks: int) -> None:
     (folder / "params.json").write_text(json.dumps(params) + "\n")
 
 
-class Writer:
+class Writer(Written):
     """One consolidated.NN.pth; the tensors are put one by one, whole and by Hugging Face's names.
 
     Args:
@@ -235,8 +235,11 @@ class Writer:
             if dim is not None:
                 shape[dim] //= ranks
             empty[meta] = torch.empty(shape, dtype=dtypes[name])
-        with torch.serialization.skip_data():  # the file with holes where the values come
-            torch.save(empty, self.path)
+        try:
+            with torch.serialization.skip_data():  # the file with holes where the values come
+                torch.save(empty, self.path)
+        except RuntimeError as error:  # all that torch says of a full disk
+            raise OSError(f"{self.path} cannot be written: {gist(error)}") from None
         self._places = read_torch(self.path)
         self._file = open(self.path, "r+b", buffering=0)
 

@@ -249,6 +249,13 @@ def _resolve_scaling(
     before = loaded.rope_scaling if loaded else RopeScaling()
     asked = _asked_scaling(flags)
     if before.method == "none":
+        if loaded and target > loaded.max_position_embeddings and not (
+                asked or flags.rotary_base is not None):
+            raise ValueError(
+                f"--max-position-embeddings {target} is beyond the checkpoint's "
+                f"{loaded.max_position_embeddings}: choose a --rope-scaling, such as yarn, or say "
+                "--rope-scaling none to train on angles that it has never seen"
+            )
         original = loaded.max_position_embeddings if loaded else seq_length
         return _new_scaling(asked, original, target)
     if all(getattr(before, name) == value for name, value in asked.items()):

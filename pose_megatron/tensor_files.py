@@ -114,16 +114,26 @@ def read_torch(path: Path) -> dict[str, Stored]:
 
 def locate(path: Path, name: str, tensor: Tensor, base: int = 0) -> Stored:
     """Where a tensor that was loaded onto the meta device lies."""
-    if not hasattr(tensor.untyped_storage(), "_checkpoint_offset"):
+    offset = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
+    if offset is None:
         raise ValueError(f"{path} is in torch's format of before 1.6; load and save it anew first")
     if not tensor.is_contiguous():
         raise ValueError(f"{path}: {name} is not stored contiguously; save a contiguous copy first")
-    offset = tensor.untyped_storage()._checkpoint_offset
     offset += base + tensor.storage_offset() * tensor.dtype.itemsize
     return Stored(path, offset, tensor.dtype, tuple(tensor.shape))
 
 
-class SafetensorsWriter:
+class Written:
+    """A file that is being written: closed where an error ends its `with`, else by close()."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        self._file.close() if kind else self.close()
+
+
+class SafetensorsWriter(Written):
     """A safetensors file whose tensors are put one by one, in any order.
 
     Args:

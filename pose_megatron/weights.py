@@ -33,7 +33,7 @@ from pose_megatron.index import read_index
 from pose_megatron.legacy import Legacy
 from pose_megatron.megatron_args import common_state
 from pose_megatron.model_config import ModelConfig
-from pose_megatron.tensor_files import Stored, data, locate
+from pose_megatron.tensor_files import Stored, Written, data, locate
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
 _EXTRA = ("self_attention.linear_qkv", "self_attention.core_attention",
@@ -78,15 +78,18 @@ class Weights(Mapping):
                 name = key if layer is None else key.replace("layers.", f"layers.{layer}.", 1)
                 self.shapes[name] = tensor.size[layer is not None :]
                 self.dtypes[name] = tensor.properties.dtype
+        sizes = {}
         for place, info in index.storage_data.items():
             chunk = index.chunk_sizes.get((place.fqn, getattr(place, "offset", None)))
             if chunk is None:
                 continue
             path = self.path / info.relative_path
-            if path.parent != self.path or not path.is_file():
-                raise ValueError(f"{damaged} {info.relative_path} is missing")
-            if path.stat().st_size < info.offset + info.length:
-                raise ValueError(f"{damaged} {info.relative_path} is cut off")
+            if path not in sizes:
+                if path.parent != self.path or not path.is_file():
+                    raise ValueError(f"{damaged} {path.name} is missing")
+                sizes[path] = path.stat().st_size
+            if sizes[path] < info.offset + info.length:
+                raise ValueError(f"{damaged} {path.name} is cut off")
             self._chunks.setdefault(place.fqn, []).append(
                 _Chunk(path, info.offset, info.length, place.offset, chunk))
 
@@ -169,7 +172,7 @@ class _Part(io.RawIOBase):
         return len(content)
 
 
-class Writer:
+class Writer(Written):
     """Writes whole tensors into one file of the `release` checkpoint of a folder, one by one.
 
     Several processes may write a file each; the `places` of all of them go to `finish`.
@@ -194,7 +197,10 @@ class Writer:
         corner = () if layer is None else (layer,)
         # A storage of its own size, without a copy: torch.save would write all of a buffer's.
         alone = torch.frombuffer(data(tensor), dtype=tensor.dtype)
-        torch.save(alone.view(*(1,) * len(corner), *tensor.shape), self._file)
+        try:
+            torch.save(alone.view(*(1,) * len(corner), *tensor.shape), self._file)
+        except RuntimeError as error:  # torch's own, over what the disk said
+            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
         self.places[name] = (key, corner, tensor.dtype, tuple(tensor.shape), self.path.name, begin,
                              self._file.tell() - begin)
 
@@ -271,10 +277,9 @@ def write_weights(
     """
     root = Path(root)
     path = begin(root, tokenizer_files)
-    writer = Writer(root)
-    for name, tensor in tensors.items():
-        writer.put(name, tensor)
-    writer.close()
+    with Writer(root) as writer:
+        for name, tensor in tensors.items():
+            writer.put(name, tensor)
     finish(root, model, writer.places)
     return path
 

@@ -314,6 +314,24 @@ def test_where_it_may_write(run, megatron, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.parametrize("family, hint", [
+    ("gptj", "--rope-scaling none$"), ("baichuan", "or export it with --as-llama$")])
+def test_a_rope_that_the_family_cannot_say(megatron, tmp_path, family, hint):
+    from pose_megatron import huggingface
+    from pose_megatron.directory import find
+    from pose_megatron.rope import RopeScaling
+
+    model = dataclasses.replace(find(megatron).model, family=family,
+                                rope_scaling=RopeScaling("linear", 8.0))
+    with pytest.raises(ValueError, match=f"ForCausalLM reads no rope .*{hint}"):
+        huggingface.write_config(tmp_path, model, torch.float32, {})
+
+
+def test_as_llama_is_for_those_that_need_it(run, megatron, tmp_path):
+    with pytest.raises(ValueError, match="--as-llama is for Baichuan2, not llama"):
+        run(*to_hf(megatron, tmp_path / "out"), "--as-llama")
+
+
 def test_wrong_tensors_in_a_megatron_checkpoint(run, megatron, tmp_path):
     from pose_megatron.weights import read_weights, write_weights
 

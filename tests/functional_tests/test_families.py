@@ -1,20 +1,19 @@
 """Every family in and out: the same bits again, and the logits and rope of those who made it."""
 
 import pytest
-from families import CASES, line, measure, supported
+from families import CASES, line, measure
 
 pytestmark = pytest.mark.usefixtures("world")
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if not case.fault])
 def test_a_family_comes_in_and_goes_out(name, tmp_path):
-    if not supported(CASES[name]):
-        pytest.skip("no such rope yet")
     rows = measure(CASES[name], tmp_path)
     print(*(line(name, row) for row in rows), sep="\n")
     assert [row["direction"] for row in rows][:2] == ["in", "out"]
     for row in rows:
-        assert row["same"] and row["rope"] <= 1e-6
+        assert row["same"] or (row["same"] is None and "as LLaMA" in row["direction"])
+        assert row["rope"] <= 1e-6
         assert row["plain"] < 1e-4 and row["exact"] < 1e-4
         assert row["skipped"] < 5e-3  # their float32 angles
 

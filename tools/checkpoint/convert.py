@@ -37,6 +37,7 @@ from pose_megatron.directory import find
 from pose_megatron.distributed import Team, one_sentence_errors
 from pose_megatron.durable import write_atomically
 from pose_megatron.formats import FORMATS, Source, read_ahead
+from pose_megatron.lifetime import end_with_parent
 from pose_megatron.rope_config import notes
 from pose_megatron.tensor_files import size
 
@@ -106,6 +107,11 @@ def parser() -> argparse.ArgumentParser:
         "--strict", action="store_true", help="fail on what is otherwise a warning, such as NaN"
     )
     p.add_argument(
+        "--as-llama",
+        action="store_true",
+        help="a Baichuan2 becomes the LLaMA that computes the same, which can be interpolated",
+    )
+    p.add_argument(
         "--rope-as-longrope",
         action="store_true",
         help="saver hf: write yarn as longrope, which transformers 4.43 to 4.54 read exactly",
@@ -136,7 +142,7 @@ def convert(args: argparse.Namespace) -> None:
     load, save = args.load_dir.resolve(), args.save_dir.resolve()
     shard_bytes = _check(args, load, save)
     source = Source(args.loader, load, args.iteration, args.max_position_embeddings,
-                    args.make_vocab_size_divisible_by)
+                    args.make_vocab_size_divisible_by, args.as_llama)
     model, rows = source.model, source.rows
     problems = Problems(args.strict)
     for warning in source.warnings if team.rank == 0 else ():
@@ -144,7 +150,7 @@ def convert(args: argparse.Namespace) -> None:
     dtypes = source.dtypes
     if args.dtype != "keep":
         dtypes = dict.fromkeys(dtypes, getattr(torch, args.dtype))
-    total = sum(size(dtypes[row.name], row.shape) for row in rows)
+    total = _bytes({0: rows}, dtypes)
     sidecars = huggingface.find_sidecars(args.tokenizer_model or source.tokenizer)
     with _staged(team, save, args.overwrite) as folder:
         if team.rank == 0:
@@ -154,32 +160,21 @@ def convert(args: argparse.Namespace) -> None:
         with _rope_check([load] * (args.loader == "hf") + [folder] * (args.saver == "hf"), model,
                          team.rank == 0) as rope:
             sink = _sink(args, folder, source, dtypes, shard_bytes, team.size)
-            mine = range(team.rank, len(sink.jobs), team.size)
-            jobs = {number: sink.jobs[number] for number in mine}
-            work = sum(size(dtypes[row.name], row.shape) for job in jobs.values() for row in job)
-            results = {}
-            with _phase(say, seconds, "convert", work) as advance:
-                for number, job in jobs.items():
-                    tensors = read_ahead(source, job, dtypes, problems.look)
-                    results[number] = sink.write(number, _counted(tensors, advance))
-        together = {k: v for part in team.gather(results) for k, v in part.items()}
-        problems.nonfinite = {k: v for x in team.gather(problems.nonfinite) for k, v in x.items()}
-        if team.rank == 0:
-            sink.finish([together[number] for number in range(len(sink.jobs))])
-            if args.saver == "hf" and not (folder / "tokenizer_config.json").is_file():
-                say("note: no tokenizer to copy; name one with --tokenizer-model", flush=True)
-            problems.report()
-        team.share(None)
+            jobs = {n: sink.jobs[n] for n in range(team.rank, len(sink.jobs), team.size)}
+            mine = {row.name: row for job in jobs.values() for row in job}
+            with _phase(say, seconds, "convert", _bytes(jobs, dtypes)) as advance:
+                _transfer(team, source, sink, jobs, dtypes, problems, advance)
+        if args.saver == "hf" and not (folder / "tokenizer_config.json").is_file():
+            say("note: no tokenizer to copy; name one with --tokenizer-model", flush=True)
         errors, logits = rope(), []
         if args.verify is not False:
-            with _phase(say, seconds, "verify", work) as advance:
+            with _phase(say, seconds, "verify", _bytes({0: mine.values()}, dtypes)) as advance:
                 _check_hashes(source, team)
                 window = model.max_position_embeddings
                 again = Source(args.saver, folder, None, window, model.make_vocab_size_divisible_by)
                 if args.saver == "megatron" and again.model != model:
                     raise ValueError(f"read back {again.model}, wrote {model}")
-                seen = {row.name: row for job in jobs.values() for row in job}
-                _compare(source, again, seen.values(), dtypes, advance)
+                _compare(source, again, mine.values(), dtypes, advance)
             if team.size == 1:
                 logits = _check_logits({args.loader: load, args.saver: folder}, model, args)
         team.share(None)
@@ -258,6 +253,24 @@ def _sink(args, folder, source, dtypes, shard_bytes, processes):
                             args.target_tensor_parallel_size)
 
 
+def _transfer(team: Team, source: Source, sink, jobs: dict, dtypes, problems, advance) -> None:
+    """Does this process's jobs, and what is to be done once all have done theirs."""
+    results = {}
+    for number, job in jobs.items():
+        tensors = read_ahead(source, job, dtypes, problems.look)
+        results[number] = sink.write(number, _counted(tensors, advance))
+    together = {k: v for part in team.gather(results) for k, v in part.items()}
+    problems.nonfinite = {k: v for x in team.gather(problems.nonfinite) for k, v in x.items()}
+    if team.rank == 0:
+        sink.finish([together[number] for number in range(len(sink.jobs))])
+        problems.report()
+    team.share(None)
+
+
+def _bytes(jobs: dict, dtypes) -> int:
+    return sum(size(dtypes[row.name], row.shape) for job in jobs.values() for row in job)
+
+
 class Problems:
     """Warnings; each is an error if `strict`.
 
@@ -302,7 +315,8 @@ def _rope_check(folders: list[Path], model, wanted: bool) -> Iterator[Callable[[
     import multiprocessing
     from concurrent.futures import ProcessPoolExecutor
 
-    with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("fork"), initializer=end_with_parent,
+                             initargs=(os.getpid(),)) as pool:
         future = pool.submit(_rope_errors, folders, model)
         yield future.result
 
@@ -356,7 +370,7 @@ def _check_logits(sides: dict[str, Path], model, args) -> list:
     """Compared in Megatron and transformers; with --verify whatever the size, else of small models.
     """
     comparable = {"hf", "megatron"} <= sides.keys() and model.family != "baichuan"
-    if not comparable or not (args.verify or model.num_parameters <= SMALL):
+    if args.as_llama or not comparable or not (args.verify or model.num_parameters <= SMALL):
         return []
     found = find(sides["megatron"], args.iteration)
     if found.is_legacy and not args.verify:  # which no model loads
