@@ -4,6 +4,7 @@
 anything is built.
 """
 
+import math
 from dataclasses import dataclass
 
 from pose_megatron.arguments import Arguments, ParallelFlags, TrainingFlags
@@ -156,6 +157,15 @@ def _check_window(args: Arguments, model: ModelConfig) -> None:
             f"--seq-length {window} (the window L) is greater than "
             f"--max-position-embeddings {model.max_position_embeddings} (the target T); "
             "raise the latter or shorten the former"
+        )
+    scaling = model.rope_scaling
+    reach = scaling.factor * (scaling.original_max_position_embeddings or math.inf)
+    if scaling.method in ("linear", "ntk", "yarn", "yarn_revised") and (
+            model.max_position_embeddings > reach):
+        raise ValueError(
+            f"--rope-scaling {scaling} reaches {reach:g} positions, not the "
+            f"{model.max_position_embeddings} of --max-position-embeddings; leave "
+            "--rope-scaling-factor out, or raise it"
         )
     if model.rope_scaling.method == "dynamic":  # says why not
         inverse_frequencies(model.rotary_dim, model.rotary_base, model.rope_scaling)

@@ -326,9 +326,13 @@ def test_factor_and_original_window_can_be_said():
     assert shrunk.rope_scaling.factor == 1.0
 
 
-def test_a_longer_target_alone_does_not_interpolate():
-    config = resolve(["--max-position-embeddings", "32768"], loaded=LOADED)
+def test_a_longer_target_says_how_it_is_reached():
+    longer = ["--max-position-embeddings", "32768"]
+    with pytest.raises(ValueError, match="32768 is beyond the checkpoint.s 2048: choose a --rope"):
+        resolve(longer, loaded=LOADED)
+    config = resolve([*longer, "--rope-scaling", "none"], loaded=LOADED)
     assert config.rope_scaling == RopeScaling() and config.max_position_embeddings == 32768
+    assert resolve(longer, loaded=config) == config  # trained further, or resumed
 
 
 def test_a_factor_needs_a_method():

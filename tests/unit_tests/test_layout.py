@@ -63,6 +63,10 @@ def test_layout_follows_from_the_ranks():
      "--num-layers 4 is not a multiple of --pipeline-model-parallel-size 3"),
     ("--tensor-model-parallel-size 2 --sequence-parallel --seq-length 33", 2,
      "--sequence-parallel needs --seq-length 33"),
+    ("--seq-length 64 --max-position-embeddings 1024 --rope-scaling linear "
+     "--rope-scaling-factor 8", 1,
+     "--rope-scaling linear x8 from 64 reaches 512 positions, not the 1024 of "
+     "--max-position-embeddings"),
     ("--seq-length 64 --max-position-embeddings 32", 1,
      "--seq-length 64 .*is greater than --max-position-embeddings 32"),
 ])
