@@ -27,6 +27,13 @@ save_file(load_file(sys.argv[1]), sys.argv[2])
 if sys.argv[3] == "fsync":
     os.fsync(os.open(sys.argv[2], os.O_RDONLY))
 """
+ROPE = """
+import sys
+from pathlib import Path
+from pose_megatron import huggingface
+folder = Path(sys.argv[1])
+huggingface.rope_errors(folder, huggingface.read_config(folder))
+"""
 MAKE = """
 import json, sys, torch
 from pathlib import Path
@@ -84,6 +91,7 @@ def measure(folder: Path, repeats: int) -> tuple[dict[str, list[tuple[float, flo
         "torch": ("-c", "import torch"),
         "floor, no fsync": ("-c", FLOOR, hf / "model.safetensors", out, "none"),
         "floor": ("-c", FLOOR, hf / "model.safetensors", out, "fsync"),
+        "transformers asked for its rope": ("-c", ROPE, hf),
         "hf to megatron": (*there, "--save-dir", out, "--no-verify"),
         "megatron to hf": (*back, "--save-dir", out, "--no-verify"),
         "hf to megatron, --verify": (*there, "--save-dir", out),

@@ -178,19 +178,20 @@ class MetaSink:
 
 def read_ahead(
     source: Source, rows: Iterable[Row], dtypes: Mapping[str, torch.dtype],
-    look: Callable[[Row, Tensor], None] = lambda row, tensor: None,
+    look: Callable[[Row, Tensor], None] = lambda row, tensor: None, buffers: int = 2,
 ) -> Iterator[tuple[Row, Tensor]]:
     """The rows' tensors in `dtypes`; the next one is read while the caller works on this one.
 
-    A tensor is the caller's until it asks for the next but one.
+    A tensor is the caller's until it asks for the next one.
 
     Args:
         look: called with each.
+        buffers: of the size of the largest row. With one, nothing is read ahead.
     """
     rows = list(rows)
     largest = max(size(source.dtypes[row.name], row.shape) for row in rows)
     free, ready = queue.Queue(), queue.Queue()
-    for _ in range(2):  # used again and again: fresh memory costs as much as reading does
+    for _ in range(buffers):  # used again and again: fresh memory costs as much as reading does
         free.put(torch.empty(largest, dtype=torch.uint8))
 
     def produce() -> None:

@@ -385,8 +385,8 @@ def _check_logits(sides: dict[str, Path], model, args) -> list:
 
 def _compare(source: Source, again: Source, rows, dtypes, advance: Callable[[int], None]) -> None:
     rows = list(rows)
-    pairs = zip(read_ahead(source, rows, dtypes), read_ahead(again, rows, again.dtypes),
-                strict=True)
+    pairs = zip(read_ahead(source, rows, dtypes, buffers=1),
+                read_ahead(again, rows, again.dtypes, buffers=1), strict=True)
     for (row, tensor), (_, other) in pairs:
         # Padding of the vocabulary, which training changes, leaves Megatron's format for none.
         kept = len(tensor) if again.by_row else sum(row.blocks)
