@@ -1,5 +1,6 @@
 # make quickstart   the whole job on a laptop: text in, PoSE training, a longer window out
 # make test         all tests          make unit   the ones that take seconds
+# make bench        the benchmarks, half an hour; OUT=folder for the figures
 # make lint         ruff               make clean  removes .venv and quickstart/
 # Each sets up .venv when it is missing.
 
@@ -12,7 +13,7 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: quickstart test unit lint clean
+.PHONY: quickstart test unit bench lint clean
 
 quickstart: $(BIN)/.ready
 	bash examples/quickstart.sh
@@ -22,6 +23,14 @@ test: $(BIN)/.ready
 
 unit: $(BIN)/.ready
 	python -m pytest tests/unit_tests
+
+OUT ?= runs/benchmarks
+BENCHMARKS := step_overhead full_length resume dataset convert preprocess
+
+bench: $(BIN)/.ready
+	mkdir -p $(OUT)
+	set -e; for name in $(BENCHMARKS); do \
+	    echo "== $$name"; python benchmarks/$$name.py --output $(OUT)/$$name.json; done
 
 lint: $(BIN)/.ready
 	ruff check .

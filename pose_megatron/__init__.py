@@ -9,7 +9,7 @@
 import importlib
 import warnings
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {
     "PoseSampler": "positions", "SkipPlan": "samplers", "RopeScaling": "rope",
