@@ -55,7 +55,9 @@ def logits_differences(
         tokens: per row, of two rows.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     model, scaling = found.model, found.model.rope_scaling
     ours = load_logits(found, rounded_to=huggingface.stored_dtype(folder))
     theirs = AutoModelForCausalLM.from_pretrained(

@@ -74,7 +74,8 @@ def main() -> None:
     scored = sum((len(d) - lengths[-1] - 1) // stride + 1 for d in documents)
     name = flags.name or Path(flags.load).name
     results = []
-    with tqdm(total=scored * sum(lengths), unit="token", unit_scale=True, desc=name) as bar:
+    with tqdm(total=scored * sum(lengths), unit="token", unit_scale=True, desc=name,
+              disable=None) as bar:
         for result in perplexities(logits, documents, lengths, stride, flags.batch_tokens,
                                    bar.update):
             results.append({

@@ -5,6 +5,10 @@ import json
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from pose_megatron.program import one_sentence_errors
+
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
@@ -85,19 +89,17 @@ def plot(table: dict[str, dict[int, float]], metric: str, path: Path, window, ti
     figure.savefig(path)
 
 
+@one_sentence_errors
 def main() -> None:
     flags = parse()
-    try:
-        table = read(flags.results, flags.metric)
-        output = Path(flags.output)
-        output.parent.mkdir(parents=True, exist_ok=True)
-        text = markdown(table)
-        output.with_suffix(".md").write_text(text)
-        plot(table, flags.metric, output, flags.window, flags.title)
-    except (ValueError, OSError) as error:
-        sys.exit(f"plot_results.py: error: {error}")
+    table = read(flags.results, flags.metric)
+    output = Path(flags.output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    text = markdown(table)
+    output.with_suffix(".md").write_text(text)
+    plot(table, flags.metric, output, flags.window, flags.title)
     print(text + f"\n{output}  {output.with_suffix('.md')}")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
