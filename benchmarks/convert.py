@@ -121,14 +121,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", help="where to write [the system's temporary folder]")
     parser.add_argument("--repeats", type=int, default=3, help="[3]")
-    parser.add_argument("--json", type=Path, help="write every run there")
+    parser.add_argument("--output", type=Path, help="write every run there")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         results, size = measure(Path(folder), args.repeats)
     print(f"{size / 1e9:.2f} GB of weights, {os.cpu_count()} cores, medians of {args.repeats}")
     print(table(results))
-    if args.json:
-        args.json.write_text(json.dumps({"bytes": size, "runs": results}) + "\n")
+    if args.output:
+        args.output.write_text(json.dumps({"bytes": size, "runs": results}) + "\n")
 
 
 if __name__ == "__main__":
