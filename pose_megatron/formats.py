@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pose_megatron import huggingface, meta, weights
+from pose_megatron import huggingface, meta, shards, weights
 from pose_megatron.convert import Row, check_hf, check_megatron, one_dtype, table
 from pose_megatron.model_config import ModelConfig
 from pose_megatron.tensor_files import size
@@ -56,7 +56,7 @@ class Source:
                 self.model = meta.read_config(self._tensors, window, make_vocab_size_divisible_by)
         else:
             self.model = huggingface.read_config(folder, make_vocab_size_divisible_by)
-            self._tensors = huggingface.Tensors(folder)
+            self._tensors = shards.Tensors(folder)
         self.hashes = getattr(self._tensors, "hashes", {})
         self.warnings = getattr(self._tensors, "warnings", [])
         self.by_row = format == "megatron"
@@ -109,19 +109,19 @@ class HuggingFaceSink:
                  shard_bytes: int):
         self.folder, self._dtypes = folder, dtypes
         items = {name: dtype.itemsize for name, dtype in dtypes.items()}
-        self.jobs = huggingface.plan_shards(rows, items, shard_bytes)
+        self.jobs = shards.plan(rows, items, shard_bytes)
 
     def write(self, number: int, tensors: Iterable[tuple[Row, Tensor]]) -> None:
         """Writes job `number`."""
-        path = self.folder / huggingface.shard_name(number, len(self.jobs))
-        with huggingface.open_shard(path, self.jobs[number], self._dtypes) as file:
+        path = self.folder / shards.name_of(number, len(self.jobs))
+        with shards.create(path, self.jobs[number], self._dtypes) as file:
             for row, tensor in tensors:
                 for name, part in row.split(tensor).items():
                     file.put(name, part)
 
     def finish(self, results: list) -> None:
         """Once, when all jobs are written; `results` is what they returned."""
-        huggingface.write_index(self.folder, self.jobs, self._dtypes)
+        shards.write_index(self.folder, self.jobs, self._dtypes)
 
 
 class MegatronSink:

@@ -1,9 +1,8 @@
 """A model in a Hugging Face folder, read and written without transformers' model classes.
 
-    config.json                         shape and rope  <-> ModelConfig
-    model*.safetensors(.index.json)     weights, in one file or in shards with an index
-    pytorch_model*.bin(.index.json)     the same in torch's format, only read
-    tokenizer.*, ...                    SIDECARS: what accompanies the weights and is copied
+    config.json          shape and rope  <-> ModelConfig
+    tokenizer.*, ...     SIDECARS: what accompanies the weights and is copied
+    model*.safetensors   weights: shards.py
 
 What transformers will make of the rope in config.json is asked of transformers itself
 (`rope_errors`).
@@ -12,27 +11,19 @@ What transformers will make of the rope in config.json is asked of transformers 
 import contextlib
 import json
 import math
-import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from pose_megatron.convert import Row
 from pose_megatron.directory import TRACKER
 from pose_megatron.durable import fsync
 from pose_megatron.model_config import ModelConfig
 from pose_megatron.rope import attention_factor, inverse_frequencies
 from pose_megatron.rope_config import from_hf, rotary_percent, to_hf
-from pose_megatron.tensor_files import (
-    SafetensorsWriter,
-    read_safetensors,
-    read_torch,
-    size,
-)
 from pose_megatron.tokenizer import FOLDER_FILES
 
 # config.json goes along for the ids of special tokens.
@@ -103,7 +94,7 @@ def read_config(folder: Path, make_vocab_size_divisible_by: int = 128) -> ModelC
     Raises:
         ValueError: it is missing, broken, or says what none of FAMILIES has.
     """
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     with naming(folder):
         architecture = (config.get("architectures") or [None])[0]
         named = {f.architecture: name for name, f in FAMILIES.items()}
@@ -157,7 +148,7 @@ def read_config(folder: Path, make_vocab_size_divisible_by: int = 128) -> ModelC
 
 def stored_dtype(folder: Path) -> torch.dtype:
     """The precision that config.json says the weights have."""
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     return getattr(torch, config.get("dtype") or config.get("torch_dtype") or "float32")
 
 
@@ -179,81 +170,6 @@ def sizes(model: ModelConfig) -> dict:
              "num_query_groups", "kv_channels", "vocab_size", "padded_vocab_size")
     tied = not model.untie_embeddings_and_output_weights
     return {name: getattr(model, name) for name in names} | {"tied": tied}
-
-
-class Tensors(Mapping):
-    """The weights of a folder by name; each is read from disk when it is asked for.
-
-    Attributes:
-        shapes, dtypes: by name, known without reading.
-        hashes: sha256 of files, where huggingface_hub left a note of them when it downloaded.
-        warnings: what is odd and harms nothing.
-
-    Raises:
-        ValueError: there are no weights, or a shard is missing, damaged or incomplete.
-    """
-
-    def __init__(self, folder: Path):
-        weight_map, kind = {}, None
-        for kind in ("model.safetensors", "pytorch_model.bin"):
-            index = folder / f"{kind}.index.json"
-            if index.is_file() or (folder / kind).is_file():
-                break
-        else:
-            raise ValueError(
-                f"{folder}: no weights are here: neither model.safetensors, "
-                "model.safetensors.index.json, nor pytorch_model.bin with its own"
-            )
-        total = None
-        if index.is_file():
-            content = _read_json(index)
-            weight_map, total = content.get("weight_map"), content.get("metadata", {})
-            if not isinstance(weight_map, dict):
-                raise ValueError(f"{index} has no weight_map")
-            total = total.get("total_size") if isinstance(total, dict) else None
-        read = read_safetensors if kind.endswith("safetensors") else read_torch
-        self._tensors, self.hashes, self.warnings = {}, {}, []
-        for shard in sorted(set(weight_map.values())) or [kind]:
-            path = folder / shard
-            if path.parent != folder or not path.is_file():
-                raise ValueError(f"{folder}: shard {shard} is missing")
-            tensors = read(path)
-            if twice := tensors.keys() & self._tensors.keys():
-                raise ValueError(f"{path} has {min(twice)}, which another shard has too")
-            self._tensors |= tensors
-            if digest := _downloaded_hash(folder, shard):
-                self.hashes[path] = ("sha256", digest)
-        for name, shard in weight_map.items():
-            if name not in self._tensors or self._tensors[name].path != folder / shard:
-                raise ValueError(
-                    f"{folder}: shard {shard} lacks {name}, which {index.name} says it has")
-        self.shapes = {name: stored.shape for name, stored in self._tensors.items()}
-        self.dtypes = {name: stored.dtype for name, stored in self._tensors.items()}
-        found = sum(stored.nbytes for stored in self._tensors.values())
-        if total not in (None, found):
-            self.warnings.append(f"{index} says {total} bytes of tensors, the shards have {found}")
-
-    def read(self, name: str, out: torch.Tensor) -> torch.Tensor:
-        """Fills `out`, contiguous and of the tensor's shape and dtype."""
-        return self._tensors[name].read(out)
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        return self.read(name, torch.empty(self.shapes[name], dtype=self.dtypes[name]))
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
-
-
-def _downloaded_hash(folder: Path, file: str) -> str | None:
-    """huggingface_hub's note of a downloaded file: commit, etag, time. A large file's etag is its
-    sha256."""
-    note = folder / ".cache" / "huggingface" / "download" / f"{file}.metadata"
-    lines = note.read_text().split() if note.is_file() else []
-    found = [line for line in lines if re.fullmatch("[0-9a-f]{64}", line)]
-    return found[0] if found else None
 
 
 def find_sidecars(source: Path) -> dict[str, Path]:
@@ -294,12 +210,12 @@ def write_config(
         shutil.copyfile(sidecars[name], folder / name)
     window = model.max_position_embeddings
     if tokenizer := _tokenizer_config(sidecars):
-        _write_json(folder / "tokenizer_config.json", tokenizer | {"model_max_length": window})
+        write_json(folder / "tokenizer_config.json", tokenizer | {"model_max_length": window})
     if {"config.json", "generation_config.json"} <= sidecars.keys():
-        before = _read_json(sidecars["config.json"]).get("max_position_embeddings")
-        generation = _read_json(sidecars["generation_config.json"])
+        before = read_json(sidecars["config.json"]).get("max_position_embeddings")
+        generation = read_json(sidecars["generation_config.json"])
         if before is not None and generation.get("max_length") == before:
-            _write_json(folder / "generation_config.json", generation | {"max_length": window})
+            write_json(folder / "generation_config.json", generation | {"max_length": window})
     family = FAMILIES[model.family]
     config = {
         "architectures": [family.architecture],
@@ -326,12 +242,12 @@ def write_config(
         rope = {}
     if model.is_gptj:
         rope = {"rotary_dim": model.rotary_dim}
-    _write_json(folder / "config.json", config | rope)
+    write_json(folder / "config.json", config | rope)
 
 
 def _tokenizer_config(sidecars: Mapping[str, Path]) -> dict:
     if "tokenizer_config.json" in sidecars:
-        return _read_json(sidecars["tokenizer_config.json"])
+        return read_json(sidecars["tokenizer_config.json"])
     if "tokenizer.json" in sidecars:
         return {"tokenizer_class": "PreTrainedTokenizerFast"}
     if "tokenizer.model" not in sidecars:
@@ -358,7 +274,7 @@ def _special_tokens(folder: Path, sidecars: Mapping[str, Path]) -> dict:
     """Their ids: those of the source's config.json, else the tokenizer's."""
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     if "config.json" in sidecars:
-        source = _read_json(sidecars["config.json"])
+        source = read_json(sidecars["config.json"])
         return {name: source[name] for name in names if name in source}
     if not (folder / "tokenizer_config.json").is_file():
         return dict.fromkeys(names)  # transformers would fill in 1 and 2
@@ -366,50 +282,6 @@ def _special_tokens(folder: Path, sidecars: Mapping[str, Path]) -> dict:
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     return {name: getattr(tokenizer, name) for name in names}
-
-
-def plan_shards(rows: Sequence[Row], item: int | Mapping[str, int], limit: int) -> list[list[Row]]:
-    """Rows in their order, a new shard where `limit` bytes would be exceeded.
-
-    Args:
-        item: bytes of a value of each row, by its name.
-    """
-    shards, filled = [[]], 0
-    for row in rows:
-        nbytes = sum(math.prod(shape) for shape in row.parts.values()) * item[row.name]
-        if shards[-1] and filled + nbytes > limit:
-            shards.append([])
-            filled = 0
-        shards[-1].append(row)
-        filled += nbytes
-    return shards
-
-
-def shard_name(number: int, count: int) -> str:
-    part = f"-{number + 1:05d}-of-{count:05d}" if count > 1 else ""
-    return f"model{part}.safetensors"
-
-
-def open_shard(path: Path, rows: Sequence[Row], dtypes: Mapping[str, torch.dtype]
-               ) -> SafetensorsWriter:
-    """A file for the parts of some rows; dtypes by the rows' names."""
-    return SafetensorsWriter(path, {
-        part: (dtypes[row.name], shape) for row in rows for part, shape in row.parts.items()})
-
-
-def write_index(
-    folder: Path, shards: Sequence[Sequence[Row]], dtypes: Mapping[str, torch.dtype]
-) -> None:
-    """The index of several shards; none for a single one."""
-    if len(shards) == 1:
-        return
-    weight_map, total = {}, 0
-    for number, rows in enumerate(shards):
-        for row in rows:
-            weight_map |= dict.fromkeys(row.parts, shard_name(number, len(shards)))
-            total += sum(size(dtypes[row.name], shape) for shape in row.parts.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    _write_json(folder / "model.safetensors.index.json", index)
 
 
 def rope_errors(folder: Path, model: ModelConfig) -> dict[str, float]:
@@ -514,7 +386,12 @@ def naming(path: Path) -> Iterator[None]:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _read_json(path: Path) -> dict:
+def read_json(path: Path) -> dict:
+    """A JSON object.
+
+    Raises:
+        ValueError: the file is missing or something else.
+    """
     if not path.is_file():
         raise ValueError(f"{path} is missing")
     try:
@@ -526,5 +403,5 @@ def _read_json(path: Path) -> dict:
     return content
 
 
-def _write_json(path: Path, content: dict) -> None:
+def write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pose_megatron import huggingface, meta
+from pose_megatron import huggingface, meta, shards
 from pose_megatron.convert import table
 from pose_megatron.directory import Checkpoint, find
 from pose_megatron.model_config import ModelConfig
@@ -188,7 +188,7 @@ def _names(side: Summary, across: bool) -> Mapping[str, Tensor]:
 def _reader(side: Summary, across: bool) -> Callable[[str], Tensor]:
     """Reads a tensor that `_names` names."""
     if side.format == "hf":
-        return huggingface.Tensors(side.path).__getitem__
+        return shards.Tensors(side.path).__getitem__
     if side.format == "meta":
         return meta.Tensors(side.path).__getitem__
     weights = open_weights(side.path)
@@ -199,7 +199,7 @@ def _reader(side: Summary, across: bool) -> Callable[[str], Tensor]:
 
 
 def _huggingface(path: Path) -> Summary:
-    model, tensors = huggingface.read_config(path), huggingface.Tensors(path)
+    model, tensors = huggingface.read_config(path), shards.Tensors(path)
     files = huggingface.find_sidecars(path).keys() - {"config.json", "generation_config.json"}
     return Summary(path, "hf", model, {}, _empties(tensors), sorted(files))
 

@@ -95,7 +95,8 @@ class ModelConfig:
         h, d = self.hidden_size, self.kv_channels
         projections = h * d * (2 * self.num_attention_heads + 2 * self.num_query_groups)
         attention = self.num_attention_heads * d * window
-        layer = 2 * (projections + 3 * h * self.ffn_hidden_size) + 2 * attention
+        mlp = (2 if self.is_gptj else 3) * h * self.ffn_hidden_size
+        layer = 2 * (projections + mlp) + 2 * attention
         return 3.0 * (self.num_layers * layer + 2 * h * self.padded_vocab_size)
 
     def to_dict(self) -> dict:

@@ -113,6 +113,19 @@ def test_samples_do_not_depend_on_how_many_are_asked_for(world, make_corpus):
     assert len(few) == 5 and len(many) == 500
 
 
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_no_sample_shares_an_array_with_another(world, make_corpus, name):
+    """megatron-core's GPTDataset hands out one cached array of position ids."""
+    options = {"boundaries": (3,)} if name in ("pose-boundary", "longrecipe") else {}
+    data = train_set(make_corpus(numbered(SIZES)), window=12, name=name, samples=4, **options)
+    before = {field: values.copy() for field, values in data[1].items()}
+    for i in (0, 1):
+        for values in data[i].values():
+            values[:] = -7
+    for field, values in data[1].items():
+        assert np.array_equal(values, before[field]), field
+
+
 def test_the_seed_changes_order_and_positions(world, make_corpus):
     prefix = make_corpus(numbered([500]))
     one, other = (train_set(prefix, samples=20, seed=seed) for seed in (1, 2))

@@ -13,7 +13,7 @@ LAYERS = [
     {"cpu", "distributed", "corpus", "index_cache", "blend", "materialized", "dataset", "batch",
      "attention", "gptj", "head", "model", "optimizer", "checkpoint", "tokenizer", "fast_tokenizer",
      "jsonl", "text_corpus", "token_files", "encoding", "unfinished", "preprocessing", "durable",
-     "lifetime", "program", "directory", "huggingface", "weights", "tensor_files", "meta",
+     "lifetime", "program", "directory", "huggingface", "shards", "weights", "tensor_files", "meta",
      "formats", "parity", "legacy", "origin", "index", "inspection"},
     {"log", "training"},
 ]

@@ -7,27 +7,35 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, GPTJConfig, LlamaConfig
 
 from pose_megatron.log import PEAKS, JsonLines, Watch, _clock
 from pose_megatron.model_config import ModelConfig
 
+LLAMA = LlamaConfig(
+    num_hidden_layers=2, hidden_size=64, intermediate_size=96, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=24, vocab_size=128, attn_implementation="eager")
+GPTJ = GPTJConfig(n_layer=2, n_embd=64, n_inner=96, n_head=4, rotary_dim=8, n_positions=64,
+                  vocab_size=128, attn_implementation="eager")
 
-def test_model_flops_are_those_that_torch_counts():
-    llama = LlamaForCausalLM(LlamaConfig(
-        num_hidden_layers=2, hidden_size=64, intermediate_size=96, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=24, vocab_size=128, attn_implementation="eager"))
+
+@pytest.mark.parametrize(("theirs", "ours"), [
+    (LLAMA, {"num_query_groups": 2, "kv_channels": 24}),
+    (GPTJ, {"num_query_groups": 4, "kv_channels": 16, "family": "gptj", "rotary_percent": 0.5}),
+], ids=["llama", "gptj"])
+def test_model_flops_are_those_that_torch_counts(theirs, ours):
+    model = AutoModelForCausalLM.from_config(theirs)
 
     def counted(window):
         tokens = torch.arange(window)[None]
         with FlopCounterMode(display=False) as counter:
-            llama(tokens, labels=tokens).loss.backward()
+            model(tokens, labels=tokens).loss.backward()
         return counter.get_total_flops()
 
     window = 32
     ours = ModelConfig(
-        num_layers=2, hidden_size=64, ffn_hidden_size=96, num_attention_heads=4, num_query_groups=2,
-        kv_channels=24, vocab_size=128, max_position_embeddings=window)
+        num_layers=2, hidden_size=64, ffn_hidden_size=96, num_attention_heads=4, vocab_size=128,
+        max_position_embeddings=window, **ours)
     # torch counts a w + b w^2, where b w^2 is attention to all keys; the mask leaves half of it.
     once, twice = counted(window), counted(2 * window)
     attention = (twice - 2 * once) / 2
