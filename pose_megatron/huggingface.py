@@ -296,39 +296,51 @@ def rope_errors(folder: Path, model: ModelConfig) -> dict[str, float]:
     if model.family == "baichuan":  # transformers has no class of it
         return {}
     from transformers import AutoConfig
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
     if model.is_gptj:
         plain = inverse_frequencies(model.rotary_dim, model.rotary_base, model.rope_scaling)
         return _gptj_rope_errors(folder, plain)
-    try:
-        rotary = LlamaRotaryEmbedding(AutoConfig.from_pretrained(folder))
-    except Exception as error:  # of many classes, for what it finds wrong in the file
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{folder}: transformers refuses config.json: {reason}") from error
-    scaling, errors = model.rope_scaling, {"inv_freq": 0.0}
+    scaling, errors = model.rope_scaling, {"inv_freq": 0.0, "attention_factor": 0.0}
+    factor = attention_factor(scaling)
     window = scaling.original_max_position_embeddings
     lengths = {1, model.max_position_embeddings}
     if scaling.depends_on_length:  # transformers chooses by the largest position
         lengths |= {window, window + 1, 4 * window}
-    for length in sorted(lengths):
-        rotary(torch.zeros(1), torch.tensor([[0, length - 1]]))
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        ropes = {length: _rope_of(config, length) for length in sorted(lengths)}
+    except Exception as error:  # of many classes, for what it finds wrong in the file
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{folder}: transformers refuses config.json: {reason}") from error
+    for length, (theirs, their_factor) in ropes.items():
         ours = inverse_frequencies(
             model.rotary_dim, model.rotary_base, scaling,
             length if scaling.depends_on_length else None,
         )
-        theirs = rotary.inv_freq.double()
+        theirs = theirs.double()
         same = theirs.shape == ours.shape
         wrong = ((theirs - ours).abs() / ours).max().item() if same else float("inf")
         errors["inv_freq"] = max(errors["inv_freq"], wrong)
-    factor = attention_factor(scaling)
-    errors["attention_factor"] = abs(rotary.attention_scaling - factor) / factor
+        wrong = abs(their_factor - factor) / factor
+        errors["attention_factor"] = max(errors["attention_factor"], wrong)
     if not all(error <= 1e-6 for error in errors.values()):
         raise ValueError(
             f"{folder}: transformers reads another rope from config.json than "
             f"{scaling}; relative errors {errors}"
         )
     return errors
+
+
+def _rope_of(config, length: int) -> tuple[torch.Tensor, float]:
+    """Inverse frequencies and attention factor for sequences of `length`, by the functions that
+    transformers' rotary module calls: to import the module itself takes seconds."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    rope = config.rope_parameters
+    if rope["rope_type"] != "default":
+        return ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, "cpu", seq_len=length)
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 1.0 / rope["rope_theta"] ** (torch.arange(0, width, 2).float() / width), 1.0
 
 
 def _gptj_rope_errors(folder: Path, ours: torch.Tensor) -> dict[str, float]:
