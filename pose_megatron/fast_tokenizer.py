@@ -1,11 +1,15 @@
 """gigatoken, a byte-pair encoder many times faster than the tokenizers' own libraries.
 
 It is another implementation, so it is used only where its ids are those of the tokenizer's own
-library, on texts of the corpus at hand and on texts that implementations get wrong.
+library, on texts of the corpus at hand and on texts that implementations get wrong. A text with a
+character that is newer than this Python's Unicode goes to the tokenizer's own library: the two may
+know different versions, and take a letter for a sign.
 """
 
+import functools
 import json
 import os
+import unicodedata
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,7 +20,7 @@ CACHE_BYTES = 1 << 28  # what one process may remember of the words that it has 
 
 
 class FastTokenizer:
-    """A tokenizer's ids from gigatoken, on one thread.
+    """A tokenizer's ids from gigatoken, on one thread; from its own library where they may differ.
 
     Raises:
         ValueError: gigatoken is not installed, or cannot express the tokenizer.
@@ -28,6 +32,7 @@ class FastTokenizer:
         except ImportError:
             raise ValueError("gigatoken is not installed") from None
         form = tokenizer.as_json()
+        self._own = tokenizer
         self.added = [token["content"] for token in form["added_tokens"]]
         self._json, self._load = json.dumps(form), gigatoken_rs.load_hf_json
         self._reload()
@@ -39,7 +44,11 @@ class FastTokenizer:
             ValueError: gigatoken fails on one.
         """
         try:
-            ids = [self._encode(text) for text in texts]
+            ids = [
+                self._encode(text) if text.isascii() or not _has_new_characters(text)
+                else np.array(self._own.tokenize(text), dtype=np.uint32)
+                for text in texts
+            ]
         except BaseException as error:
             if isinstance(error, KeyboardInterrupt | MemoryError):
                 raise
@@ -58,6 +67,21 @@ class FastTokenizer:
             reason = str(error).strip().partition("\n")[0]
             raise ValueError(f"gigatoken cannot express it ({reason})") from error
         self._limit = _resident() + CACHE_BYTES
+
+
+def _has_new_characters(text: str) -> bool:
+    codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
+    return bool(_unassigned()[codes].any())
+
+
+@functools.cache
+def _unassigned() -> np.ndarray:
+    """bool of each code point: whether this Python's Unicode has given it no character yet."""
+    table = np.zeros(0x110000, dtype=bool)
+    table[0x40000:0xF0000] = True  # planes that are nearly empty; the private ones are settled
+    for code in range(0x40000):
+        table[code] = unicodedata.category(chr(code)) == "Cn"
+    return table
 
 
 def difference(fast: FastTokenizer, tokenizer: Tokenizer, texts: Sequence[str]) -> str | None:

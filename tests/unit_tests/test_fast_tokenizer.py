@@ -68,6 +68,20 @@ def test_proven_ids_are_the_librarys_on_any_string(tokenizers, name):
     holds()
 
 
+def test_letters_newer_than_a_librarys_unicode_keep_their_ids(tmp_path):
+    """U+16EBB became a letter in Unicode 17; it split words in one library and not in the other."""
+    text = 'None,\n    "\U00016ebb",\n    "\U00016ebc",\n    " \U00016ebb"'
+    own = Tokenizer(models.BPE())
+    own.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    own.train_from_iterator([text] * 4, trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<eos>"], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    own.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<eos>"}')
+    fast = FastTokenizer(build_tokenizer("HuggingFaceTokenizer", tmp_path))
+    assert fast.tokenize_batch([text])[0].tolist() == own.encode(text).ids
+
+
 @pytest.mark.parametrize("how, message", [
     ({"model_type": "unigram"}, "own library: only BPE sentencepiece models are supported"),
     ({"model_type": "bpe"}, "own library: only byte_fallback"),
