@@ -1,11 +1,15 @@
 """Shared by all tests: the CPU words first, then a one-rank world and small real corpora."""
 
 import os
+import signal
 import sys
 import sysconfig
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Started in the background, a process ignores Ctrl-C, and what it starts inherits that; some tests
+# send it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
