@@ -34,13 +34,6 @@ from pose_megatron import huggingface
 folder = Path(sys.argv[1])
 huggingface.rope_errors(folder, huggingface.read_config(folder))
 """
-ITSELF = """
-import runpy, sys
-from pose_megatron import huggingface
-huggingface.rope_errors = lambda *_: {}
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
 MAKE = """
 import json, sys, torch
 from pathlib import Path
@@ -99,8 +92,6 @@ def measure(folder: Path, repeats: int) -> tuple[dict[str, list[tuple[float, flo
         "floor, no fsync": ("-c", FLOOR, hf / "model.safetensors", out, "none"),
         "floor": ("-c", FLOOR, hf / "model.safetensors", out, "fsync"),
         "transformers asked for its rope": ("-c", ROPE, hf),
-        "hf to megatron, itself": ("-c", ITSELF, *there, "--save-dir", out, "--no-verify"),
-        "megatron to hf, itself": ("-c", ITSELF, *back, "--save-dir", out, "--no-verify"),
         "hf to megatron": (*there, "--save-dir", out, "--no-verify"),
         "megatron to hf": (*back, "--save-dir", out, "--no-verify"),
         "hf to megatron, --verify": (*there, "--save-dir", out),
