@@ -13,6 +13,8 @@ from pathlib import Path
 
 import trainers
 
+from pose_megatron.log import peak_memory
+
 WORDS = """
     --num-layers 4 --num-attention-heads 8 --vocab-size 4096 --hidden-size {width}
     --seq-length {window} --max-position-embeddings {target} --rope-scaling linear
@@ -63,14 +65,14 @@ def work(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         corpus = trainers.random_corpus(Path(folder), 4096, 2 * target + 1, documents=8)
         run = trainers.Run([*words, "--data-path", corpus, *args.extra.split()])
-        before, seconds = trainers.memory(), []
+        before, seconds = peak_memory(), []
         for _ in range(args.steps + 1):
             trainers.synchronize()
             start = time.perf_counter()
             run.step()
             trainers.synchronize()
             seconds.append(time.perf_counter() - start)
-    trainers.report(args.rows, seconds=statistics.median(seconds[1:]), bytes=trainers.memory(),
+    trainers.report(args.rows, seconds=statistics.median(seconds[1:]), bytes=peak_memory(),
                     bytes_before_steps=before)
 
 

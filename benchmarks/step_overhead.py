@@ -15,6 +15,8 @@ from pathlib import Path
 
 import trainers
 
+from pose_megatron.log import peak_memory
+
 WORDS = """
     --num-layers 4 --num-attention-heads 8 --vocab-size 4096 --max-position-embeddings {target}
     --hidden-size {width} --seq-length {window} --rope-scaling linear --train-iters 1000000
@@ -78,7 +80,7 @@ def work(args: argparse.Namespace) -> None:
                 trainers.synchronize()
                 if i >= 2:  # the first ones warm up
                     seconds[kind].append(time.perf_counter() - start)
-    row = {"bytes": trainers.memory()}
+    row = {"bytes": peak_memory()}
     if not args.only:
         pairs = zip(seconds["pose"], seconds["stock"], strict=True)
         row = {f"{kind}_seconds": statistics.median(seconds[kind]) for kind in kinds}

@@ -30,7 +30,6 @@ from pose_megatron.arguments import parse
 from pose_megatron.batch import batches, fields_here
 from pose_megatron.dataset import build_datasets
 from pose_megatron.layout import lay_out
-from pose_megatron.log import peak_memory
 from pose_megatron.model_config import resolve_model
 from pose_megatron.sampler_flags import build_sampler
 
@@ -110,11 +109,6 @@ def report(rows_file: str, **row) -> None:
 
 def synchronize() -> None:
     torch.cuda.synchronize()  # nothing on a CPU
-
-
-def memory() -> int:
-    """Bytes, the most so far, of rank 0."""
-    return peak_memory()
 
 
 def machine() -> dict:

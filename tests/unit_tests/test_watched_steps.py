@@ -55,7 +55,8 @@ def weights(trainer):
     return {name: p.clone() for name, p in trainer.stages[0].named_parameters()}
 
 
-def test_a_step_that_is_not_finite_changes_nothing_and_names_its_sample(run_on, capsys):
+def test_a_step_that_is_not_finite_changes_nothing_and_names_its_sample(
+        run_on, capsys, monkeypatch):
     trainer, train_set = run_on([], "--train-iters", "5")
     bad = documents_of(train_set, range(20))[9]  # the second of step 3, samples 8 to 11
     trainer, train_set = run_on([bad], "--train-iters", "5")
@@ -70,11 +71,8 @@ def test_a_step_that_is_not_finite_changes_nothing_and_names_its_sample(run_on, 
         seen.append((result.updated, same, after[1] - before[1], trainer.consumed_samples))
         return result
 
-    training.train_step = watched
-    try:
-        training.train(trainer, train_set, None)
-    finally:
-        training.train_step = step
+    monkeypatch.setattr(training, "train_step", watched)
+    training.train(trainer, train_set, None)
     # The one step without an update leaves weights and schedule alone; the samples are consumed.
     assert seen == [(True, False, 4, 4), (True, False, 4, 8), (False, True, 0, 12),
                     (True, False, 4, 16), (True, False, 4, 20)]
@@ -108,7 +106,7 @@ def test_the_loss_of_each_sample_is_its_own(run_on):
     assert step.loss == pytest.approx(sum(expected) / 4, rel=1e-6)
 
 
-def test_a_ramped_run_has_the_batches_and_ends_in_time(run_on, capsys):
+def test_a_ramped_run_has_the_batches_and_ends_in_time(run_on, capsys, monkeypatch):
     # 2 samples, then 4: two increments of 2 over 6 samples, then 6 of --global-batch-size.
     trainer, train_set = run_on(
         [], "--train-samples", "23", "--global-batch-size", "6", "--rampup-batch-size", "2", "2",
@@ -123,11 +121,8 @@ def test_a_ramped_run_has_the_batches_and_ends_in_time(run_on, capsys):
         sizes.append((result.first, result.samples))
         return result
 
-    training.train_step = watched
-    try:
-        training.train(trainer, train_set, None)
-    finally:
-        training.train_step = step
+    monkeypatch.setattr(training, "train_step", watched)
+    training.train(trainer, train_set, None)
     # Consumed 0, 2: still the first batch; 4, 6 samples: 4 and, at the end of the ramp, 6.
     assert sizes == [(0, 2), (2, 2), (4, 4), (8, 6), (14, 6)]
     assert rates == pytest.approx([0, 1e-2 / 3, 1e-2 * 2 / 3, 1e-2, 1e-2])
