@@ -11,7 +11,7 @@ Values are never touched, so Hugging Face -> Megatron -> Hugging Face is bit-ide
 needs no other, so a model is converted row by row in the memory of its largest one.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -78,34 +78,32 @@ class Row:
     blocks: tuple[int, ...]
     groups: int = 1
 
-    def join(self, read: Callable[[str, Tensor], None], out: Tensor) -> Tensor:
-        """Fills `out`, of this row's shape and contiguous; read(name, target) fills one part."""
-        length = sum(self.blocks)
-        parts = out[:length]
-        if self.groups > 1:
-            parts = torch.empty_like(parts)
-        rows = [shape[0] for shape in self.parts.values()]
-        for name, target in zip(self.parts, parts.split(rows), strict=True):
-            read(name, target)
-        if self.groups > 1:
-            for target, block in zip(self._blocks(out), parts.split(self.blocks), strict=True):
-                target.copy_(block.unflatten(0, (self.groups, -1)))
-        out[length:].zero_()
+    def pieces(self, tensor: Tensor) -> dict[str, list[Tensor]]:
+        """Of Megatron's tensor, the views that make up each part, in the part's order."""
+        step = len(self.blocks)
+        rows = [length // self.groups for length in self.blocks] * self.groups
+        views = tensor[: sum(self.blocks)].split(rows)
+        in_order = iter([view for block in range(step) for view in views[block::step]])
+        result = {}
+        for name, shape in self.parts.items():
+            result[name], missing = [], shape[0]
+            while missing:
+                result[name].append(next(in_order))
+                missing -= len(result[name][-1])
+        return result
+
+    def join(self, read: Callable[[str, list[Tensor]], None], out: Tensor) -> Tensor:
+        """Fills `out`, of this row's shape; read(name, pieces) fills the pieces of one part."""
+        for name, pieces in self.pieces(out).items():
+            read(name, pieces)
+        out[sum(self.blocks) :].zero_()
         return out
 
-    def split(self, tensor: Tensor) -> dict[str, Tensor]:
-        """The parts, contiguous; views of `tensor` where they can be."""
-        if self.groups == 1:
-            parts = tensor[: sum(self.blocks)]
-        else:
-            parts = torch.cat([block.flatten(0, 1) for block in self._blocks(tensor)])
-        rows = [shape[0] for shape in self.parts.values()]
-        return dict(zip(self.parts, parts.split(rows), strict=True))
 
-    def _blocks(self, tensor: Tensor) -> tuple[Tensor, ...]:
-        """Of Megatron's tensor, each [groups, rows of a group, ...]."""
-        by_group = tensor[: sum(self.blocks)].unflatten(0, (self.groups, -1))
-        return by_group.split([rows // self.groups for rows in self.blocks], dim=1)
+def scatter(tensor: Tensor, pieces: Sequence[Tensor]) -> None:
+    """Copies the rows of a tensor into pieces."""
+    for piece, rows in zip(pieces, tensor.split([len(piece) for piece in pieces]), strict=True):
+        piece.copy_(rows)
 
 
 def table(
@@ -217,13 +215,11 @@ def hf_to_megatron(tensors: Mapping[str, Tensor], **sizes) -> dict[str, Tensor]:
         if not torch.equal(tensors[head], tensors[embedding]):
             raise ValueError(f"the embeddings are tied, but {head} differs from {embedding}")
 
-    def read(name: str, target: Tensor) -> None:
-        target.copy_(tensors[name])
-
     result = {}
     for row in rows:
         dtype = one_dtype(row, (tensors[name].dtype for name in row.parts))
-        result[row.name] = row.join(read, torch.empty(row.shape, dtype=dtype))
+        result[row.name] = row.join(lambda name, pieces: scatter(tensors[name], pieces),
+                                    torch.empty(row.shape, dtype=dtype))
     return result
 
 
@@ -231,4 +227,5 @@ def megatron_to_hf(tensors: Mapping[str, Tensor], **sizes) -> dict[str, Tensor]:
     """The inverse of `hf_to_megatron`, same sizes and errors; the results are contiguous."""
     rows = list(table(**sizes))
     check_megatron({name: tensor.shape for name, tensor in tensors.items()}, rows)
-    return {n: t.contiguous() for row in rows for n, t in row.split(tensors[row.name]).items()}
+    return {name: torch.cat(pieces) for row in rows
+            for name, pieces in row.pieces(tensors[row.name]).items()}

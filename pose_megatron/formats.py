@@ -116,8 +116,8 @@ class HuggingFaceSink:
         path = self.folder / shards.name_of(number, len(self.jobs))
         with shards.create(path, self.jobs[number], self._dtypes) as file:
             for row, tensor in tensors:
-                for name, part in row.split(tensor).items():
-                    file.put(name, part)
+                for name, pieces in row.pieces(tensor).items():
+                    file.put(name, *pieces)
 
     def finish(self, results: list) -> None:
         """Once, when all jobs are written; `results` is what they returned."""
@@ -137,14 +137,14 @@ class MegatronSink:
             done += size(dtypes[row.name], row.shape)
         self.jobs = [job for job in self.jobs if job]
 
-    def write(self, number: int, tensors: Iterable[tuple[Row, Tensor]]) -> dict:
+    def write(self, number: int, tensors: Iterable[tuple[Row, Tensor]]) -> list:
         with weights.Writer(self.folder, number) as file:
             for row, tensor in tensors:
                 file.put(row.name, tensor)
         return file.places
 
     def finish(self, results: list) -> None:
-        weights.finish(self.folder, self._model, {k: v for r in results for k, v in r.items()})
+        weights.finish(self.folder, self._model, [place for places in results for place in places])
 
 
 class MetaSink:
@@ -167,7 +167,8 @@ class MetaSink:
         with meta.Writer(self.folder, self._model, self._shapes, self._dtypes, number,
                          self._ranks) as file:
             for row, tensor in tensors:
-                for name, part in row.split(tensor).items():
+                for name, pieces in row.pieces(tensor).items():
+                    part = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
                     file.put(name, part)
                     if self._tied and name == "model.embed_tokens.weight":
                         file.put("lm_head.weight", part)

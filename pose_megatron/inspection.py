@@ -195,7 +195,7 @@ def _reader(side: Summary, across: bool) -> Callable[[str], Tensor]:
     if not across:
         return weights.__getitem__
     rows = {part: row for row in table(**huggingface.sizes(side.model)) for part in row.parts}
-    return lambda part: rows[part].split(weights[rows[part].name])[part]
+    return lambda part: torch.cat(rows[part].pieces(weights[rows[part].name])[part])
 
 
 def _huggingface(path: Path) -> Summary:

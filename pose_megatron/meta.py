@@ -11,17 +11,18 @@ Reading and writing go tensor by tensor.
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from pose_megatron.convert import scatter
 from pose_megatron.durable import fsync, gist
 from pose_megatron.model_config import ModelConfig
 from pose_megatron.rope_config import from_hf, to_hf
-from pose_megatron.tensor_files import Stored, Written, data, read_torch, write_at
+from pose_megatron.tensor_files import Stored, Written, read_torch, write_at
 
 _NAMES = {  # Hugging Face's: Meta's, and the dimension that is sliced
     "model.embed_tokens.weight": ("tok_embeddings.weight", 1),  # of LLaMA 3: 0
@@ -105,23 +106,29 @@ class Tensors(Mapping):
         self._slices[name] = _Slices(parts, dim, heads)
         self.shapes[name], self.dtypes[name] = tuple(shape), parts[0].dtype
 
-    def read(self, name: str, out: Tensor) -> Tensor:
-        """Fills `out`, contiguous and of the tensor's shape and dtype."""
-        slices = self._slices[name]
-        if slices.dim is None or (slices.dim == 0 and not slices.heads):
-            for part, target in zip(slices.parts, out.chunk(len(slices.parts)), strict=True):
+    def read(self, name: str, pieces: Sequence[Tensor]) -> None:
+        """Fills pieces, each contiguous, with the tensor's rows one after the other."""
+        if len(pieces) > 1:
+            scatter(self[name], pieces)
+        else:
+            self._read(self._slices[name], pieces[0])
+
+    def _read(self, slices: _Slices, out: Tensor) -> None:
+        targets = out.chunk(len(slices.parts), dim=slices.dim or 0)
+        in_place = slices.dim in (None, 0) and not slices.heads
+        for part, target in zip(slices.parts, targets, strict=True):
+            if in_place:
                 part.read(target)
-            return out
-        for part, target in zip(
-                slices.parts, out.chunk(len(slices.parts), dim=slices.dim), strict=True):
-            tensor = part.read(torch.empty(part.shape, dtype=part.dtype))
+                continue
+            part.read(tensor := torch.empty(part.shape, dtype=part.dtype))
             if slices.heads:
                 tensor = _to_halves(tensor, slices.heads // len(slices.parts))
             target.copy_(tensor)
-        return out
 
     def __getitem__(self, name: str) -> Tensor:
-        return self.read(name, torch.empty(self.shapes[name], dtype=self.dtypes[name]))
+        tensor = torch.empty(self.shapes[name], dtype=self.dtypes[name])
+        self._read(self._slices[name], tensor)
+        return tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._slices)
@@ -252,7 +259,7 @@ class Writer(Written):
                 tensor = _to_neighbours(tensor, heads // self._ranks)
         stored = self._places.pop(meta)
         assert (stored.shape, stored.dtype) == (tuple(tensor.shape), tensor.dtype), name
-        write_at(self._file.fileno(), data(tensor.contiguous()), stored.offset)
+        write_at(self._file.fileno(), stored.offset, tensor.contiguous())
 
     def _meta(self, name: str) -> tuple[str, int | None]:
         """Meta's name, and the dimension that is sliced."""

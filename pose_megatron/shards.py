@@ -68,12 +68,14 @@ class Tensors(Mapping):
         if total not in (None, found):
             self.warnings.append(f"{index} says {total} bytes of tensors, the shards have {found}")
 
-    def read(self, name: str, out: torch.Tensor) -> torch.Tensor:
-        """Fills `out`, contiguous and of the tensor's shape and dtype."""
-        return self._tensors[name].read(out)
+    def read(self, name: str, pieces: Sequence[torch.Tensor]) -> None:
+        """Fills pieces, each contiguous, with the tensor's rows one after the other."""
+        self._tensors[name].read(*pieces)
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        return self.read(name, torch.empty(self.shapes[name], dtype=self.dtypes[name]))
+        tensor = torch.empty(self.shapes[name], dtype=self.dtypes[name])
+        self.read(name, [tensor])
+        return tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)

@@ -9,7 +9,7 @@ disk is an error message instead of SIGBUS. torch.save's files are unpickled wit
 import json
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +25,7 @@ _DTYPES = {  # of safetensors
     "BOOL": torch.bool,
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_MOST_VIEWS = 1024  # that one call takes, on Linux and others
 _LARGEST_HEADER = 100_000_000  # bytes, safetensors' own limit
 
 
@@ -41,19 +42,16 @@ class Stored:
     def nbytes(self) -> int:
         return size(self.dtype, self.shape)
 
-    def read(self, out: Tensor, start: int = 0) -> Tensor:
-        """Fills `out` (contiguous, of this dtype) with this tensor's elements from `start` on.
+    def read(self, *out: Tensor) -> None:
+        """Fills contiguous tensors of this dtype, one after the other.
 
         Raises:
             ValueError: the file ends too early.
         """
-        target, offset = data(out), self.offset + start * self.dtype.itemsize
         with open(self.path, "rb", buffering=0) as file:
-            while target:
-                if not (count := os.preadv(file.fileno(), [target], offset)):
-                    raise ValueError(f"{self.path} is cut off: it ends at byte {offset}")
-                target, offset = target[count:], offset + count
-        return out
+            if not _transfer(os.preadv, file.fileno(), out, self.offset):
+                size = os.fstat(file.fileno()).st_size
+                raise ValueError(f"{self.path} is cut off: it ends at byte {size}")
 
 
 def size(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
@@ -154,12 +152,15 @@ class SafetensorsWriter(Written):
             name: (base + header[name]["data_offsets"][0], *tensors[name]) for name in tensors
         }
         self._file = open(path, "xb", buffering=0)
-        write_at(self._file.fileno(), struct.pack("<Q", len(text)) + text, 0)
+        header = torch.frombuffer(bytearray(struct.pack("<Q", len(text)) + text), dtype=torch.uint8)
+        write_at(self._file.fileno(), 0, header)
 
-    def put(self, name: str, tensor: Tensor) -> None:
+    def put(self, name: str, *pieces: Tensor) -> None:
+        """`pieces`: contiguous, of rows that follow each other."""
         offset, dtype, shape = self._places.pop(name)
-        assert tensor.dtype == dtype and tuple(tensor.shape) == shape, name
-        write_at(self._file.fileno(), data(tensor.contiguous()), offset)
+        assert {(piece.dtype, piece.shape[1:]) for piece in pieces} == {(dtype, shape[1:])}, name
+        assert sum(piece.numel() for piece in pieces) == torch.Size(shape).numel(), name
+        write_at(self._file.fileno(), offset, *pieces)
 
     def close(self) -> None:
         """Puts it on disk; every tensor must have been put."""
@@ -168,8 +169,20 @@ class SafetensorsWriter(Written):
         self._file.close()
 
 
-def write_at(handle: int, content: bytes | memoryview, offset: int) -> None:
-    content = memoryview(content)
-    while content:
-        count = os.pwrite(handle, content, offset)
-        content, offset = content[count:], offset + count
+def write_at(handle: int, offset: int, *tensors: Tensor) -> None:
+    """Writes contiguous tensors one after the other."""
+    _transfer(os.pwritev, handle, tensors, offset)
+
+
+def _transfer(call: Callable, handle: int, tensors: Iterable[Tensor], offset: int) -> bool:
+    """Between a file and tensors with preadv or pwritev; False where the file ends too early."""
+    views = [view for view in map(data, tensors) if view]
+    while views:
+        if not (count := call(handle, views[:_MOST_VIEWS], offset)):
+            return False
+        offset += count
+        while views and count >= len(views[0]):
+            count -= len(views.pop(0))
+        if count:
+            views[0] = views[0][count:]
+    return True

@@ -10,7 +10,6 @@ written here every layout loads. The optimizer's tensors are passed over.
 
 import io
 import json
-import pickle
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -29,7 +28,7 @@ from pose_megatron.directory import (
     publish,
 )
 from pose_megatron.durable import fsync, gist
-from pose_megatron.index import read_index
+from pose_megatron.index import Place, read_index, write_index
 from pose_megatron.legacy import Legacy
 from pose_megatron.megatron_args import common_state
 from pose_megatron.model_config import ModelConfig
@@ -111,7 +110,7 @@ class Weights(Mapping):
             if tuple(target.shape) == chunk.shape and target.is_contiguous():
                 stored.read(target)
             else:
-                whole = stored.read(torch.empty(chunk.shape, dtype=stored.dtype))
+                stored.read(whole := torch.empty(chunk.shape, dtype=stored.dtype))
                 target.copy_(whole[tuple(slice(a - s, b - s) for a, b, s in zip(
                     low, high, chunk.start, strict=True))])
             filled += target.numel()
@@ -182,11 +181,11 @@ class Writer(Written):
         rank: the file's number.
 
     Attributes:
-        places: what was put, and where it is.
+        places: of what was put.
     """
 
     def __init__(self, root: Path, rank: int = 0):
-        self.path, self.places = path_of(Path(root), "release") / f"__{rank}_0.distcp", {}
+        self.path, self.places = path_of(Path(root), "release") / f"__{rank}_0.distcp", []
         self._file = open(self.path, "xb")
 
     def put(self, name: str, tensor: Tensor) -> None:
@@ -194,15 +193,16 @@ class Writer(Written):
         key, layer = _key(name)
         begin = self._file.tell()
         tensor = tensor.contiguous()
-        corner = () if layer is None else (layer,)
+        axis = () if layer is None else (1,)
         # A storage of its own size, without a copy: torch.save would write all of a buffer's.
         alone = torch.frombuffer(data(tensor), dtype=tensor.dtype)
         try:
-            torch.save(alone.view(*(1,) * len(corner), *tensor.shape), self._file)
+            torch.save(alone.view(*axis, *tensor.shape), self._file)
         except RuntimeError as error:  # torch's own, over what the disk said
             raise error.__context__ if isinstance(error.__context__, OSError) else error from None
-        self.places[name] = (key, corner, tensor.dtype, tuple(tensor.shape), self.path.name, begin,
-                             self._file.tell() - begin)
+        corner = (*(layer for _ in axis), *(0 for _ in tensor.shape))
+        self.places.append(Place(key, corner, (*axis, *tensor.shape), tensor.dtype, self.path.name,
+                                 begin, self._file.tell() - begin))
 
     def close(self) -> None:
         self._file.flush()
@@ -210,60 +210,25 @@ class Writer(Written):
         self._file.close()
 
 
-def finish(root: Path, model: ModelConfig, places: Mapping[str, tuple]) -> None:
+def finish(root: Path, model: ModelConfig, places: list[Place]) -> None:
     """Makes of the files of Writers a checkpoint: metadata.json comes last."""
     path = path_of(root, "release")
-    empty = path / f"__{1 + max(_file_number(file) for *_, file, _, _ in places.values())}_0.distcp"
+    # Stock Megatron-LM does not load, by default, a checkpoint that lacks the extra state of its
+    # layers or of Transformer Engine's. All of that is one None, in a file of its own.
+    empty = path / f"__{1 + max(int(place.file.split('_')[2]) for place in places)}_0.distcp"
     torch.save([None], empty)  # as megatron-core wraps an object
     fsync(empty)
-    with open(path / ".metadata", "wb") as file:
-        pickle.dump(_index(places, model.num_layers, empty), file)
+    count = {f"decoder.layers.{part}": model.num_layers for part in _EXTRA}
+    count["decoder.final_layernorm"] = 1
+    extra = [f"{name}._extra_state/shard_{i}_{n}" for name, n in count.items() for i in range(n)]
+    write_index(path, places, model.num_layers, extra, empty)
     state = common_state(
         model, 0, 0, tensor_model_parallel_size=1, pipeline_model_parallel_size=1,
         world_size=1, data_parallel_size=1, no_save_optim=True, no_save_rng=True,
-        params_dtype=next(dtype for _, _, dtype, *_ in places.values()))
+        params_dtype=places[0].dtype)
     torch.save(state | {"content_metadata": content_metadata()}, path / "common.pt")
     (path / "metadata.json").write_text(json.dumps(_BACKEND))
     publish(root, path, "release")
-
-
-def _file_number(name: str) -> int:
-    return int(name.split("_")[2])
-
-
-def _index(places: Mapping[str, tuple], layers: int, empty: Path):
-    """torch.distributed.checkpoint's Metadata of tensors and where they are.
-
-    Stock Megatron-LM does not load, by default, a checkpoint that lacks the extra state of its
-    layers or of Transformer Engine's. All of that is one None, in a file of its own.
-    """
-    from torch.distributed.checkpoint.filesystem import _StorageInfo
-    from torch.distributed.checkpoint.metadata import (
-        BytesStorageMetadata,
-        ChunkStorageMetadata,
-        Metadata,
-        MetadataIndex,
-        TensorProperties,
-        TensorStorageMetadata,
-    )
-
-    tensors, storage = {}, {}
-    for key, corner, dtype, shape, file, begin, length in places.values():
-        axes = (layers,) if corner else ()
-        if key not in tensors:
-            tensors[key] = TensorStorageMetadata(
-                TensorProperties(dtype=dtype), torch.Size(axes + shape), [])
-        start = torch.Size((*corner, *(0,) * len(shape)))
-        sizes = torch.Size((*(1,) * len(corner), *shape))
-        tensors[key].chunks.append(ChunkStorageMetadata(offsets=start, sizes=sizes))
-        storage[MetadataIndex(key, start)] = _StorageInfo(file, begin, length)
-    extra = {f"decoder.layers.{part}": layers for part in _EXTRA} | {"decoder.final_layernorm": 1}
-    for name, count in extra.items():
-        for number in range(count):
-            key = f"{name}._extra_state/shard_{number}_{count}"
-            tensors[key] = BytesStorageMetadata()
-            storage[MetadataIndex(key)] = _StorageInfo(empty.name, 0, empty.stat().st_size)
-    return Metadata(state_dict_metadata=tensors, storage_data=storage)
 
 
 def write_weights(

@@ -24,7 +24,10 @@ def make(specs):
 
 
 def read(stored):
-    return {name: s.read(torch.empty(s.shape, dtype=s.dtype)) for name, s in stored.items()}
+    found = {name: torch.empty(s.shape, dtype=s.dtype) for name, s in stored.items()}
+    for name, s in stored.items():
+        s.read(found[name])
+    return found
 
 
 def assert_same(found, expected):
@@ -60,10 +63,26 @@ def test_parts_and_views(tmp_path):
     torch.save({"rows": whole[2:4], "again": whole}, tmp_path / "x")  # one storage, twice
     stored = read_torch(tmp_path / "x")
     assert torch.equal(read(stored)["rows"], whole[2:4])
-    assert torch.equal(stored["again"].read(torch.empty(4), start=8), whole[2])
+    assert torch.equal(read(stored)["again"], whole)
     torch.save({"t": whole.T}, tmp_path / "y")
     with pytest.raises(ValueError, match="t is not stored contiguously"):
         read_torch(tmp_path / "y")
+
+
+@pytest.mark.parametrize("rows", [1, 4, 2500])
+def test_pieces(tmp_path, rows):
+    """Also more of them than one call of the operating system takes, which is 1024."""
+    whole = torch.arange(2500 * 7, dtype=torch.int16).view(2500, 7)
+    writer = SafetensorsWriter(tmp_path / "x", {"first": (torch.int8, (5,)),
+                                                "t": (torch.int16, (2500, 7))})
+    writer.put("t", *whole.split(rows))
+    writer.put("first", torch.ones(5, dtype=torch.int8))
+    writer.close()
+    assert torch.equal(safetensors.torch.load_file(tmp_path / "x")["t"], whole)
+    pieces = torch.zeros(5000, 7, dtype=torch.int16).split(rows)  # every other one is filled
+    read_safetensors(tmp_path / "x")["t"].read(*pieces[::2])
+    assert torch.equal(torch.cat(pieces[::2])[:2500], whole)
+    assert not torch.cat(pieces[1::2]).any()
 
 
 def header(content: bytes) -> bytes:
