@@ -84,22 +84,39 @@ def to_hf(
 def notes(
     scaling: RopeScaling, max_position_embeddings: int, as_longrope: bool = False
 ) -> list[str]:
-    """What a reader of the export must be told, a sentence each."""
-    said = []
-    if scaling.over is None and scaling.method == "linear":
+    """What a reader of the export must be told, a sentence each.
+
+    Of vLLM: 0.13, 0.19 and 0.33, whose rotary classes were given such exports.
+    """
+    said, method = [], scaling.method if scaling.over is None else "over"
+    longrope = method in ("longrope", "yarn_revised", "over")
+    longrope |= as_longrope and method == "yarn"
+    if method == "linear":
         said.append(
             "vLLM multiplies the window by the factor of linear interpolation; start it with "
             f"--max-model-len {max_position_embeddings}"
         )
-    if scaling.over is None and scaling.method == "yarn" and not as_longrope:
+    if longrope:
+        said.append(
+            "vLLM starts a longrope with the window before it was extended; start it with "
+            f"--max-model-len {max_position_embeddings}"
+        )
+    elif method == "yarn":
         said.append(
             "transformers 4.43 to 4.50 read yarn as if the extended window were the original one, "
-            "4.51 to 4.54 leave out truncate and take T / L for the factor, vLLM left out "
-            "attention_factor until lately; for these "
-            "export with --rope-as-longrope"
+            "4.51 to 4.54 leave out truncate and take T / L for the factor; for these export with "
+            "--rope-as-longrope"
         )
-    if scaling.method == "dynamic":
-        said.append("vLLM fixes the frequencies of dynamic at its --max-model-len")
+        if scaling.attention_factor is not None:
+            said.append(
+                "vLLM 0.19 and before leave out the attention_factor of yarn; for these, too, "
+                "export with --rope-as-longrope"
+            )
+    if method == "dynamic":
+        said.append(
+            "vLLM 0.19 and before fix the frequencies of dynamic at its largest window, 0.33 does "
+            "not interpolate it at all"
+        )
     if scaling.method == "longrope" and scaling.depends_on_length:
         said.append(
             "two lists: transformers takes the short one for sequences up to "

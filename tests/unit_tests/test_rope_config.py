@@ -274,8 +274,14 @@ def test_options_in_hugging_faces_words(tmp_path):
 
 def test_readers_are_told_what_differs():
     assert "--rope-as-longrope" in notes(RopeScaling("yarn", 4.0, 4096), 16384)[0]
-    assert notes(RopeScaling("yarn", 4.0, 4096), 16384, as_longrope=True) == []
+    cooler = RopeScaling("yarn", 4.0, 4096, attention_factor=1.0)
+    assert "attention_factor" in notes(cooler, 16384)[1]
     assert "--max-model-len 8192" in notes(RopeScaling("linear", 4.0), 8192)[0]
-    assert notes(RopeScaling("linear", 2.0, 131072, over=LLAMA31), 262144) == []
-    assert "two lists" in notes(RopeScaling("longrope", 16.0, 2048, **LISTS), 32768)[0]
+    for scaling, as_longrope in ((RopeScaling("yarn", 4.0, 4096), True), (cooler, True),
+                                 (RopeScaling("yarn_revised", 4.0, 4096), False),
+                                 (RopeScaling("linear", 4.0, 4096, over=LLAMA31), False)):
+        (only,) = notes(scaling, 16384, as_longrope)
+        assert "longrope" in only and "--max-model-len 16384" in only
+    assert notes(RopeScaling(), 4096, True) == notes(RopeScaling("ntk", 4.0), 16384) == []
+    assert "two lists" in notes(RopeScaling("longrope", 16.0, 2048, **LISTS), 32768)[1]
     assert "dynamic" in notes(RopeScaling("dynamic", 4.0, 2048), 2048)[0]
