@@ -10,7 +10,7 @@ from functools import lru_cache
 
 import numpy as np
 
-PLANS, SHUFFLES, COINS = range(3)  # streams of a seed
+PLANS, SHUFFLES, COINS, PASSKEYS = range(4)  # streams of a seed
 
 _MASK = 2**64 - 1
 _MULTIPLIERS = 0xD2E7470EE14C6C93, 0xCA5A826395121157

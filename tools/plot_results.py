@@ -19,19 +19,19 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("results", nargs="+", help="files of JSON lines")
     parser.add_argument("--output", default="results.png", help="PNG; the table is .md beside it")
-    parser.add_argument("--metric", default="perplexity")
+    parser.add_argument("--metric", choices=("perplexity", "passkey"), default="perplexity")
     parser.add_argument("--window", type=int, help="mark the training window L, in tokens")
     parser.add_argument("--title")
     return parser.parse_args()
 
 
-def read(files: list[str], metric: str) -> dict[str, dict[int, float]]:
-    """{name: {context length: value}} in the order of the files.
+def read(files: list[str], metric: str) -> dict[str, dict[int, dict]]:
+    """{name: {context length: result}} in the order of the files.
 
     Raises:
         ValueError: a file is missing or a line is no result; names file and line.
     """
-    table: dict[str, dict[int, float]] = {}
+    table: dict[str, dict[int, dict]] = {}
     for file in files:
         if not Path(file).is_file():
             raise ValueError(f"{file}: no such file")
@@ -39,7 +39,8 @@ def read(files: list[str], metric: str) -> dict[str, dict[int, float]]:
             try:
                 row = json.loads(line)
                 if row["metric"] == metric:
-                    table.setdefault(row["name"], {})[row["context_length"]] = float(row[metric])
+                    row[metric] = float(row[metric])
+                    table.setdefault(row["name"], {})[row["context_length"]] = row
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{file}:{number}: not a result ({error!r})") from None
     if not table:
@@ -47,46 +48,93 @@ def read(files: list[str], metric: str) -> dict[str, dict[int, float]]:
     return table
 
 
-def markdown(table: dict[str, dict[int, float]]) -> str:
-    lengths = sorted({length for row in table.values() for length in row})
+def lengths_of(table: dict[str, dict[int, dict]]) -> list[int]:
+    return sorted({length for row in table.values() for length in row})
+
+
+def markdown(table: dict[str, dict[int, dict]], metric: str) -> str:
+    lengths, form = lengths_of(table), "{:.0%}" if metric == "passkey" else "{:.2f}"
     lines = ["| | " + " | ".join(f"{n:,}" for n in lengths) + " |",
              "|---|" + "---:|" * len(lengths)]
     for name, row in table.items():
-        cells = [f"{row[n]:.2f}" if n in row else "" for n in lengths]
+        cells = [form.format(row[n][metric]) if n in row else "" for n in lengths]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
-def plot(table: dict[str, dict[int, float]], metric: str, path: Path, window, title) -> None:
+def plot(table: dict[str, dict[int, dict]], metric: str, path: Path, window, title) -> None:
+    """Curves; of passkeys also where in the haystack they were found."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), dpi=150)
+    if metric == "passkey":
+        columns = min(len(table), 3)
+        rows = -(-len(table) // columns)
+        figure = pyplot.figure(figsize=(max(7, 3.2 * columns), 4 + 2.6 * rows), dpi=150,
+                               layout="constrained")
+        above, below = figure.subfigures(2, height_ratios=(4, 2.6 * rows))
+        axes = above.subplots()
+        draw_depths(below, table, rows, columns)
+    else:
+        figure = pyplot.figure(figsize=(7, 4.5), dpi=150, layout="constrained")
+        axes = figure.subplots()
+    draw_curves(axes, table, metric, window)
+    if title:
+        axes.set_title(title, fontsize=10)
+    figure.savefig(path)
+
+
+def draw_curves(axes, table: dict[str, dict[int, dict]], metric: str, window) -> None:
     for (name, row), marker in zip(table.items(), "osD^vP*X<>" * len(table), strict=False):
         lengths = sorted(row)
-        axes.plot(lengths, [row[n] for n in lengths], marker=marker, label=name, linewidth=1.8)
-    lengths = sorted({length for row in table.values() for length in row})
+        values = [row[n][metric] for n in lengths]
+        (line,) = axes.plot(lengths, values, marker=marker, label=name, linewidth=1.8)
+        if metric == "passkey":
+            low, high = ([row[n][side] for n in lengths] for side in ("low", "high"))
+            axes.fill_between(lengths, low, high, color=line.get_color(), alpha=0.12, linewidth=0)
+    lengths = lengths_of(table)
+    values = [row[n][metric] for row in table.values() for n in row]
     axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
     axes.set_xticks(lengths, [f"{n:,}" for n in lengths])
-    values = [v for row in table.values() for v in row.values()]
-    ticks = [t * 10**e for e in range(-1, 7) for t in (1, 1.5, 2, 3, 4, 5, 7)]
-    ticks = [t for t in ticks if min(values) * 0.9 <= t <= max(values) * 1.1]
-    axes.set_yticks(ticks, [f"{t:g}" for t in ticks])
+    if metric == "passkey":
+        axes.set_ylim(-0.03, 1.03)
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    else:
+        axes.set_yscale("log")
+        ticks = [t * 10**e for e in range(-1, 7) for t in (1, 1.5, 2, 3, 4, 5, 7)]
+        ticks = [t for t in ticks if min(values) * 0.9 <= t <= max(values) * 1.1]
+        axes.set_yticks(ticks, [f"{t:g}" for t in ticks])
     axes.minorticks_off()
     if window:
         axes.axvline(window, color="grey", linestyle=":", linewidth=1)
-        axes.text(window, max(values), " training window", color="grey", va="top", fontsize=8)
+        axes.text(window, axes.get_ylim()[1], " training window", color="grey", va="top",
+                  fontsize=8)
     axes.set_xlabel("context length (tokens)")
-    axes.set_ylabel(metric)
+    axes.set_ylabel("passkeys found" if metric == "passkey" else metric)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    if title:
-        axes.set_title(title, fontsize=10)
-    figure.tight_layout()
-    figure.savefig(path)
+
+
+def draw_depths(figure, table: dict[str, dict[int, dict]], rows: int, columns: int) -> None:
+    """A map for each name: context length across, depth of the needle down."""
+    lengths, bins = lengths_of(table), 10
+    grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).ravel()
+    for axes in grid[len(table):]:
+        axes.set_axis_off()
+    for axes, (name, row) in zip(grid, table.items(), strict=False):
+        cells = [[[found for depth, found, _ in row.get(n, {}).get("answers", ())
+                   if min(int(depth * bins), bins - 1) == i] for n in lengths] for i in range(bins)]
+        share = [[sum(cell) / len(cell) if cell else float("nan") for cell in line]
+                 for line in cells]
+        image = axes.imshow(share, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+        axes.set_xticks(range(len(lengths)), [f"{n:,}" for n in lengths], fontsize=7)
+        axes.set_yticks([-0.5, bins / 2 - 0.5, bins - 0.5], ["0", "0.5", "1"], fontsize=7)
+        axes.set_title(name, fontsize=8)
+    grid[0].set_ylabel("depth of the needle", fontsize=8)
+    bar = figure.colorbar(image, ax=list(grid), shrink=0.9)
+    bar.ax.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
 
 
 @one_sentence_errors
@@ -95,7 +143,7 @@ def main() -> None:
     table = read(flags.results, flags.metric)
     output = Path(flags.output)
     output.parent.mkdir(parents=True, exist_ok=True)
-    text = markdown(table)
+    text = markdown(table, flags.metric)
     output.with_suffix(".md").write_text(text)
     plot(table, flags.metric, output, flags.window, flags.title)
     print(text + f"\n{output}  {output.with_suffix('.md')}")

@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 
 LAYERS = [
-    {"draws", "shuffle", "samplers", "positions", "coverage", "rope", "convert", "evaluation"},
+    {"draws", "shuffle", "samplers", "positions", "coverage", "rope", "convert", "evaluation",
+     "passkey"},
     {"arguments", "layout", "model_config", "sampler_flags", "rope_config", "megatron_args"},
     {"cpu", "distributed", "corpus", "index_cache", "blend", "materialized", "dataset", "batch",
      "attention", "gptj", "head", "model", "optimizer", "checkpoint", "tokenizer", "fast_tokenizer",
      "jsonl", "text_corpus", "token_files", "encoding", "unfinished", "preprocessing", "durable",
      "lifetime", "program", "directory", "huggingface", "shards", "weights", "tensor_files", "meta",
-     "formats", "parity", "legacy", "origin", "index", "inspection"},
+     "formats", "parity", "subject", "legacy", "origin", "index", "inspection"},
     {"log", "training"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
