@@ -31,9 +31,9 @@ os.fsync(os.open(sys.argv[2], os.O_RDONLY))
 ROPE = """
 import sys
 from pathlib import Path
-from pose_megatron import huggingface
+from pose_megatron import huggingface, rope_check
 folder = Path(sys.argv[1])
-huggingface.rope_errors(folder, huggingface.read_config(folder))
+rope_check.rope_errors(folder, huggingface.read_config(folder))
 """
 MAKE = """
 import json, sys, torch

@@ -35,8 +35,8 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import _IndexWriter
 
 from pose_megatron import distributed
-from pose_megatron.arguments import DataFlags, ParallelFlags
 from pose_megatron.dataset import build_datasets
+from pose_megatron.flags import DataFlags, ParallelFlags
 from pose_megatron.positions import PoseSampler
 
 VOCABULARY = 32000

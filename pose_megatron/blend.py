@@ -15,7 +15,7 @@ from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.utils import normalize
 
-from pose_megatron.arguments import DataFlags
+from pose_megatron.flags import DataFlags
 from pose_megatron.index_cache import cached
 
 SPLITS = ("train", "valid", "test")

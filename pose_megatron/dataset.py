@@ -32,9 +32,9 @@ from megatron.core import parallel_state
 from megatron.core.datasets.blended_megatron_dataset_config import BlendedMegatronDatasetConfig
 from megatron.core.datasets.megatron_dataset import MegatronDataset
 
-from pose_megatron.arguments import DataFlags
 from pose_megatron.blend import SPLITS, BlendBuilder, blends
 from pose_megatron.corpus import Corpus, Source
+from pose_megatron.flags import DataFlags
 from pose_megatron.index_cache import cached
 from pose_megatron.materialized import MaterializedDataset
 from pose_megatron.positions import PoseSampler

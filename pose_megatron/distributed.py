@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
-from pose_megatron.arguments import ParallelFlags
+from pose_megatron.flags import ParallelFlags
 from pose_megatron.lifetime import end_with_parent
 from pose_megatron.program import print_error
 

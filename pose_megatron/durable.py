@@ -1,7 +1,11 @@
 """Files that are whole or not there, also after a crash: flushed to disk, then renamed. And what
 is said of those that are damaged all the same."""
 
+import contextlib
 import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 
@@ -21,6 +25,40 @@ def fsync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextlib.contextmanager
+def staged(target: Path, overwrite: bool, marks: Iterable[str]) -> Iterator[Path]:
+    """A new folder beside `target` that takes its place if all goes well, and vanishes if not.
+
+    Args:
+        marks: files of which `target` holds one if it is something that may be replaced.
+
+    Raises:
+        ValueError: there is something at `target`, and it must not or cannot be replaced.
+    """
+    occupied = target.exists() and (not target.is_dir() or any(target.iterdir()))
+    if occupied and not overwrite:
+        raise ValueError(f"--save-dir {target} is not empty; choose another or add --overwrite")
+    if occupied and not any((target / name).is_file() for name in marks):
+        raise ValueError(
+            f"--save-dir {target} holds no checkpoint that --overwrite could replace; choose "
+            "another"
+        )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as private:
+        folder = Path(private, target.name)  # inside, as others may not read `private` itself
+        folder.mkdir()
+        yield folder
+        for path in (*folder.rglob("*"), folder):
+            fsync(path)
+        old = Path(f"{private}.old")  # outside: never swept away before the new one is in place
+        if occupied:
+            target.rename(old)
+        folder.rename(target)
+        fsync(target.parent)
+        if occupied:
+            shutil.rmtree(old)
 
 
 def gist(error: BaseException) -> str:

@@ -4,25 +4,21 @@
     tokenizer.*, ...     SIDECARS: what accompanies the weights and is copied
     model*.safetensors   weights: shards.py
 
-What transformers will make of the rope in config.json is asked of transformers itself
-(`rope_errors`).
+What transformers will make of the rope in config.json is asked of transformers itself:
+rope_check.py.
 """
 
 import contextlib
 import json
 import math
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from pose_megatron.directory import TRACKER
-from pose_megatron.durable import fsync
 from pose_megatron.model_config import ModelConfig
-from pose_megatron.rope import attention_factor, inverse_frequencies
 from pose_megatron.rope_config import from_hf, rotary_percent, to_hf
 from pose_megatron.tokenizer import FOLDER_FILES
 
@@ -282,111 +278,6 @@ def _special_tokens(folder: Path, sidecars: Mapping[str, Path]) -> dict:
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     return {name: getattr(tokenizer, name) for name in names}
-
-
-def rope_errors(folder: Path, model: ModelConfig) -> dict[str, float]:
-    """How far the rope that transformers makes of config.json is from the one Megatron trains with.
-
-    Returns:
-        Relative errors of `inv_freq` (the largest) and `attention_factor`, both at most 1e-6.
-
-    Raises:
-        ValueError: transformers refuses config.json, or reads another rope from it.
-    """
-    if model.family == "baichuan":  # transformers has no class of it
-        return {}
-    from transformers import AutoConfig
-
-    if model.is_gptj:
-        plain = inverse_frequencies(model.rotary_dim, model.rotary_base, model.rope_scaling)
-        return _gptj_rope_errors(folder, plain)
-    scaling, errors = model.rope_scaling, {"inv_freq": 0.0, "attention_factor": 0.0}
-    factor = attention_factor(scaling)
-    window = scaling.original_max_position_embeddings
-    lengths = {1, model.max_position_embeddings}
-    if scaling.depends_on_length:  # transformers chooses by the largest position
-        lengths |= {window, window + 1, 4 * window}
-    try:
-        config = AutoConfig.from_pretrained(folder)
-        ropes = {length: _rope_of(config, length) for length in sorted(lengths)}
-    except Exception as error:  # of many classes, for what it finds wrong in the file
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{folder}: transformers refuses config.json: {reason}") from error
-    for length, (theirs, their_factor) in ropes.items():
-        ours = inverse_frequencies(
-            model.rotary_dim, model.rotary_base, scaling,
-            length if scaling.depends_on_length else None,
-        )
-        theirs = theirs.double()
-        same = theirs.shape == ours.shape
-        wrong = ((theirs - ours).abs() / ours).max().item() if same else float("inf")
-        errors["inv_freq"] = max(errors["inv_freq"], wrong)
-        wrong = abs(their_factor - factor) / factor
-        errors["attention_factor"] = max(errors["attention_factor"], wrong)
-    if not all(error <= 1e-6 for error in errors.values()):
-        raise ValueError(
-            f"{folder}: transformers reads another rope from config.json than "
-            f"{scaling}; relative errors {errors}"
-        )
-    return errors
-
-
-def _rope_of(config, length: int) -> tuple[torch.Tensor, float]:
-    """Inverse frequencies and attention factor for sequences of `length`, by the functions that
-    transformers' rotary module calls: to import the module itself takes seconds."""
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    rope = config.rope_parameters
-    if rope["rope_type"] != "default":
-        return ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, "cpu", seq_len=length)
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 1.0 / rope["rope_theta"] ** (torch.arange(0, width, 2).float() / width), 1.0
-
-
-def _gptj_rope_errors(folder: Path, ours: torch.Tensor) -> dict[str, float]:
-    """GPT-J's table at position 1 is the sine and cosine of its inverse frequencies."""
-    from transformers import AutoConfig
-    from transformers.models.gptj.modeling_gptj import create_sinusoidal_positions
-
-    config = AutoConfig.from_pretrained(folder)
-    sine, cosine = create_sinusoidal_positions(2, config.rotary_dim)[1].double().chunk(2)
-    theirs = torch.atan2(sine, cosine)
-    same = theirs.shape == ours.shape
-    errors = {"inv_freq": ((theirs - ours).abs() / ours).max().item() if same else float("inf")}
-    if not errors["inv_freq"] <= 1e-6:
-        raise ValueError(f"{folder}: transformers reads another rope from config.json; {errors}")
-    return errors
-
-
-@contextlib.contextmanager
-def staged(target: Path, overwrite: bool) -> Iterator[Path]:
-    """A new folder beside `target` that takes its place if all goes well, and vanishes if not.
-
-    Raises:
-        ValueError: there is something at `target`, and it must not or cannot be replaced.
-    """
-    occupied = target.exists() and (not target.is_dir() or any(target.iterdir()))
-    if occupied and not overwrite:
-        raise ValueError(f"--save-dir {target} is not empty; choose another or add --overwrite")
-    if occupied and not any((target / name).is_file() for name in ("config.json", TRACKER)):
-        raise ValueError(
-            f"--save-dir {target} holds no checkpoint that --overwrite could replace; choose "
-            "another"
-        )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as private:
-        folder = Path(private, target.name)  # inside, as others may not read `private` itself
-        folder.mkdir()
-        yield folder
-        for path in (*folder.rglob("*"), folder):
-            fsync(path)
-        old = Path(f"{private}.old")  # outside: never swept away before the new one is in place
-        if occupied:
-            target.rename(old)
-        folder.rename(target)
-        fsync(target.parent)
-        if occupied:
-            shutil.rmtree(old)
 
 
 @contextlib.contextmanager

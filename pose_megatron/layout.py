@@ -7,7 +7,7 @@ anything is built.
 import math
 from dataclasses import dataclass
 
-from pose_megatron.arguments import Arguments, ParallelFlags, TrainingFlags
+from pose_megatron.flags import Arguments, ParallelFlags, TrainingFlags
 from pose_megatron.model_config import ModelConfig
 from pose_megatron.rope import inverse_frequencies
 

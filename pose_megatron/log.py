@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from pose_megatron.arguments import LoggingFlags
 from pose_megatron.distributed import device, print_rank_0, rank, world_size
+from pose_megatron.flags import LoggingFlags
 
 # Dense bfloat16 FLOP/s of a device by a part of its name, from NVIDIA's data sheets.
 PEAKS = {"H200": 989e12, "H100 80GB HBM3": 989e12, "H100 PCIe": 756e12, "B200": 2250e12,

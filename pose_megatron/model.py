@@ -22,10 +22,11 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from pose_megatron import checkpoint, distributed, head
-from pose_megatron.arguments import Arguments, defaults
+from pose_megatron.arguments import defaults
 from pose_megatron.attention import layer_spec
 from pose_megatron.checkpoint import Checkpoint
 from pose_megatron.distributed import device
+from pose_megatron.flags import Arguments
 from pose_megatron.gptj import gptj_spec
 from pose_megatron.model_config import ModelConfig
 from pose_megatron.rope import RopeScaling, angles, attention_factor, inverse_frequencies

@@ -19,7 +19,7 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from pose_megatron.arguments import ParallelFlags, TrainingFlags
+from pose_megatron.flags import ParallelFlags, TrainingFlags
 from pose_megatron.layout import Layout
 
 

@@ -103,7 +103,7 @@ class ExactAngles(torch.nn.Module):
     """transformers' rotary embedding with its angles taken in float64.
 
     Its own are a float32 product of a float32 frequency, off by up to 8e-3 radians at position
-    131,071. That its frequencies are ours is `huggingface.rope_errors`' to check.
+    131,071. That its frequencies are ours is `rope_check.rope_errors`' to check.
     """
 
     def __init__(self, inv_freq: torch.Tensor, attention_scaling: float):

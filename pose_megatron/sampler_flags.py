@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from pose_megatron.arguments import Arguments, PositionFlags
+from pose_megatron.flags import Arguments, PositionFlags
 from pose_megatron.positions import PoseSampler
 from pose_megatron.samplers import SAMPLERS
 

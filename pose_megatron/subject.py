@@ -6,10 +6,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from pose_megatron.arguments import ModelFlags
 from pose_megatron.directory import Checkpoint, find
 from pose_megatron.model import load_logits
-from pose_megatron.model_config import ModelConfig, resolve_model
+from pose_megatron.model_config import ModelConfig, ModelFlags, resolve_model
 from pose_megatron.program import positive
 from pose_megatron.rope import METHODS
 

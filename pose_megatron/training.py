@@ -2,8 +2,6 @@
 
 import contextlib
 import math
-import signal
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,12 +15,13 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 
 from pose_megatron import checkpoint
-from pose_megatron.arguments import Arguments, CheckpointFlags, TrainingFlags
 from pose_megatron.batch import batches, get_batch
 from pose_megatron.checkpoint import Checkpoint
 from pose_megatron.dataset import PoseDataset
 from pose_megatron.distributed import device, print_rank_0
+from pose_megatron.flags import Arguments, CheckpointFlags, TrainingFlags
 from pose_megatron.layout import Layout
+from pose_megatron.lifetime import Stop
 from pose_megatron.log import Log, Watch
 from pose_megatron.model import PoseGPTModel, build_model, initialize, transformer_config
 from pose_megatron.model_config import ModelConfig
@@ -248,31 +247,6 @@ def train(
     if args.data.test_data_path and trainer.iteration == trainer.iterations:
         log.validation(evaluate(trainer, test_set), "test")
     log.close()
-
-
-class Stop:
-    """Whether to end before --train-iters: by a signal to any rank, or by the clock."""
-
-    SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-
-    def __init__(self, minutes: float | None):
-        self.deadline = time.monotonic() + 60 * minutes if minutes else math.inf
-        self.caught = 0
-        for number in self.SIGNALS:
-            signal.signal(number, self._catch)
-
-    def _catch(self, number: int, frame) -> None:
-        self.caught = number
-
-    def votes(self) -> list[float]:
-        """Of this rank, one for each reason; they travel with the loss of a step."""
-        late = time.monotonic() > self.deadline
-        return [*(float(self.caught == number) for number in self.SIGNALS), float(late)]
-
-    def reason(self, votes: Sequence[float]) -> str | None:
-        """That of any rank, from the sums; None to go on."""
-        names = [*(number.name for number in self.SIGNALS), "--exit-duration-in-mins"]
-        return next((name for name, count in zip(names, votes, strict=True) if count), None)
 
 
 def save(trainer: Trainer, queue: AsyncCallsQueue | None = None, done=lambda path: None) -> Path:

@@ -39,7 +39,7 @@ def world():
     from megatron.core import parallel_state, tensor_parallel
 
     from pose_megatron import distributed
-    from pose_megatron.arguments import ParallelFlags
+    from pose_megatron.flags import ParallelFlags
 
     if not dist.is_initialized():
         distributed.initialize(ParallelFlags(), seed=1234)

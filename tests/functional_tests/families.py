@@ -450,7 +450,7 @@ def main() -> None:
     from transformers.utils import logging
 
     from pose_megatron import distributed
-    from pose_megatron.arguments import ParallelFlags
+    from pose_megatron.flags import ParallelFlags
 
     logging.disable_progress_bar()
     distributed.initialize(ParallelFlags(), seed=0)

@@ -167,7 +167,7 @@ def train_each(names: list[str], weights: Path, corpus: str, output: Path) -> No
     import torch.distributed as dist
 
     from pose_megatron import distributed
-    from pose_megatron.arguments import ParallelFlags
+    from pose_megatron.flags import ParallelFlags
 
     distributed.initialize(ParallelFlags(), seed=0)
     for model, shape in MODELS.items() if distributed.world_size() == 1 else ():

@@ -26,7 +26,7 @@ def main() -> None:
     import torch.distributed as dist
 
     from pose_megatron import distributed
-    from pose_megatron.arguments import ParallelFlags
+    from pose_megatron.flags import ParallelFlags
 
     model, corpus, output = sys.argv[1:]
     distributed.initialize(ParallelFlags(), seed=0)

@@ -123,6 +123,24 @@ def test_wrong_hashes_of_a_download(run, hf, tmp_path):
         run(*words(tmp_path / "meta", tmp_path / "out2", loader="meta"))
 
 
+@pytest.mark.parametrize("saver", ["hf", "meta", "megatron"])
+def test_overwrite_replaces_any_format_and_nothing_else(run, llama, tmp_path, saver):
+    out = tmp_path / "out"
+    run(*words(llama, out, saver=saver))
+    (out / "stale").touch()
+    with pytest.raises(ValueError, match="is not empty"):
+        run(*words(llama, out, saver=saver))
+    run(*words(llama, out, "--overwrite", saver=saver))
+    assert not (out / "stale").exists() and len(list(out.iterdir())) >= 2
+    mine = tmp_path / "photos"
+    mine.mkdir()
+    (mine / "holiday.jpg").touch()
+    with pytest.raises(ValueError, match="holds no checkpoint that --overwrite could replace"):
+        run(*words(llama, mine, "--overwrite", saver=saver))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "photos"]
+    assert [p.name for p in mine.iterdir()] == ["holiday.jpg"]
+
+
 def test_a_tokenizer_that_is_not_sentencepiece(run, hf, tmp_path):
     (tmp_path / "tokenizer.model").write_text("IQ== 0\nIg== 1\n")  # tiktoken's, as of LLaMA 3
     more = "--tokenizer-model", tmp_path / "tokenizer.model"

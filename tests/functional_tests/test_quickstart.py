@@ -89,6 +89,52 @@ def test_evaluation_names_bad_input(quickstart, flags, message):
     assert done.stderr.count("error:") == 1
 
 
+def test_passkeys_of_the_extended_model(quickstart, tmp_path):
+    folder, _ = quickstart
+    results = tmp_path / "results.jsonl"
+    for name, more in (("base", []), ("pose-yarn", []), ("base", [
+            "--rope-scaling", "linear", "--name", "interpolated",
+            "--data-path", f"{folder}/test_text_document", "--prepend-bos"])):
+        done = run(sys.executable, "tools/evaluate_passkey.py", "--load", folder / name,
+                   "--context-lengths", "512", "128", "--trials", "5", "--needles", "2",
+                   "--output", results, *more)
+        assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in results.read_text().splitlines()]
+    assert [(r["name"], r["context_length"]) for r in rows] == [
+        (name, n) for name in ("base", "pose-yarn", "interpolated") for n in (128, 512)]
+    for row in rows:
+        assert [depth for depth, _, _ in row["answers"]] == [0, 0.25, 0.5, 0.75, 1]
+        assert row["passkey"] == sum(found for _, found, _ in row["answers"]) / 5
+        assert row["low"] <= row["passkey"] <= row["high"] and 0 < row["loss"] < 30
+    done = run(sys.executable, "tools/plot_results.py", results, "--metric", "passkey",
+               "--output", tmp_path / "passkey.png", "--window", "64")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "passkey.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "passkey.md").read_text().startswith("| | 128 | 512 |")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--needles", "9"], "--context-lengths 128: 9 needles and the question take"),
+        (["--needles", "99"], "--needles 99 must lie between 1 and 32"),
+        (["--load", "{}/nowhere"], "is not a checkpoint folder"),
+        (["--data-path", "{}/nowhere"], "nowhere.idx is missing"),
+        (["--tokenizer-model", "{}/nowhere"], "nowhere: no such file or folder"),
+        (["--context-lengths", "1"], "--context-lengths 1 must be at least 2"),
+        (["--context-lengths", "9000000", "--data-path", "{}/test_text_document"],
+         "fewer than the longest context length, 9000000"),
+    ],
+)
+def test_passkey_names_bad_input(quickstart, flags, message):
+    folder, _ = quickstart
+    done = run(sys.executable, "tools/evaluate_passkey.py", "--load", f"{folder}/base",
+               "--context-lengths", "128", *(flag.format(folder) for flag in flags))
+    assert done.returncode == 1
+    assert message in done.stderr and "Traceback" not in done.stderr
+    assert done.stderr.count("error:") == 1
+
+
 def test_verification_sees_another_model(quickstart):
     folder, _ = quickstart
     done = run(sys.executable, "tools/checkpoint/verify.py", "--megatron", folder / "pose-yarn",

@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from pose_megatron.arguments import LR_DECAY_STYLES, REFUSED, parse
+from pose_megatron.arguments import REFUSED, parse
+from pose_megatron.flags import LR_DECAY_STYLES
 from pose_megatron.layout import lay_out
 from pose_megatron.model_config import ModelConfig, resolve_model, spell
 from pose_megatron.rope import RopeScaling

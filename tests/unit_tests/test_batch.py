@@ -6,9 +6,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pose_megatron.arguments import DataFlags
 from pose_megatron.batch import FIELDS, MicroBatchSampler, batches, fields_here, get_batch
 from pose_megatron.dataset import build_datasets
+from pose_megatron.flags import DataFlags
 from pose_megatron.positions import PoseSampler
 
 layouts = st.tuples(st.integers(1, 6), st.integers(1, 4), st.integers(1, 4))

@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pose_megatron.arguments import DataFlags
 from pose_megatron.blend import Blend, blends
 from pose_megatron.dataset import build_datasets
+from pose_megatron.flags import DataFlags
 from pose_megatron.positions import PoseSampler
 
 

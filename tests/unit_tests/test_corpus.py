@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import DType, _IndexWriter
 
-from pose_megatron.arguments import DataFlags
 from pose_megatron.corpus import Corpus, Source
 from pose_megatron.dataset import build_datasets
+from pose_megatron.flags import DataFlags
 from pose_megatron.positions import PoseSampler
 
 HEADER = 9 + 8 + 1 + 8 + 8  # magic, version, type, two counts

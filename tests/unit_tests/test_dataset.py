@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import _IndexWriter
 
-from pose_megatron.arguments import DataFlags
 from pose_megatron.dataset import build_datasets
+from pose_megatron.flags import DataFlags
 from pose_megatron.positions import PoseSampler
 from pose_megatron.samplers import SAMPLERS
 

@@ -15,7 +15,7 @@ from pose_megatron.arguments import parse
 from pose_megatron.convert import hf_to_megatron
 from pose_megatron.inspection import compare, summarise
 from pose_megatron.layout import lay_out
-from pose_megatron.rope import RopeScaling
+from pose_megatron.rope import RopeScaling, inverse_frequencies
 from pose_megatron.weights import write_weights
 
 pytestmark = pytest.mark.usefixtures("world")
@@ -205,8 +205,8 @@ def test_ropes_are_compared_by_what_they_do(hf, tmp_path):
         (folder / "config.json").write_text(json.dumps({**original, **keys}))
         return compare(summarise(hf), summarise(folder))
 
-    factors = (huggingface.inverse_frequencies(16, 5e5, RopeScaling())
-               / huggingface.inverse_frequencies(16, 5e5, RopeScaling("llama3", 8.0, 64))).tolist()
+    factors = (inverse_frequencies(16, 5e5, RopeScaling())
+               / inverse_frequencies(16, 5e5, RopeScaling("llama3", 8.0, 64))).tolist()
     longrope = {"rope_type": "longrope", "rope_theta": 5e5, "short_factor": factors,
                 "long_factor": factors, "attention_factor": 1.0, "factor": 8.0,
                 "original_max_position_embeddings": 64}

@@ -10,12 +10,13 @@ import pytest
 LAYERS = [
     {"draws", "shuffle", "samplers", "positions", "coverage", "rope", "convert", "evaluation",
      "passkey"},
-    {"arguments", "layout", "model_config", "sampler_flags", "rope_config", "megatron_args"},
+    {"arguments", "flags", "layout", "model_config", "sampler_flags", "rope_config",
+     "megatron_args"},
     {"cpu", "distributed", "corpus", "index_cache", "blend", "materialized", "dataset", "batch",
      "attention", "gptj", "head", "model", "optimizer", "checkpoint", "tokenizer", "fast_tokenizer",
      "jsonl", "text_corpus", "token_files", "encoding", "unfinished", "preprocessing", "durable",
      "lifetime", "program", "directory", "huggingface", "shards", "weights", "tensor_files", "meta",
-     "formats", "parity", "subject", "legacy", "origin", "index", "inspection"},
+     "formats", "parity", "subject", "legacy", "origin", "index", "inspection", "rope_check"},
     {"log", "training"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
@@ -44,7 +45,7 @@ def ours(path: Path) -> set[str]:
 
 
 def test_this_file_reads_imports():
-    assert {"samplers", "model_config"} <= ours(ROOT / "pose_megatron/arguments.py")
+    assert {"samplers", "model_config"} <= ours(ROOT / "pose_megatron/flags.py")
     assert "checkpoint" in ours(ROOT / "pose_megatron/training.py")
 
 

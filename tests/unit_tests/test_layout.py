@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from megatron.core.num_microbatches_calculator import RampupBatchsizeNumMicroBatchesCalculator
 
-from pose_megatron.arguments import TrainingFlags, parse
+from pose_megatron.arguments import parse
+from pose_megatron.flags import TrainingFlags
 from pose_megatron.layout import Layout, lay_out
 from pose_megatron.model_config import resolve_model
 

@@ -11,8 +11,8 @@ import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from pose_megatron import materialized
-from pose_megatron.arguments import DataFlags
 from pose_megatron.dataset import build_datasets
+from pose_megatron.flags import DataFlags
 from pose_megatron.positions import PoseSampler
 
 FIELDS = ("tokens", "labels", "loss_mask", "position_ids")

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pose_megatron.arguments import DataFlags
 from pose_megatron.dataset import build_datasets
+from pose_megatron.flags import DataFlags
 from pose_megatron.positions import PoseSampler
 
 SIZES = [40, 9, 0, 8, 1, 17, 100, 0, 3, 33, 8, 25]

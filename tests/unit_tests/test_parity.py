@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from pose_megatron import huggingface, parity
+from pose_megatron import huggingface, parity, rope_check
 from pose_megatron.convert import hf_to_megatron
 from pose_megatron.directory import find
 from pose_megatron.rope import RopeScaling
@@ -64,7 +64,7 @@ def both(llama, tmp_path):
 @pytest.mark.parametrize("scaling", SCALINGS, ids=str)
 def test_every_rope_agrees_near_0_and_near_the_end(both, scaling, capsys):
     found, hf = both(scaling)
-    errors = huggingface.rope_errors(hf, found.model)
+    errors = rope_check.rope_errors(hf, found.model)
     assert errors["inv_freq"] < 1e-6 and errors["attention_factor"] < 1e-12
     plain, ends, exact = parity.check(found, hf, tokens=64)
     assert plain.error < 1e-4 and ends.error < 5e-3 and exact.error < 1e-4
@@ -98,7 +98,7 @@ def test_yarn_as_longrope_is_the_same_model(both):
     found, hf = both(SCALINGS[2])
     huggingface.write_config(hf, found.model, torch.float32, {}, rope_as_longrope=True)
     assert json.loads((hf / "config.json").read_text())["rope_scaling"]["type"] == "longrope"
-    assert huggingface.rope_errors(hf, found.model)["inv_freq"] < 1e-6
+    assert rope_check.rope_errors(hf, found.model)["inv_freq"] < 1e-6
     parity.check(found, hf, tokens=64)
 
 
@@ -112,6 +112,20 @@ def test_another_precision_is_rounded_away(both, dtype, hf_dtype):
     parity.check(found, hf, tokens=64)
 
 
+def test_a_narrow_ramp_enlarges_roundings_and_is_no_other_rope(llama, tmp_path):
+    source, found = huggingface.read_config(llama), []
+    for window in range(3000, 6000, 100):  # some put a frequency onto the ramp
+        ramp = RopeScaling("llama3", 64.0, window, low_freq_factor=2.0, high_freq_factor=2.25)
+        model = dataclasses.replace(source, kv_channels=128, rotary_base=2e6, rope_scaling=ramp,
+                                    max_position_embeddings=64 * window)
+        huggingface.write_config(tmp_path, model, torch.float32, {})
+        found.append(rope_check.rope_errors(tmp_path, model)["inv_freq"])
+    assert max(found) > 1e-6  # float32's, in transformers
+    other = dataclasses.replace(ramp, high_freq_factor=2.24, original_max_position_embeddings=5930)
+    with pytest.raises(ValueError, match="reads another rope"):
+        rope_check.rope_errors(tmp_path, dataclasses.replace(model, rope_scaling=other))
+
+
 def test_another_rope_is_seen(both):
     """yarn where yarn_revised was trained."""
     found, hf = both(SCALINGS[3])
@@ -121,7 +135,7 @@ def test_another_rope_is_seen(both):
     config |= {"rope_scaling": None, "rope_parameters": yarn}
     (hf / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="reads another rope"):
-        huggingface.rope_errors(hf, found.model)
+        rope_check.rope_errors(hf, found.model)
     with pytest.raises(ValueError, match=f"{hf} is not the model of .*logits at .*: error"):
         parity.check(found, hf, tokens=64)
 

@@ -56,7 +56,9 @@ def check_reading(config: dict, base: float, scaling: RopeScaling, folder=None):
     for length in LENGTHS:
         rotary(torch.zeros(1), torch.tensor([[0, length - 1]]))
         ours = frequencies(scaling, base, length)
-        assert ((rotary.inv_freq.double() - ours).abs() / ours).max() < 1e-6, length
+        # llama3 in float32: 64 times a rounding of 2e-7, divided by 1 - 2 / 3 (below) at worst.
+        limit = 4e-5 if scaling.method == "llama3" and scaling.over is None else 1e-6
+        assert ((rotary.inv_freq.double() - ours).abs() / ours).max() < limit, length
     assert rotary.attention_scaling == pytest.approx(attention_factor(scaling), rel=1e-12)
     return rotary.config
 

@@ -32,15 +32,16 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from pose_megatron import formats, huggingface, meta, weights
-from pose_megatron.directory import find
+from pose_megatron import formats, huggingface, meta, rope_check, weights
+from pose_megatron.directory import TRACKER, find
 from pose_megatron.distributed import Team, one_sentence_errors
-from pose_megatron.durable import write_atomically
+from pose_megatron.durable import staged, write_atomically
 from pose_megatron.formats import FORMATS, Source, read_ahead
 from pose_megatron.lifetime import end_with_parent
 from pose_megatron.rope_config import notes
 from pose_megatron.tensor_files import size
 
+MARKS = ("config.json", "params.json", TRACKER)  # of a checkpoint in one of the formats
 SMALL = 100_000_000  # parameters up to which logits are compared unasked
 EXAMPLES = """examples:
   # a Hugging Face folder into Megatron's format
@@ -220,7 +221,7 @@ def _staged(team: Team, save: Path, overwrite: bool) -> Iterator[Path]:
     with contextlib.ExitStack() as stack:
         folder = None
         if team.rank == 0:
-            folder = stack.enter_context(huggingface.staged(save, overwrite))
+            folder = stack.enter_context(staged(save, overwrite, MARKS))
         yield team.share(folder)
 
 
@@ -324,7 +325,7 @@ def _rope_check(folders: list[Path], model, wanted: bool) -> Iterator[Callable[[
 def _rope_errors(folders: list[Path], model) -> dict[str, float]:
     errors = {}
     for folder in folders:
-        errors = huggingface.rope_errors(folder, model)
+        errors = rope_check.rope_errors(folder, model)
         words = ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
         words = words or "transformers has no class for it"
         print(f"rope as transformers reads it: relative errors: {words}", flush=True)

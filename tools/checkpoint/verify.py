@@ -16,7 +16,7 @@ from pose_megatron import cpu
 
 cpu.install()
 
-from pose_megatron import checkpoint, huggingface, parity
+from pose_megatron import checkpoint, parity, rope_check
 from pose_megatron.distributed import one_sentence_errors
 
 
@@ -45,8 +45,9 @@ def main() -> None:
     if flags.tokens < 2:
         raise ValueError(f"--tokens {flags.tokens} must be at least 2")
     found = checkpoint.find(flags.megatron, flags.iteration)
-    for name, error in huggingface.rope_errors(flags.hf, found.model).items():
-        print(f"rope {name}: relative error {error:.1e} (bound 1e-06)")
+    for name, error in rope_check.rope_errors(flags.hf, found.model).items():
+        bound = rope_check.bound(found.model.rope_scaling)
+        print(f"rope {name}: relative error {error:.1e} (bound {bound:.0e})")
     parity.check(found, flags.hf, flags.tokens, flags.seed)
 
 
