@@ -92,10 +92,10 @@ def measure(folder: Path, repeats: int) -> tuple[dict[str, list[tuple[float, flo
         "torch": ("-c", "import torch"),
         "floor": ("-c", FLOOR, hf / "model.safetensors", out),
         "transformers asked for its rope": ("-c", ROPE, hf),
-        "hf to megatron": (*there, "--save-dir", out, "--no-verify"),
-        "megatron to hf": (*back, "--save-dir", out, "--no-verify"),
-        "hf to megatron, --verify": (*there, "--save-dir", out),
-        "megatron to hf, --verify": (*back, "--save-dir", out),
+        "hf to megatron, --no-verify": (*there, "--save-dir", out, "--no-verify"),
+        "megatron to hf, --no-verify": (*back, "--save-dir", out, "--no-verify"),
+        "hf to megatron": (*there, "--save-dir", out),
+        "megatron to hf": (*back, "--save-dir", out),
     }
     results = {name: [] for name in jobs}
     for _ in range(repeats):
