@@ -70,7 +70,7 @@ def plot(table: dict[str, dict[int, dict]], metric: str, path: Path, window, tit
     from matplotlib import pyplot
 
     if metric == "passkey":
-        columns = min(len(table), 3)
+        columns = min(3, len(table) if len(table) != 4 else 2)
         rows = -(-len(table) // columns)
         figure = pyplot.figure(figsize=(max(7, 3.2 * columns), 4 + 2.6 * rows), dpi=150,
                                layout="constrained")
@@ -109,8 +109,9 @@ def draw_curves(axes, table: dict[str, dict[int, dict]], metric: str, window) ->
     axes.minorticks_off()
     if window:
         axes.axvline(window, color="grey", linestyle=":", linewidth=1)
-        axes.text(window, axes.get_ylim()[1], " training window", color="grey", va="top",
-                  fontsize=8)
+        at, side = (0.02, "bottom") if metric == "passkey" else (0.98, "top")
+        axes.text(window, at, " training window", color="grey", va=side, fontsize=8,
+                  transform=axes.get_xaxis_transform())
     axes.set_xlabel("context length (tokens)")
     axes.set_ylabel("passkeys found" if metric == "passkey" else metric)
     axes.grid(alpha=0.3)
@@ -120,7 +121,7 @@ def draw_curves(axes, table: dict[str, dict[int, dict]], metric: str, window) ->
 def draw_depths(figure, table: dict[str, dict[int, dict]], rows: int, columns: int) -> None:
     """A map for each name: context length across, depth of the needle down."""
     lengths, bins = lengths_of(table), 10
-    grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).ravel()
+    grid = figure.subplots(rows, columns, squeeze=False, sharey=True).ravel()
     for axes in grid[len(table):]:
         axes.set_axis_off()
     for axes, (name, row) in zip(grid, table.items(), strict=False):
@@ -128,7 +129,7 @@ def draw_depths(figure, table: dict[str, dict[int, dict]], rows: int, columns: i
                    if min(int(depth * bins), bins - 1) == i] for n in lengths] for i in range(bins)]
         share = [[sum(cell) / len(cell) if cell else float("nan") for cell in line]
                  for line in cells]
-        image = axes.imshow(share, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+        image = axes.imshow(share, vmin=0, vmax=1, cmap="viridis", aspect="auto")
         axes.set_xticks(range(len(lengths)), [f"{n:,}" for n in lengths], fontsize=7)
         axes.set_yticks([-0.5, bins / 2 - 0.5, bins - 0.5], ["0", "0.5", "1"], fontsize=7)
         axes.set_title(name, fontsize=8)
