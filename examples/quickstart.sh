@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# The whole job on two CPU cores, in about seven minutes: a small LLaMA is trained on windows of
+# The whole job on two CPU cores, in about eight minutes: a small LLaMA is trained on windows of
 # L = 64 tokens, leaves to Hugging Face's format and comes back, is extended to T = 8 L by PoSE
-# (still 64 tokens at a time), and is measured at L, 2L, 4L and 8L. `make quickstart` runs it.
+# (still 64 tokens at a time), and is measured at L, 2L, 4L and 8L, beside a control that is trained
+# in the same way at plain positions. `make quickstart` runs it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -48,11 +49,13 @@ python tools/checkpoint/convert.py --loader megatron --saver hf \
 python tools/checkpoint/convert.py --loader hf --saver megatron --make-vocab-size-divisible-by 64 \
     --load-dir "$OUT/base-hf" --save-dir "$OUT/base"
 
+EXTEND=("${TRAIN[@]}" --load "$OUT/base" --finetune --max-position-embeddings $T
+    --train-iters "$POSE_ITERS" --lr 1e-3 --lr-warmup-iters 10)
 for scaling in yarn linear; do
     step "PoSE with $scaling: $POSE_ITERS steps of $L tokens, positions up to $T"
-    "${TRAIN[@]}" --load "$OUT/base" --finetune --max-position-embeddings $T \
-        --rope-scaling $scaling --train-iters "$POSE_ITERS" --lr 1e-3 --lr-warmup-iters 10 \
-        --save "$OUT/pose-$scaling"
+    "${EXTEND[@]}" --rope-scaling $scaling --save "$OUT/pose-$scaling"
+    step "the control: as many steps with $scaling, positions 0 to $((L - 1))"
+    "${EXTEND[@]}" --rope-scaling $scaling --position-sampler full --save "$OUT/plain-$scaling"
 done
 
 step "perplexity of held-out files at L to 8L"
@@ -62,6 +65,7 @@ EVALUATE=(env OMP_NUM_THREADS=2 python tools/evaluate_perplexity.py
 "${EVALUATE[@]}" --load "$OUT/base" --name "base"
 for scaling in linear yarn; do
     "${EVALUATE[@]}" --load "$OUT/base" --rope-scaling $scaling --name "interpolation only, $scaling"
+    "${EVALUATE[@]}" --load "$OUT/plain-$scaling" --name "plain positions, $scaling"
     "${EVALUATE[@]}" --load "$OUT/pose-$scaling" --name "PoSE, $scaling"
 done
 
