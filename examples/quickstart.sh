@@ -54,18 +54,18 @@ EXTEND=("${TRAIN[@]}" --load "$OUT/base" --finetune --max-position-embeddings $T
 for scaling in yarn linear; do
     step "PoSE with $scaling: $POSE_ITERS steps of $L tokens, positions up to $T"
     "${EXTEND[@]}" --rope-scaling $scaling --save "$OUT/pose-$scaling"
-    step "the control: as many steps with $scaling, positions 0 to $((L - 1))"
-    "${EXTEND[@]}" --rope-scaling $scaling --position-sampler full --save "$OUT/plain-$scaling"
 done
+step "the control: as many steps with linear, positions 0 to $((L - 1))"
+"${EXTEND[@]}" --rope-scaling linear --position-sampler full --save "$OUT/plain-linear"
 
 step "perplexity of held-out files at L to 8L"
 EVALUATE=(env OMP_NUM_THREADS=2 python tools/evaluate_perplexity.py
     --data-path "$OUT/test_text_document" --max-documents 24 --stride $L
     --context-lengths $L $((2 * L)) $((4 * L)) $T --output "$OUT/results.jsonl")
 "${EVALUATE[@]}" --load "$OUT/base" --name "base"
+"${EVALUATE[@]}" --load "$OUT/plain-linear" --name "plain positions, linear"
 for scaling in linear yarn; do
     "${EVALUATE[@]}" --load "$OUT/base" --rope-scaling $scaling --name "interpolation only, $scaling"
-    "${EVALUATE[@]}" --load "$OUT/plain-$scaling" --name "plain positions, $scaling"
     "${EVALUATE[@]}" --load "$OUT/pose-$scaling" --name "PoSE, $scaling"
 done
 
