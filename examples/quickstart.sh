@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole job on two CPU cores, in about eight minutes: a small LLaMA is trained on windows of
+# The whole job on two CPU cores, in about nine minutes: a small LLaMA is trained on windows of
 # L = 64 tokens, leaves to Hugging Face's format and comes back, is extended to T = 8 L by PoSE
 # (still 64 tokens at a time), and is measured at L, 2L, 4L and 8L, beside a control that is trained
 # in the same way at plain positions. `make quickstart` runs it.
