@@ -12,7 +12,7 @@ def rope_errors(folder: Path, model: ModelConfig) -> dict[str, float]:
     """How far the rope that transformers makes of config.json is from the one Megatron trains with.
 
     Returns:
-        Relative errors of `inv_freq` (the largest) and `attention_factor`, both at most `bound`.
+        Relative errors of `inv_freq` (the largest) and `attention_factor`, both within `bounds`.
 
     Raises:
         ValueError: transformers refuses config.json, or reads another rope from it.
@@ -47,7 +47,7 @@ def rope_errors(folder: Path, model: ModelConfig) -> dict[str, float]:
         errors["inv_freq"] = max(errors["inv_freq"], wrong)
         wrong = abs(their_factor - factor) / factor
         errors["attention_factor"] = max(errors["attention_factor"], wrong)
-    if not all(error <= bound(scaling) for error in errors.values()):
+    if not all(errors[name] <= limit for name, limit in bounds(scaling).items()):
         raise ValueError(
             f"{folder}: transformers reads another rope from config.json than "
             f"{scaling}; relative errors {errors}"
@@ -55,16 +55,17 @@ def rope_errors(folder: Path, model: ModelConfig) -> dict[str, float]:
     return errors
 
 
-def bound(scaling: RopeScaling) -> float:
-    """The largest error that transformers' float32 explains.
+def bounds(scaling: RopeScaling) -> dict[str, float]:
+    """The largest errors that transformers' float32 explains.
 
     llama3 blends a frequency with its factor-th part, by a share in which float32's rounding of a
     wavelength (three operations, 2e-7) is divided by high_freq_factor - low_freq_factor.
     """
-    if scaling.method != "llama3" or scaling.over is not None:
-        return 1e-6
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    return 1e-6 + 2e-7 * scaling.factor * high / (high - low)
+    limits = {"inv_freq": 1e-6, "attention_factor": 1e-6}
+    if scaling.method == "llama3" and scaling.over is None:
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        limits["inv_freq"] += 2e-7 * scaling.factor * high / (high - low)
+    return limits
 
 
 def _rope_of(config, length: int) -> tuple[torch.Tensor, float]:

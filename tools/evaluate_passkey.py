@@ -56,10 +56,15 @@ def main() -> None:
         first = [tokenizer.bos]
     haystack = passkey.filler(tokenizer.tokenize)
     if flags.data_path:
-        haystack = text_of(Corpus(flags.data_path), tested.lengths[-1], tested.model.vocab_size)
+        haystack = text_of(Corpus(flags.data_path), tested.lengths[-1])
     asked = {length: passkey.prompts(tokenizer.tokenize, haystack, length, flags.trials,
                                      flags.needles, flags.seed, first)
              for length in tested.lengths}
+    largest = max(int(prompt.tokens.max()) for some in asked.values() for prompt in some)
+    if largest >= tested.model.vocab_size:
+        raise ValueError(
+            f"token id {largest} is outside the checkpoint's vocabulary of "
+            f"{tested.model.vocab_size}: --tokenizer-model or --data-path is of another model")
     logits = tested.logits()
 
     rows = []
@@ -92,14 +97,10 @@ def open_tokenizer(flags, tested: subject.Subject):
     if not flags.tokenizer_model and not path.is_dir():
         raise ValueError(f"--load {flags.load} carries no tokenizer; name one with "
                          "--tokenizer-model")
-    tokenizer = build_tokenizer(flags.tokenizer_type, path)
-    if tokenizer.vocab_size > tested.model.padded_vocab_size:
-        raise ValueError(f"the tokenizer {path} has {tokenizer.vocab_size} ids, the checkpoint "
-                         f"only {tested.model.vocab_size}")
-    return tokenizer
+    return build_tokenizer(flags.tokenizer_type, path)
 
 
-def text_of(corpus: Corpus, longest: int, vocab_size: int):
+def text_of(corpus: Corpus, longest: int):
     """A haystack of a corpus's text, from a drawn document on."""
     total = int(corpus.lengths.sum(dtype=np.int64))
     if total < longest:
@@ -113,11 +114,7 @@ def text_of(corpus: Corpus, longest: int, vocab_size: int):
             parts.append(corpus.tokens.get(document, 0, take).astype(np.int64))
             count -= take
             document = (document + 1) % len(corpus.lengths)
-        hay = np.concatenate(parts) if parts else np.zeros(0, np.int64)
-        if len(hay) and hay.max() >= vocab_size:
-            raise ValueError(f"--data-path {corpus.prefix}: token id {hay.max()} is outside the "
-                             f"checkpoint's vocabulary of {vocab_size}")
-        return hay
+        return np.concatenate(parts) if parts else np.zeros(0, np.int64)
 
     return haystack
 

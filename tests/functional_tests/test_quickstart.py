@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import write_corpus
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -18,6 +19,12 @@ def run(*command, **env):
     return subprocess.run(
         [str(word) for word in command], cwd=ROOT, env=environment, text=True, capture_output=True
     )
+
+
+def assert_one_sentence(done, message):
+    assert done.returncode == 1
+    assert message in done.stderr and "Traceback" not in done.stderr
+    assert done.stderr.count("error:") == 1
 
 
 @pytest.fixture(scope="module")
@@ -84,9 +91,7 @@ def test_evaluation_names_bad_input(quickstart, flags, message):
              "--context-lengths", "128"]
     done = run(sys.executable, "tools/evaluate_perplexity.py", *usual,
                *(flag.format(folder) for flag in flags))
-    assert done.returncode == 1
-    assert message in done.stderr and "Traceback" not in done.stderr
-    assert done.stderr.count("error:") == 1
+    assert_one_sentence(done, message)
 
 
 def test_passkeys_of_the_extended_model(quickstart, tmp_path):
@@ -130,9 +135,15 @@ def test_passkey_names_bad_input(quickstart, flags, message):
     folder, _ = quickstart
     done = run(sys.executable, "tools/evaluate_passkey.py", "--load", f"{folder}/base",
                "--context-lengths", "128", *(flag.format(folder) for flag in flags))
-    assert done.returncode == 1
-    assert message in done.stderr and "Traceback" not in done.stderr
-    assert done.stderr.count("error:") == 1
+    assert_one_sentence(done, message)
+
+
+def test_passkeys_in_another_models_ids(quickstart, tmp_path):
+    folder, _ = quickstart
+    haystack = write_corpus(tmp_path / "text_document", [[9999] * 300])
+    done = run(sys.executable, "tools/evaluate_passkey.py", "--load", f"{folder}/base",
+               "--context-lengths", "128", "--data-path", haystack)
+    assert_one_sentence(done, "token id 9999 is outside the checkpoint's vocabulary of 512")
 
 
 def test_verification_sees_another_model(quickstart):

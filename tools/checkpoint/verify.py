@@ -45,9 +45,9 @@ def main() -> None:
     if flags.tokens < 2:
         raise ValueError(f"--tokens {flags.tokens} must be at least 2")
     found = checkpoint.find(flags.megatron, flags.iteration)
+    bounds = rope_check.bounds(found.model.rope_scaling)
     for name, error in rope_check.rope_errors(flags.hf, found.model).items():
-        bound = rope_check.bound(found.model.rope_scaling)
-        print(f"rope {name}: relative error {error:.1e} (bound {bound:.0e})")
+        print(f"rope {name}: relative error {error:.1e} (bound {bounds[name]:.0e})")
     parity.check(found, flags.hf, flags.tokens, flags.seed)
 
 
