@@ -33,6 +33,7 @@ bench: $(BIN)/.ready
 	    echo "== $$name"; python benchmarks/$$name.py --output $(OUT)/$$name.json; done
 
 lint: $(BIN)/.ready
+	ruff format --check .
 	ruff check .
 
 clean:

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 here = Path(__file__).parent
 version = re.search(r'__version__ = "(.+)"', (here / "pose_megatron/__init__.py").read_text())[1]
@@ -16,7 +16,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11,<3.12",
-    packages=["pose_megatron"],
+    packages=find_packages(include=["pose_megatron", "pose_megatron.*"]),
     install_requires=[
         "torch>=2.6",
         "megatron-core==0.16.1",

@@ -31,15 +31,15 @@ os.fsync(os.open(sys.argv[2], os.O_RDONLY))
 ROPE = """
 import sys
 from pathlib import Path
-from pose_megatron import huggingface, rope_check
+from pose_megatron.checkpoints.huggingface import config_json, rope_check
 folder = Path(sys.argv[1])
-rope_check.rope_errors(folder, huggingface.read_config(folder))
+rope_check.rope_errors(folder, config_json.read_config(folder))
 """
 MAKE = """
 import json, sys, torch
 from pathlib import Path
 from safetensors.torch import save_file
-from pose_megatron.convert import table
+from pose_megatron.checkpoints.mapping import table
 folder, shape = Path(sys.argv[1]), json.loads(sys.argv[2])
 parts = {n: s for row in table(**shape) for n, s in row.parts.items()}
 save_file({n: torch.randn(s, dtype=torch.bfloat16).mul_(0.02) for n, s in parts.items()},
@@ -52,8 +52,14 @@ save_file({n: torch.randn(s, dtype=torch.bfloat16).mul_(0.02) for n, s in parts.
     "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "max_position_embeddings": 4096}))
 """
 SHAPE = {  # 1.07 GB in bfloat16
-    "num_layers": 8, "hidden_size": 2048, "ffn_hidden_size": 5504, "num_attention_heads": 16,
-    "num_query_groups": 16, "kv_channels": 128, "vocab_size": 32000, "padded_vocab_size": 32000,
+    "num_layers": 8,
+    "hidden_size": 2048,
+    "ffn_hidden_size": 5504,
+    "num_attention_heads": 16,
+    "num_query_groups": 16,
+    "kv_channels": 128,
+    "vocab_size": 32000,
+    "padded_vocab_size": 32000,
     "tied": False,
 }
 
@@ -64,8 +70,9 @@ def run(*words) -> tuple[float, float]:
     env = os.environ | {"PYTHONPATH": root}
     with tempfile.TemporaryFile() as log:
         start = time.perf_counter()
-        process = subprocess.Popen([sys.executable, "-W", "ignore", *map(str, words)], env=env,
-                                   stdout=log, stderr=log)
+        process = subprocess.Popen(
+            [sys.executable, "-W", "ignore", *map(str, words)], env=env, stdout=log, stderr=log
+        )
         _, status, usage = os.wait4(process.pid, 0)
         seconds = time.perf_counter() - start
         process.returncode = os.waitstatus_to_exitcode(status)
@@ -113,14 +120,17 @@ def table(results: dict[str, list[tuple[float, float]]]) -> str:
     memory = {name: max(m for _, m in runs) for name, runs in results.items()}
     lines = ["| | seconds | of the floor | peak MB | above torch alone |", "|---|---|---|---|---|"]
     for name in results:
-        lines.append(f"| {name} | {seconds[name]:.1f} | {seconds[name] / seconds['floor']:.2f} | "
-                     f"{memory[name]:.0f} | {memory[name] - memory['torch']:.0f} |")
+        lines.append(
+            f"| {name} | {seconds[name]:.1f} | {seconds[name] / seconds['floor']:.2f} | "
+            f"{memory[name]:.0f} | {memory[name] - memory['torch']:.0f} |"
+        )
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--folder", help="where to write [the system's temporary folder]")
     parser.add_argument("--repeats", type=int, default=3, help="[3]")
     parser.add_argument("--output", type=Path, help="write every run there")

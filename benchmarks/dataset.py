@@ -24,9 +24,9 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pose_megatron import cpu
+from pose_megatron.runtime.startup import prepare_megatron
 
-cpu.install()
+prepare_megatron()
 
 import numpy as np
 import torch
@@ -34,10 +34,10 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import _IndexWriter
 
-from pose_megatron import distributed
-from pose_megatron.dataset import build_datasets
-from pose_megatron.flags import DataFlags, ParallelFlags
-from pose_megatron.positions import PoseSampler
+from pose_megatron.config.flags import DataFlags
+from pose_megatron.data.dataset import build_datasets
+from pose_megatron.positions.sampler import PoseSampler
+from pose_megatron.runtime import distributed
 
 VOCABULARY = 32000
 
@@ -78,12 +78,19 @@ class Words:
 
 def stock(prefix: str, window: int, samples: int):
     config = GPTDatasetConfig(
-        random_seed=1, sequence_length=window, blend=([prefix], None), split="1,0,0",
-        tokenizer=Words(), reset_position_ids=False, reset_attention_mask=False,
-        eod_mask_loss=False, create_attention_mask=False,
+        random_seed=1,
+        sequence_length=window,
+        blend=([prefix], None),
+        split="1,0,0",
+        tokenizer=Words(),
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
     )
-    return BlendedMegatronDatasetBuilder(GPTDataset, [samples, 0, 0], lambda: True, config
-                                         ).build()[0]
+    return BlendedMegatronDatasetBuilder(GPTDataset, [samples, 0, 0], lambda: True, config).build()[
+        0
+    ]
 
 
 def ours(prefix: str, window: int, target: int, samples: int, name: str, **data):
@@ -118,11 +125,22 @@ def start_up(prefix: str, window: int, target: int) -> dict[str, float]:
     figures = {}
     for mode in ("document", "packed"):
         with tempfile.TemporaryDirectory() as cache:
-            for name, folder in (("no cache", None), ("filling the cache", cache),
-                                 ("from the cache", cache)):
+            for name, folder in (
+                ("no cache", None),
+                ("filling the cache", cache),
+                ("from the cache", cache),
+            ):
                 start = time.perf_counter()
-                data = ours(prefix, window, target, 10**6, "pose", data_mode=mode,
-                            data_cache_path=folder, short_documents="pack")
+                data = ours(
+                    prefix,
+                    window,
+                    target,
+                    10**6,
+                    "pose",
+                    data_mode=mode,
+                    data_cache_path=folder,
+                    short_documents="pack",
+                )
                 data[0]
                 figures[f"{mode}, {name}"] = time.perf_counter() - start
     start = time.perf_counter()
@@ -135,7 +153,7 @@ def main() -> None:
     flags = parse()
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
-    distributed.initialize(ParallelFlags(), seed=1)
+    distributed.initialize(seed=1)
     n, window, target = flags.samples, flags.window, flags.target
     rng = np.random.default_rng(1)
     with tempfile.TemporaryDirectory() as folder:
@@ -153,8 +171,9 @@ def main() -> None:
             for i in range(n):
                 data[i]
 
-        samples = rates({name: (lambda data=data: read(data), n) for name, data in sets.items()},
-                        flags.repeats)
+        samples = rates(
+            {name: (lambda data=data: read(data), n) for name, data in sets.items()}, flags.repeats
+        )
         many = write_corpus(Path(folder) / "many", rng.integers(1, 200, flags.many_documents))
         starts = start_up(many, window, target)
 
@@ -165,20 +184,27 @@ def main() -> None:
         def run():
             for i in range(n):
                 one(i)
+
         return run, n
 
-    plans = rates({
-        "the authors' rule": each(lambda i: authors_rule(window, target, source)),
-        "one at a time": each(lambda i: sampler.plan(i, source)),
-        "one at a time, positions": each(lambda i: sampler.plan(i, source).positions()),
-        "batches of 4096": (lambda: sampler.plans(range(batch), source), batch),
-        "batches of 256, positions": (
-            lambda: sampler.plans(range(small), source).positions(), small),
-    }, flags.repeats)
+    plans = rates(
+        {
+            "the authors' rule": each(lambda i: authors_rule(window, target, source)),
+            "one at a time": each(lambda i: sampler.plan(i, source)),
+            "one at a time, positions": each(lambda i: sampler.plan(i, source).positions()),
+            "batches of 4096": (lambda: sampler.plans(range(batch), source), batch),
+            "batches of 256, positions": (
+                lambda: sampler.plans(range(small), source).positions(),
+                small,
+            ),
+        },
+        flags.repeats,
+    )
 
     for title, figures, base in (
-            ("samples/s", samples, "megatron-core GPTDataset"),
-            ("plans/s", plans, "the authors' rule")):
+        ("samples/s", samples, "megatron-core GPTDataset"),
+        ("plans/s", plans, "the authors' rule"),
+    ):
         print(f"{title}, L = {window}, T = {target}, one thread")
         for name, figure in figures.items():
             print(f"  {name:38s} {figure:12,.0f}  {figure / figures[base]:8.2f} x")
@@ -186,9 +212,18 @@ def main() -> None:
     for name, figure in starts.items():
         print(f"  {name:38s} {figure:12.2f} s")
     if flags.output:
-        Path(flags.output).write_text(json.dumps(
-            {"window": window, "target": target, "samples_per_second": samples,
-             "plans_per_second": plans, "start_seconds": starts}, indent=1))
+        Path(flags.output).write_text(
+            json.dumps(
+                {
+                    "window": window,
+                    "target": target,
+                    "samples_per_second": samples,
+                    "plans_per_second": plans,
+                    "start_seconds": starts,
+                },
+                indent=1,
+            )
+        )
 
 
 if __name__ == "__main__":

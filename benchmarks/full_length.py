@@ -13,7 +13,7 @@ from pathlib import Path
 
 import trainers
 
-from pose_megatron.log import peak_memory
+from pose_megatron.training.log import peak_memory
 
 WORDS = """
     --num-layers 4 --num-attention-heads 8 --vocab-size 4096 --hidden-size {width}
@@ -24,8 +24,10 @@ WORDS = """
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="example:\n  python benchmarks/full_length.py --seq-length 256 --factors 2 4 8 16")
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="example:\n  python benchmarks/full_length.py --seq-length 256 --factors 2 4 8 16",
+    )
     parser.add_argument("--hidden-size", type=int, default=512, help="[512]")
     parser.add_argument("--seq-length", type=int, default=256, help="window L of PoSE [256]")
     parser.add_argument("--factors", type=int, nargs="+", default=[2, 4, 8, 16], help="[2 4 8 16]")
@@ -42,26 +44,39 @@ def main() -> None:
     length = args.seq_length
     results = []
     for kind, window, factor in [
-            *(("pose", length, f) for f in args.factors[-1:]),
-            *(("full", length * f, f) for f in args.factors)]:
-        words = [f"--{name}={value}" for name, value in (
-            ("hidden-size", args.hidden_size), ("seq-length", length), ("window", window),
-            ("factor", factor), ("steps", args.steps), ("extra", args.extra))]
+        *(("pose", length, f) for f in args.factors[-1:]),
+        *(("full", length * f, f) for f in args.factors),
+    ]:
+        words = [
+            f"--{name}={value}"
+            for name, value in (
+                ("hidden-size", args.hidden_size),
+                ("seq-length", length),
+                ("window", window),
+                ("factor", factor),
+                ("steps", args.steps),
+                ("extra", args.extra),
+            )
+        ]
         (row,) = trainers.launch(__file__, words)
         results.append({"kind": kind, "window": window, "target": factor * length, **row})
     print_table(args, results)
     if args.output:
-        settings = {k: v for k, v in vars(args).items()
-                    if k not in ("output", "rows", "window", "factor")}
-        args.output.write_text(json.dumps(
-            {**trainers.machine(), "settings": settings, "results": results}, indent=1) + "\n")
+        settings = {
+            k: v for k, v in vars(args).items() if k not in ("output", "rows", "window", "factor")
+        }
+        args.output.write_text(
+            json.dumps({**trainers.machine(), "settings": settings, "results": results}, indent=1)
+            + "\n"
+        )
 
 
 def work(args: argparse.Namespace) -> None:
     """One length, in this process."""
     target = args.seq_length * args.factor
     words = WORDS.format(
-        width=args.hidden_size, window=args.window, target=target, factor=args.factor).split()
+        width=args.hidden_size, window=args.window, target=target, factor=args.factor
+    ).split()
     with tempfile.TemporaryDirectory() as folder:
         corpus = trainers.random_corpus(Path(folder), 4096, 2 * target + 1, documents=8)
         run = trainers.Run([*words, "--data-path", corpus, *args.extra.split()])
@@ -72,21 +87,31 @@ def work(args: argparse.Namespace) -> None:
             run.step()
             trainers.synchronize()
             seconds.append(time.perf_counter() - start)
-    trainers.report(args.rows, seconds=statistics.median(seconds[1:]), bytes=peak_memory(),
-                    bytes_before_steps=before)
+    trainers.report(
+        args.rows,
+        seconds=statistics.median(seconds[1:]),
+        bytes=peak_memory(),
+        bytes_before_steps=before,
+    )
 
 
 def print_table(args: argparse.Namespace, results: list[dict]) -> None:
-    print(f"{args.hidden_size} wide, one sample a step, medians of {args.steps} steps; "
-          f"{trainers.machine()['device']}\n")
-    print("| training | tokens a step | positions up to | s a step | times PoSE | peak MiB | "
-          "of them in steps |\n|---|---:|---:|---:|---:|---:|---:|")
+    print(
+        f"{args.hidden_size} wide, one sample a step, medians of {args.steps} steps; "
+        f"{trainers.machine()['device']}\n"
+    )
+    print(
+        "| training | tokens a step | positions up to | s a step | times PoSE | peak MiB | "
+        "of them in steps |\n|---|---:|---:|---:|---:|---:|---:|"
+    )
     base = results[0]["seconds"]
     for r in results:
         name = "PoSE" if r["kind"] == "pose" else "full length"
         steps = (r["bytes"] - r["bytes_before_steps"]) / 2**20
-        print(f"| {name} | {r['window']} | {r['target']} | {r['seconds']:.3f} | "
-              f"{r['seconds'] / base:.1f} | {r['bytes'] / 2**20:.0f} | {steps:.0f} |")
+        print(
+            f"| {name} | {r['window']} | {r['target']} | {r['seconds']:.3f} | "
+            f"{r['seconds'] / base:.1f} | {r['bytes'] / 2**20:.0f} | {steps:.0f} |"
+        )
 
 
 if __name__ == "__main__":

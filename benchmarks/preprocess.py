@@ -30,8 +30,10 @@ import warnings
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-TOKENIZERS = {"hf": ("HuggingFaceTokenizer", "Hugging Face BPE 32k"),
-              "spm": ("SentencePieceTokenizer", "SentencePiece BPE 32k")}
+TOKENIZERS = {
+    "hf": ("HuggingFaceTokenizer", "Hugging Face BPE 32k"),
+    "spm": ("SentencePieceTokenizer", "SentencePiece BPE 32k"),
+}
 VOCAB_SIZE = 32_000
 TRAINED_ON = 20_000_000  # bytes
 OFTEN = 3  # runs of what takes a second, for each of what takes a minute
@@ -70,9 +72,20 @@ def prepare(folder: Path, limit: int) -> dict[str, int]:
         sizes[f"{name} documents"] = len(texts)
     if not (folder / "spm").exists():
         subprocess.run(
-            [sys.executable, ROOT / "tools/train_tokenizer.py", "--input", folder / "whole.jsonl",
-             "--output-dir", folder / "spm", "--vocab-size", str(VOCAB_SIZE),
-             "--sample-size", str(TRAINED_ON)], check=True)
+            [
+                sys.executable,
+                ROOT / "tools/train_tokenizer.py",
+                "--input",
+                folder / "whole.jsonl",
+                "--output-dir",
+                folder / "spm",
+                "--vocab-size",
+                str(VOCAB_SIZE),
+                "--sample-size",
+                str(TRAINED_ON),
+            ],
+            check=True,
+        )
     if not (folder / "hf").exists():
         train_byte_level(documents(limit), folder / "hf")
     return sizes
@@ -85,9 +98,15 @@ def train_byte_level(texts: list[str], folder: Path) -> None:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(texts[::step], trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE, special_tokens=["<|endoftext|>"], show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    tokenizer.train_from_iterator(
+        texts[::step],
+        trainers.BpeTrainer(
+            vocab_size=VOCAB_SIZE,
+            special_tokens=["<|endoftext|>"],
+            show_progress=False,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )
     folder.mkdir()
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
@@ -108,7 +127,8 @@ class TheirEncoder:
             TheirEncoder.eod = TheirEncoder.tokenizer.eod
         else:
             TheirEncoder.tokenizer = libraries.SentencePieceTokenizer(
-                f"{self.folder}/tokenizer.model")
+                f"{self.folder}/tokenizer.model"
+            )
             TheirEncoder.eod = TheirEncoder.tokenizer.eos_id
 
     def encode(self, line: str) -> tuple[dict, dict, int]:
@@ -167,11 +187,19 @@ def ceiling(kind: str, tokenizer: str, corpus: str, way: str, workers: int) -> N
 
 def run(*command) -> tuple[float, float, str]:
     """Seconds by the clock and of processors, and stdout."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
-                                "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+    }
     started = time.perf_counter()
-    process = subprocess.Popen([sys.executable, *map(str, command)], env=environment, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, *map(str, command)],
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     output, errors = process.stdout.read(), process.stderr.read()
     _, status, usage = os.wait4(process.pid, 0)
     seconds = time.perf_counter() - started
@@ -192,13 +220,30 @@ def measure(kind: str, folder: Path, sizes: dict[str, int], workers: int, repeat
         for name in ("one", "small", "whole"):
             corpus = folder / f"{name}.jsonl"
             for _ in range(OFTEN):
-                keep(f"ours {name}", *run(
-                    ROOT / "tools/preprocess_data.py", "--input", corpus, "--output-prefix",
-                    folder / "ours", "--tokenizer-type", tokenizer_type, "--tokenizer-model",
-                    tokenizer, "--append-eod", "--workers", workers, "--overwrite",
-                    "--log-interval", 10**9)[:2])
-            keep(f"theirs {name}", *run(
-                __file__, "theirs", kind, tokenizer, corpus, folder / "theirs", workers)[:2])
+                keep(
+                    f"ours {name}",
+                    *run(
+                        ROOT / "tools/preprocess_data.py",
+                        "--input",
+                        corpus,
+                        "--output-prefix",
+                        folder / "ours",
+                        "--tokenizer-type",
+                        tokenizer_type,
+                        "--tokenizer-model",
+                        tokenizer,
+                        "--append-eod",
+                        "--workers",
+                        workers,
+                        "--overwrite",
+                        "--log-interval",
+                        10**9,
+                    )[:2],
+                )
+            keep(
+                f"theirs {name}",
+                *run(__file__, "theirs", kind, tokenizer, corpus, folder / "theirs", workers)[:2],
+            )
             for suffix in ("bin", "idx"):
                 ours = (folder / f"ours_text_document.{suffix}").read_bytes()
                 assert ours == (folder / f"theirs.{suffix}").read_bytes(), f".{suffix} differs"
@@ -209,8 +254,9 @@ def measure(kind: str, folder: Path, sizes: dict[str, int], workers: int, repeat
         "by the clock": rates(clock, sizes),
         "by processor time": rates(processor, sizes),
         "goal": GOALS[kind],
-        "start-up, seconds": {who: round(statistics.median(clock[f"{who} one"]), 2)
-                              for who in ("ours", "theirs")},
+        "start-up, seconds": {
+            who: round(statistics.median(clock[f"{who} one"]), 2) for who in ("ours", "theirs")
+        },
         "tokens": json.loads((folder / "ours_summary.json").read_text())["tokens"],
         "seconds by the clock": clock,
         "seconds of processors / workers": processor,
@@ -220,8 +266,12 @@ def measure(kind: str, folder: Path, sizes: dict[str, int], workers: int, repeat
 def rates(seconds: dict[str, list[float]], sizes: dict[str, int]) -> dict[str, float]:
     """MB/s of everything, and the two ratios."""
     median = {name: statistics.median(values) for name, values in seconds.items()}
-    found = {who: (sizes["whole"] - sizes["small"]) / 1e6
-             / (median[f"{who} whole"] - median[f"{who} small"]) for who in ("ours", "theirs")}
+    found = {
+        who: (sizes["whole"] - sizes["small"])
+        / 1e6
+        / (median[f"{who} whole"] - median[f"{who} small"])
+        for who in ("ours", "theirs")
+    }
     ways = {way: sizes["whole"] / 1e6 / median[way] for way in median if "gigatoken" in way}
     found |= ways | {"ceiling": max(ways.values())}
     return {name: round(rate, 2) for name, rate in found.items()} | {
@@ -236,29 +286,43 @@ def main() -> None:
         {"theirs": theirs, "ceiling": ceiling}[role](kind, tokenizer, corpus, last, int(workers))
         return
     p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="example:\n  python benchmarks/preprocess.py --output preprocess.json")
-    p.add_argument("--folder", type=Path, default=Path("runs/benchmark-preprocess"),
-                   help="for corpora and tokenizers, kept (default: %(default)s)")
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="example:\n  python benchmarks/preprocess.py --output preprocess.json",
+    )
+    p.add_argument(
+        "--folder",
+        type=Path,
+        default=Path("runs/benchmark-preprocess"),
+        help="for corpora and tokenizers, kept (default: %(default)s)",
+    )
     p.add_argument("--megabytes", type=int, default=100, help="of text (default: %(default)s)")
     p.add_argument("--workers", type=int, default=2, help="(default: %(default)s)")
     p.add_argument("--repeats", type=int, default=3, help="(default: %(default)s)")
     p.add_argument("--output", type=Path, help="JSON of everything measured")
     flags = p.parse_args()
     sizes = prepare(flags.folder, flags.megabytes * 1_000_000)
-    print(f"{sizes['whole documents']:,} documents, {sizes['whole'] / 1e6:.1f} MB of text, "
-          f"{flags.workers} workers, {os.cpu_count()} cores, median of {flags.repeats}")
+    print(
+        f"{sizes['whole documents']:,} documents, {sizes['whole'] / 1e6:.1f} MB of text, "
+        f"{flags.workers} workers, {os.cpu_count()} cores, median of {flags.repeats}"
+    )
     results = {"corpus": sizes, "workers": flags.workers, "cores": os.cpu_count()}
     print(f"{'MB/s':42}{'theirs':>9}{'ours':>9}{'ceiling':>9}{'times':>9}{'of ceiling':>12}")
     for kind, (_, name) in TOKENIZERS.items():
         results[kind] = found = measure(kind, flags.folder, sizes, flags.workers, flags.repeats)
         for clock in ("by the clock", "by processor time"):
             r = found[clock]
-            print(f"{f'{name}, {clock}':42}{r['theirs']:9.1f}{r['ours']:9.1f}{r['ceiling']:9.1f}"
-                  f"{r['ours / theirs']:9.1f}{r['ours / ceiling']:12.0%}", flush=True)
+            print(
+                f"{f'{name}, {clock}':42}{r['theirs']:9.1f}{r['ours']:9.1f}{r['ceiling']:9.1f}"
+                f"{r['ours / theirs']:9.1f}{r['ours / ceiling']:12.0%}",
+                flush=True,
+            )
         starts = found["start-up, seconds"]
-        print(f"{'  one document, s':42}{starts['theirs']:9.2f}{starts['ours']:9.2f}"
-              f"{'goal':>9}{found['goal']:9}{'50%':>12}", flush=True)
+        print(
+            f"{'  one document, s':42}{starts['theirs']:9.2f}{starts['ours']:9.2f}"
+            f"{'goal':>9}{found['goal']:9}{'50%':>12}",
+            flush=True,
+        )
     if flags.output:
         flags.output.write_text(json.dumps(results, indent=2) + "\n")
 

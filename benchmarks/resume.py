@@ -19,7 +19,7 @@ import torch
 import trainers
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
-from pose_megatron import training
+from pose_megatron.training.trainer import save
 
 WORDS = """
     --num-layers {layers} --num-attention-heads 8 --vocab-size 4096 --hidden-size {width}
@@ -29,21 +29,26 @@ WORDS = """
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="example:\n  python benchmarks/resume.py --repeats 5")
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="example:\n  python benchmarks/resume.py --repeats 5",
+    )
     parser.add_argument("--hidden-size", type=int, default=512, help="[512]")
     parser.add_argument("--num-layers", type=int, default=8, help="[8]")
     parser.add_argument("--repeats", type=int, default=5, help="[5]")
-    parser.add_argument("--steps", type=int, default=20, help="that a background save runs beside "
-                        "[20]")
+    parser.add_argument(
+        "--steps", type=int, default=20, help="that a background save runs beside [20]"
+    )
     parser.add_argument("--output", type=Path, help="write the figures there as JSON")
     parser.add_argument("--rows", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.rows:
         work(args)
         return
-    words = [f"--{name.replace('_', '-')}={getattr(args, name)}"
-             for name in ("hidden_size", "num_layers", "repeats", "steps")]
+    words = [
+        f"--{name.replace('_', '-')}={getattr(args, name)}"
+        for name in ("hidden_size", "num_layers", "repeats", "steps")
+    ]
     (row,) = trainers.launch(__file__, words)
     print_table(row)
     if args.output:
@@ -57,13 +62,22 @@ def work(args: argparse.Namespace) -> None:
         words += ["--data-path", trainers.random_corpus(folder, 4096, 4097)]
         run = trainers.Run([*words, "--save", str(folder / "checkpoints")])
         run.step()  # the optimizer has its state
-        measures = {name: [] for name in (
-            "torch_save", "save", "background_call", "background_cost", "torch_load", "resume")}
+        measures = {
+            name: []
+            for name in (
+                "torch_save",
+                "save",
+                "background_call",
+                "background_cost",
+                "torch_load",
+                "resume",
+            )
+        }
         seconds_of_step = statistics.median(timed(run.step) for _ in range(10))
         for _ in range(args.repeats):
             measures["torch_save"].append(timed(lambda: torch_save(run, folder / "plain.pt")))
             measures["torch_load"].append(timed(lambda: torch.load(folder / "plain.pt")))
-            measures["save"].append(timed(lambda: training.save(run.trainer)))
+            measures["save"].append(timed(lambda: save(run.trainer)))
             call, cost = background(run, args.steps)
             measures["background_call"].append(call)
             measures["background_cost"].append(cost)
@@ -73,8 +87,13 @@ def work(args: argparse.Namespace) -> None:
             measures["resume"].append(timed(lambda: trainers.Run(resumed)) - fresh)
         size = (folder / "plain.pt").stat().st_size
         shutil.rmtree(folder / "checkpoints")
-    trainers.report(args.rows, bytes=size, seconds_of_step=seconds_of_step, steps=args.steps,
-                    **{name: statistics.median(values) for name, values in measures.items()})
+    trainers.report(
+        args.rows,
+        bytes=size,
+        seconds_of_step=seconds_of_step,
+        steps=args.steps,
+        **{name: statistics.median(values) for name, values in measures.items()},
+    )
 
 
 def background(run: trainers.Run, steps: int) -> tuple[float, float]:
@@ -82,7 +101,7 @@ def background(run: trainers.Run, steps: int) -> tuple[float, float]:
     alone = timed(lambda: [run.step() for _ in range(steps)])
     queue = AsyncCallsQueue()
     start = time.perf_counter()
-    training.save(run.trainer, queue)
+    save(run.trainer, queue)
     call = time.perf_counter() - start
     for _ in range(steps):
         run.step()
@@ -109,17 +128,23 @@ def timed(action: Callable[[], object]) -> float:
 
 
 def print_table(row: dict) -> None:
-    print(f"{row['bytes'] / 1e6:.0f} MB of weights and optimizer state, steps of "
-          f"{row['seconds_of_step']:.3f} s; {trainers.machine()['device']}\n")
+    print(
+        f"{row['bytes'] / 1e6:.0f} MB of weights and optimizer state, steps of "
+        f"{row['seconds_of_step']:.3f} s; {trainers.machine()['device']}\n"
+    )
     print("| | seconds | times torch.save / torch.load |\n|---|---:|---:|")
     for name, label, base in (
-            ("torch_save", "torch.save, with fsync", "torch_save"),
-            ("save", "save", "torch_save"),
-            ("background_call", "save in the background: the call", "torch_save"),
-            ("background_cost", f"save in the background: in all, over {row['steps']} steps",
-             "torch_save"),
-            ("torch_load", "torch.load", "torch_load"),
-            ("resume", "resume, beyond a fresh start", "torch_load")):
+        ("torch_save", "torch.save, with fsync", "torch_save"),
+        ("save", "save", "torch_save"),
+        ("background_call", "save in the background: the call", "torch_save"),
+        (
+            "background_cost",
+            f"save in the background: in all, over {row['steps']} steps",
+            "torch_save",
+        ),
+        ("torch_load", "torch.load", "torch_load"),
+        ("resume", "resume, beyond a fresh start", "torch_load"),
+    ):
         print(f"| {label} | {row[name]:.3f} | {row[name] / row[base]:.2f} |")
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import trainers
 
-from pose_megatron.log import peak_memory
+from pose_megatron.training.log import peak_memory
 
 WORDS = """
     --num-layers 4 --num-attention-heads 8 --vocab-size 4096 --max-position-embeddings {target}
@@ -26,14 +26,22 @@ WORDS = """
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="example:\n  python benchmarks/step_overhead.py --output step_overhead.json")
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="example:\n  python benchmarks/step_overhead.py --output step_overhead.json",
+    )
     parser.add_argument("--hidden-size", type=int, default=512, help="[512]")
     parser.add_argument("--seq-length", type=int, default=512, help="window L [512]")
     parser.add_argument("--micro-batch-size", type=int, default=2, help="[2]")
     parser.add_argument("--steps", type=int, default=30, help="of each of the two [30]")
-    parser.add_argument("--tensor-parallel", type=int, nargs="+", default=[1, 2], metavar="N",
-                        help="sizes to measure, each with as many ranks [1 2]")
+    parser.add_argument(
+        "--tensor-parallel",
+        type=int,
+        nargs="+",
+        default=[1, 2],
+        metavar="N",
+        help="sizes to measure, each with as many ranks [1 2]",
+    )
     parser.add_argument("--extra", default="", help="more flags of pretrain_pose.py, for both")
     parser.add_argument("--output", type=Path, help="write the figures there as JSON")
     parser.add_argument("--rows", help=argparse.SUPPRESS)
@@ -44,10 +52,17 @@ def main() -> None:
         return
     results = []
     for size in args.tensor_parallel:
-        words = [f"--{name}={value}" for name, value in (
-            ("hidden-size", args.hidden_size), ("seq-length", args.seq_length),
-            ("micro-batch-size", args.micro_batch_size), ("steps", args.steps),
-            ("tensor-parallel", size), ("extra", args.extra))]
+        words = [
+            f"--{name}={value}"
+            for name, value in (
+                ("hidden-size", args.hidden_size),
+                ("seq-length", args.seq_length),
+                ("micro-batch-size", args.micro_batch_size),
+                ("steps", args.steps),
+                ("tensor-parallel", size),
+                ("extra", args.extra),
+            )
+        ]
         (times,) = trainers.launch(__file__, words, size)
         for kind in ("pose", "stock"):
             (alone,) = trainers.launch(__file__, [*words, "--only", kind, "--steps", "3"], size)
@@ -56,19 +71,26 @@ def main() -> None:
     print_table(args, results)
     if args.output:
         settings = {k: v for k, v in vars(args).items() if k not in ("output", "rows", "only")}
-        args.output.write_text(json.dumps(
-            {**trainers.machine(), "settings": settings, "results": results}, indent=1) + "\n")
+        args.output.write_text(
+            json.dumps({**trainers.machine(), "settings": settings, "results": results}, indent=1)
+            + "\n"
+        )
 
 
 def work(args: argparse.Namespace) -> None:
     """One process of the measurement."""
     with tempfile.TemporaryDirectory() as folder:
         window = args.seq_length
-        words = WORDS.format(width=args.hidden_size, window=window, target=16 * window,
-                             micro=args.micro_batch_size).split()
-        words += ["--tensor-model-parallel-size", str(args.tensor_parallel[0]),
-                  "--data-path", trainers.random_corpus(Path(folder), 4096, 8 * window + 1),
-                  *args.extra.split()]
+        words = WORDS.format(
+            width=args.hidden_size, window=window, target=16 * window, micro=args.micro_batch_size
+        ).split()
+        words += [
+            "--tensor-model-parallel-size",
+            str(args.tensor_parallel[0]),
+            "--data-path",
+            trainers.random_corpus(Path(folder), 4096, 8 * window + 1),
+            *args.extra.split(),
+        ]
         kinds = [args.only] if args.only else ["pose", "stock"]
         runs = {kind: trainers.Run(words, stock=kind == "stock") for kind in kinds}
         seconds = {kind: [] for kind in kinds}
@@ -89,14 +111,20 @@ def work(args: argparse.Namespace) -> None:
 
 
 def print_table(args: argparse.Namespace, results: list[dict]) -> None:
-    print(f"{args.hidden_size} wide, window {args.seq_length}, {args.micro_batch_size} samples a "
-          f"step, medians of {args.steps} steps; {trainers.machine()['device']}\n")
-    print("| ranks (tensor parallel) | PoSE, s | stock RoPE, s | ratio of pairs | PoSE, MiB | "
-          "stock, MiB |\n|---:|---:|---:|---:|---:|---:|")
+    print(
+        f"{args.hidden_size} wide, window {args.seq_length}, {args.micro_batch_size} samples a "
+        f"step, medians of {args.steps} steps; {trainers.machine()['device']}\n"
+    )
+    print(
+        "| ranks (tensor parallel) | PoSE, s | stock RoPE, s | ratio of pairs | PoSE, MiB | "
+        "stock, MiB |\n|---:|---:|---:|---:|---:|---:|"
+    )
     for r in results:
-        print(f"| {r['tensor_parallel']} | {r['pose_seconds']:.4f} | {r['stock_seconds']:.4f} | "
-              f"{r['ratio']:.3f} | {r['pose_bytes'] / 2**20:.0f} | "
-              f"{r['stock_bytes'] / 2**20:.0f} |")
+        print(
+            f"| {r['tensor_parallel']} | {r['pose_seconds']:.4f} | {r['stock_seconds']:.4f} | "
+            f"{r['ratio']:.3f} | {r['pose_bytes'] / 2**20:.0f} | "
+            f"{r['stock_bytes'] / 2**20:.0f} |"
+        )
 
 
 if __name__ == "__main__":

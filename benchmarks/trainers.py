@@ -15,9 +15,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pose_megatron import cpu
+from pose_megatron.runtime.startup import prepare_megatron
 
-cpu.install()
+prepare_megatron()
 
 import numpy as np
 import torch
@@ -25,13 +25,13 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt.gpt_model import GPTModel
 
-from pose_megatron import distributed, training
-from pose_megatron.arguments import parse
-from pose_megatron.batch import batches, fields_here
-from pose_megatron.dataset import build_datasets
-from pose_megatron.layout import lay_out
-from pose_megatron.model_config import resolve_model
-from pose_megatron.sampler_flags import build_sampler
+from pose_megatron.config.arguments import parse
+from pose_megatron.config.layout import lay_out
+from pose_megatron.data.batch import fields_here
+from pose_megatron.runtime import distributed
+from pose_megatron.training.run import assemble
+from pose_megatron.training.step import Step, train_step
+from pose_megatron.training.trainer import setup
 
 
 def random_corpus(folder: Path, vocabulary: int, document: int, documents: int = 64) -> str:
@@ -57,44 +57,53 @@ class Run:
 
     def __init__(self, words: list[str], stock: bool = False):
         args = parse([*words, "--position-sampler", "full"] if stock else words)
-        loaded, resume = training.starting_point(args.checkpoint)
-        config = resolve_model(args.model, args.data.seq_length, loaded and loaded.model, None)
-        layout = lay_out(args, config, distributed.world_size())
+        run = assemble(args)
+        layout = lay_out(args, run.model, distributed.world_size())
         if not torch.distributed.is_initialized():
-            distributed.initialize(args.parallel, args.training.seed, config.num_layers)
-        self.trainer = training.setup(args, config, layout, loaded, resume)
-        train_set, *_ = build_datasets(
-            args.data, build_sampler(args, config.max_position_embeddings), config.vocab_size,
-            layout.end(args.training)[1], 0, "tokens" not in fields_here())
+            distributed.initialize(args.training.seed, **args.parallel.sizes(run.model.num_layers))
+        self.trainer = setup(run, layout)
+        train_set, *_ = run.datasets(
+            layout.end(args.training)[1], positions_only="tokens" not in fields_here()
+        )
+        config = run.model
         for stage in self.trainer.stages if stock else ():
             stage.__class__ = GPTModel
             stage.rotary_pos_emb = RotaryEmbedding(
-                config.kv_channels, config.rotary_percent, rotary_base=config.rotary_base,
+                config.kv_channels,
+                config.rotary_percent,
+                rotary_base=config.rotary_base,
                 use_cpu_initialization=not torch.cuda.is_available(),
-                cp_group=stage.rotary_pos_emb.cp_group)
-        self.data = [
-            batches(train_set, self.trainer.consumed_samples, args.training.micro_batch_size,
-                    args.data.num_workers)
-            for _ in self.trainer.models]
+                cp_group=stage.rotary_pos_emb.cp_group,
+            )
+        self.data = self.trainer.data_iterator(
+            train_set, self.trainer.consumed_samples, args.data.num_workers
+        )
         for model in self.trainer.models:
             model.train()
 
-    def step(self) -> training.Step:
-        return training.train_step(
-            self.trainer, self.data if len(self.data) > 1 else self.data[0])
+    def step(self) -> Step:
+        return train_step(self.trainer, self.data)
 
 
 def launch(program: str, words: list[str], ranks: int = 1) -> list[dict]:
     """Runs a program with `words` and --rows FILE on so many ranks; returns the rows of FILE."""
     command = [sys.executable, program]
     if ranks > 1:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                   "--nproc-per-node", str(ranks), program]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            str(ranks),
+            program,
+        ]
     with tempfile.TemporaryDirectory() as folder:
         rows = Path(folder) / "rows.jsonl"
         env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-        run = subprocess.run([*command, *words, "--rows", str(rows)], env=env, capture_output=True,
-                             text=True)
+        run = subprocess.run(
+            [*command, *words, "--rows", str(rows)], env=env, capture_output=True, text=True
+        )
         if run.returncode:
             sys.exit(f"{' '.join(command)} failed:\n{run.stdout[-2000:]}{run.stderr[-4000:]}")
         return [json.loads(line) for line in rows.read_text().splitlines()]

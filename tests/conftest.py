@@ -13,7 +13,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from pose_megatron import cpu
+from pose_megatron.runtime import cpu
 
 cpu.install()  # before anything imports megatron.core
 
@@ -23,8 +23,24 @@ import torch
 import torch.distributed as dist
 
 EOD = 256  # bytes are tokens 0 to 255
-STDLIB = ("bisect", "colorsys", "contextlib", "fnmatch", "heapq", "keyword", "operator", "queue",
-          "sched", "shlex", "stat", "textwrap", "this", "token", "tokenize", "types")
+STDLIB = (
+    "bisect",
+    "colorsys",
+    "contextlib",
+    "fnmatch",
+    "heapq",
+    "keyword",
+    "operator",
+    "queue",
+    "sched",
+    "shlex",
+    "stat",
+    "textwrap",
+    "this",
+    "token",
+    "tokenize",
+    "types",
+)
 
 
 @pytest.fixture(scope="session")
@@ -38,11 +54,10 @@ def world():
     """A process group of one rank, with megatron-core's groups in it."""
     from megatron.core import parallel_state, tensor_parallel
 
-    from pose_megatron import distributed
-    from pose_megatron.flags import ParallelFlags
+    from pose_megatron.runtime import distributed
 
     if not dist.is_initialized():
-        distributed.initialize(ParallelFlags(), seed=1234)
+        distributed.initialize(seed=1234)
     elif not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel()
         tensor_parallel.model_parallel_cuda_manual_seed(1234)
@@ -74,9 +89,7 @@ def make_corpus(tmp_path):
 
 @pytest.fixture(scope="session")
 def stdlib_documents() -> list[list[int]]:
-    """Source files of the Python that runs, as bytes and an end-of-document token; vocabulary 257.
-
-    """
+    """Source files of the Python that runs, as bytes and an end-of-document token; vocabulary 257."""
     folder = Path(sysconfig.get_path("stdlib"))
     return [[*(folder / f"{name}.py").read_bytes(), EOD] for name in STDLIB]
 

@@ -7,17 +7,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pose_megatron import cpu
+from pose_megatron.runtime.startup import prepare_megatron
 
-cpu.install()
+prepare_megatron()
 
 import torch
 from tqdm import tqdm
 
-from pose_megatron import distributed, subject
-from pose_megatron.dataset import Corpus
-from pose_megatron.evaluation import perplexities
-from pose_megatron.program import positive
+from pose_megatron.data.indexed_corpus import Corpus
+from pose_megatron.evaluation import target
+from pose_megatron.evaluation.perplexity import perplexities
+from pose_megatron.runtime import distributed
+from pose_megatron.runtime.cli import command, positive
 
 
 def parse() -> argparse.Namespace:
@@ -29,38 +30,62 @@ def parse() -> argparse.Namespace:
         "      --output results.jsonl",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    subject.add_flags(parser)
+    target.add_flags(parser)
     add = parser.add_argument
-    add("--data-path", required=True, help="corpus prefix; documents longer than the longest "
-        "context length are used")
-    add("--stride", type=positive, help="tokens scored per window (default: half the shortest "
-        "context)")
+    add(
+        "--data-path",
+        required=True,
+        help="corpus prefix; documents longer than the longest context length are used",
+    )
+    add(
+        "--stride",
+        type=positive,
+        help="tokens scored per window (default: half the shortest context)",
+    )
     add("--max-documents", type=positive, default=100, help="the first so many (default: 100)")
-    add("--max-document-tokens", type=positive, help="cut documents (default: longest context "
-        "plus 8 strides)")
+    add(
+        "--max-document-tokens",
+        type=positive,
+        help="cut documents (default: longest context plus 8 strides)",
+    )
     return parser.parse_args()
 
 
-@distributed.one_sentence_errors
+@command
 def main() -> None:
     flags = parse()
-    tested = subject.resolve(flags)
+    tested = target.resolve(flags)
     lengths, name = tested.lengths, tested.name
     stride = flags.stride or lengths[0] // 2
     documents = read_documents(flags, lengths[-1], stride, tested.model.vocab_size)
     logits = tested.logits()
 
     scored = sum((len(d) - lengths[-1] - 1) // stride + 1 for d in documents)
-    with tqdm(total=scored * sum(lengths), unit="token", unit_scale=True, desc=name,
-              disable=None) as bar:
-        results = list(perplexities(logits, documents, lengths, stride, flags.batch_tokens,
-                                    bar.update))
+    with tqdm(
+        total=scored * sum(lengths), unit="token", unit_scale=True, desc=name, disable=None
+    ) as bar:
+        results = list(
+            perplexities(logits, documents, lengths, stride, flags.batch_tokens, bar.update)
+        )
     for r in results:
-        print(f"{name}: context {r.context_length:>7,}  perplexity {r.perplexity:.3f}  "
-              f"({r.tokens:,} tokens of {r.documents} documents)")
-    subject.append(flags.output, (
-        {"name": name, "metric": "perplexity", **dataclasses.asdict(r), "stride": stride,
-         "data_path": flags.data_path, **tested.row} for r in results))
+        print(
+            f"{name}: context {r.context_length:>7,}  perplexity {r.perplexity:.3f}  "
+            f"({r.tokens:,} tokens of {r.documents} documents)"
+        )
+    target.append(
+        flags.output,
+        (
+            {
+                "name": name,
+                "metric": "perplexity",
+                **dataclasses.asdict(r),
+                "stride": stride,
+                "data_path": flags.data_path,
+                **tested.row,
+            }
+            for r in results
+        ),
+    )
 
 
 def read_documents(flags, longest: int, stride: int, vocab_size: int) -> list[torch.Tensor]:
@@ -89,4 +114,4 @@ def read_documents(flags, longest: int, stride: int, vocab_size: int) -> list[to
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -12,8 +12,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pose_megatron.program import one_sentence_errors
-from pose_megatron.token_files import join, publish
+from pose_megatron.preprocessing.indexed_writer import join, publish
+from pose_megatron.runtime.cli import command
 
 EXAMPLE = """example:
   python tools/merge_datasets.py --input shards/a_text_document shards/b_text_document \\
@@ -23,12 +23,18 @@ EXAMPLE = """example:
 
 def parse() -> argparse.Namespace:
     p = argparse.ArgumentParser(
-        prog="merge_datasets.py", description=__doc__, epilog=EXAMPLE,
+        prog="merge_datasets.py",
+        description=__doc__,
+        epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    p.add_argument("--input", nargs="+", required=True,
-                   help="prefixes, with or without .bin or .idx, joined in this order; or folders: "
-                        "all their shards, sorted by name")
+    p.add_argument(
+        "--input",
+        nargs="+",
+        required=True,
+        help="prefixes, with or without .bin or .idx, joined in this order; or folders: "
+        "all their shards, sorted by name",
+    )
     p.add_argument("--output-prefix", required=True, help="the folder is created")
     p.add_argument("--overwrite", action="store_true", help="replace existing outputs")
     return p.parse_args()
@@ -52,7 +58,7 @@ def shards(inputs: Sequence[str]) -> list[str]:
     return prefixes
 
 
-@one_sentence_errors
+@command
 def main() -> None:
     flags = parse()
     prefixes, output = shards(flags.input), flags.output_prefix
@@ -61,14 +67,18 @@ def main() -> None:
         raise ValueError(f"--output-prefix {output}: is one of the shards, choose another")
     for suffix in (".bin", ".idx"):
         if (path := Path(output + suffix)).exists() and not flags.overwrite:
-            raise ValueError(f"--output-prefix {output}: {path} exists; choose another prefix, or "
-                             "replace it with --overwrite")
+            raise ValueError(
+                f"--output-prefix {output}: {path} exists; choose another prefix, or "
+                "replace it with --overwrite"
+            )
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{Path(output).name}-", dir=folder) as temporary:
         size = join(prefixes, Path(temporary), "joined")
         publish(Path(temporary), "joined", output)
-    print(f"{output}.bin/.idx: {size.documents:,} documents, {size.tokens:,} tokens of "
-          f"{len(prefixes)} shards")
+    print(
+        f"{output}.bin/.idx: {size.documents:,} documents, {size.tokens:,} tokens of "
+        f"{len(prefixes)} shards"
+    )
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pose_megatron.program import one_sentence_errors
+from pose_megatron.runtime.cli import command
 
 
 def parse() -> argparse.Namespace:
@@ -54,8 +54,10 @@ def lengths_of(table: dict[str, dict[int, dict]]) -> list[int]:
 
 def markdown(table: dict[str, dict[int, dict]], metric: str) -> str:
     lengths, form = lengths_of(table), "{:.0%}" if metric == "passkey" else "{:.2f}"
-    lines = ["| | " + " | ".join(f"{n:,}" for n in lengths) + " |",
-             "|---|" + "---:|" * len(lengths)]
+    lines = [
+        "| | " + " | ".join(f"{n:,}" for n in lengths) + " |",
+        "|---|" + "---:|" * len(lengths),
+    ]
     for name, row in table.items():
         cells = [form.format(row[n][metric]) if n in row else "" for n in lengths]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
@@ -72,8 +74,9 @@ def plot(table: dict[str, dict[int, dict]], metric: str, path: Path, window, tit
     if metric == "passkey":
         columns = min(3, len(table) if len(table) != 4 else 2)
         rows = -(-len(table) // columns)
-        figure = pyplot.figure(figsize=(max(7, 3.2 * columns), 4 + 2.6 * rows), dpi=150,
-                               layout="constrained")
+        figure = pyplot.figure(
+            figsize=(max(7, 3.2 * columns), 4 + 2.6 * rows), dpi=150, layout="constrained"
+        )
         above, below = figure.subfigures(2, height_ratios=(4, 2.6 * rows))
         axes = above.subplots()
         draw_depths(below, table, rows, columns)
@@ -110,8 +113,15 @@ def draw_curves(axes, table: dict[str, dict[int, dict]], metric: str, window) ->
     if window:
         axes.axvline(window, color="grey", linestyle=":", linewidth=1)
         at, side = (0.02, "bottom") if metric == "passkey" else (0.98, "top")
-        axes.text(window, at, " training window", color="grey", va=side, fontsize=8,
-                  transform=axes.get_xaxis_transform())
+        axes.text(
+            window,
+            at,
+            " training window",
+            color="grey",
+            va=side,
+            fontsize=8,
+            transform=axes.get_xaxis_transform(),
+        )
     axes.set_xlabel("context length (tokens)")
     axes.set_ylabel("passkeys found" if metric == "passkey" else metric)
     axes.grid(alpha=0.3)
@@ -122,13 +132,23 @@ def draw_depths(figure, table: dict[str, dict[int, dict]], rows: int, columns: i
     """A map for each name: context length across, depth of the needle down."""
     lengths, bins = lengths_of(table), 10
     grid = figure.subplots(rows, columns, squeeze=False, sharey=True).ravel()
-    for axes in grid[len(table):]:
+    for axes in grid[len(table) :]:
         axes.set_axis_off()
     for axes, (name, row) in zip(grid, table.items(), strict=False):
-        cells = [[[found for depth, found, _ in row.get(n, {}).get("answers", ())
-                   if min(int(depth * bins), bins - 1) == i] for n in lengths] for i in range(bins)]
-        share = [[sum(cell) / len(cell) if cell else float("nan") for cell in line]
-                 for line in cells]
+        cells = [
+            [
+                [
+                    found
+                    for depth, found, _ in row.get(n, {}).get("answers", ())
+                    if min(int(depth * bins), bins - 1) == i
+                ]
+                for n in lengths
+            ]
+            for i in range(bins)
+        ]
+        share = [
+            [sum(cell) / len(cell) if cell else float("nan") for cell in line] for line in cells
+        ]
         image = axes.imshow(share, vmin=0, vmax=1, cmap="viridis", aspect="auto")
         axes.set_xticks(range(len(lengths)), [f"{n:,}" for n in lengths], fontsize=7)
         axes.set_yticks([-0.5, bins / 2 - 0.5, bins - 0.5], ["0", "0.5", "1"], fontsize=7)
@@ -138,7 +158,7 @@ def draw_depths(figure, table: dict[str, dict[int, dict]], rows: int, columns: i
     bar.ax.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
 
 
-@one_sentence_errors
+@command
 def main() -> None:
     flags = parse()
     table = read(flags.results, flags.metric)

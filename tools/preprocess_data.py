@@ -18,9 +18,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pose_megatron.preprocessing import Job, preprocess
-from pose_megatron.program import one_sentence_errors, positive
-from pose_megatron.tokenizer import TOKENIZER_TYPES
+from pose_megatron.preprocessing.preprocess import Job, preprocess
+from pose_megatron.preprocessing.tokenizer import TOKENIZER_TYPES
+from pose_megatron.runtime.cli import command, positive
 
 EXAMPLE = """example:
   python tools/preprocess_data.py --input corpus.jsonl 'more/*.parquet' \\
@@ -31,25 +31,43 @@ EXAMPLE = """example:
 
 def parse() -> Job:
     p = argparse.ArgumentParser(
-        prog="preprocess_data.py", description=__doc__, epilog=EXAMPLE,
+        prog="preprocess_data.py",
+        description=__doc__,
+        epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    p.add_argument("--input", nargs="+", required=True,
-                   help="files or patterns: .jsonl or .json, plain or with .gz or .zst; .parquet")
-    p.add_argument("--json-keys", nargs="+", default=["text"],
-                   help="keys, or Parquet columns, of the texts")
+    p.add_argument(
+        "--input",
+        nargs="+",
+        required=True,
+        help="files or patterns: .jsonl or .json, plain or with .gz or .zst; .parquet",
+    )
+    p.add_argument(
+        "--json-keys", nargs="+", default=["text"], help="keys, or Parquet columns, of the texts"
+    )
     p.add_argument("--output-prefix", required=True, help="the folder is created")
     p.add_argument("--tokenizer-type", required=True, choices=TOKENIZER_TYPES)
     p.add_argument("--tokenizer-model", required=True, help="tokenizer file or folder")
     p.add_argument("--append-eod", action="store_true", help="end each document with the eos token")
     p.add_argument("--workers", type=positive, default=1, help="processes that tokenize")
-    p.add_argument("--on-error", choices=("stop", "skip"), default="stop",
-                   help="at a line without a document: stop, or count it and go on")
-    p.add_argument("--tokenizer-library", choices=("auto", "own"), default="auto",
-                   help="auto: gigatoken where its ids are the same; own: never")
+    p.add_argument(
+        "--on-error",
+        choices=("stop", "skip"),
+        default="stop",
+        help="at a line without a document: stop, or count it and go on",
+    )
+    p.add_argument(
+        "--tokenizer-library",
+        choices=("auto", "own"),
+        default="auto",
+        help="auto: gigatoken where its ids are the same; own: never",
+    )
     p.add_argument("--log-interval", type=positive, default=1000, help="documents between reports")
-    p.add_argument("--overwrite", action="store_true",
-                   help="replace existing outputs, and an unfinished run of something else")
+    p.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace existing outputs, and an unfinished run of something else",
+    )
     flags = vars(p.parse_args())
     return Job(**flags | {"json_keys": list(dict.fromkeys(flags["json_keys"]))})
 
@@ -60,15 +78,17 @@ def sentence(summary: dict) -> str:
         "empty documents left out": summary["empty_documents"],
         "texts had lone surrogates, now U+FFFD": summary["texts_with_replaced_surrogates"],
     }
-    return "; ".join([
-        f"{' '.join(o['prefix'] + '.bin/.idx' for o in summary['outputs'].values())}: "
-        f"{summary['documents']:,} documents, {summary['tokens']:,} tokens from "
-        f"{megabytes:.1f} MB in {seconds:.1f} s ({megabytes / seconds:.1f} MB/s)",
-        *(f"{count:,} {note}" for note, count in notes.items() if count),
-    ])
+    return "; ".join(
+        [
+            f"{' '.join(o['prefix'] + '.bin/.idx' for o in summary['outputs'].values())}: "
+            f"{summary['documents']:,} documents, {summary['tokens']:,} tokens from "
+            f"{megabytes:.1f} MB in {seconds:.1f} s ({megabytes / seconds:.1f} MB/s)",
+            *(f"{count:,} {note}" for note, count in notes.items() if count),
+        ]
+    )
 
 
-@one_sentence_errors
+@command
 def main() -> None:
     job = parse()
     # Each worker tokenizes on one thread.

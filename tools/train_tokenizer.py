@@ -23,10 +23,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pose_megatron import text_corpus
-from pose_megatron.durable import fsync
-from pose_megatron.program import one_sentence_errors, positive
-from pose_megatron.tokenizer import PROBES
+from pose_megatron.preprocessing import readers
+from pose_megatron.preprocessing.tokenizer import PROBES
+from pose_megatron.runtime.atomic_files import fsync
+from pose_megatron.runtime.cli import command, positive
 
 EXAMPLE = """example:
   python tools/train_tokenizer.py --input corpus.jsonl --output-dir tokenizer --vocab-size 2048
@@ -55,7 +55,10 @@ def train(texts: Sequence[str], vocab_size: int, threads: int, character_coverag
             vocab_size=vocab_size,
             character_coverage=character_coverage,
             byte_fallback=True,
-            unk_id=0, bos_id=1, eos_id=2, pad_id=-1,
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=-1,
             # the text as it is
             normalization_rule_name="identity",
             add_dummy_prefix=False,
@@ -115,8 +118,11 @@ def merges(pieces: Sequence[str]) -> list[tuple[str, str]]:
         pair
         for piece in made
         for pair in sorted(
-            ((piece[:i], piece[i:]) for i in range(1, len(piece))
-             if piece[:i] in made and piece[i:] in made),
+            (
+                (piece[:i], piece[i:])
+                for i in range(1, len(piece))
+                if piece[:i] in made and piece[i:] in made
+            ),
             key=lambda pair: (made[pair[0]], made[pair[1]]),
         )
     ]
@@ -161,14 +167,14 @@ def sample(texts: Iterator[str], size: int, seed: int = 0) -> list[str]:
 
 def run(args: argparse.Namespace) -> None:
     started = time.monotonic()
-    files = text_corpus.corpus_files(args.input)
+    files = readers.corpus_files(args.input)
     for name in FILES:
         if (path := args.output_dir / name).exists() and not args.overwrite:
             raise ValueError(
                 f"--output-dir {args.output_dir}: {path} exists; choose another folder, or replace "
                 "it with --overwrite"
             )
-    texts = filter(None, text_corpus.texts(files, args.json_keys, args.on_error))
+    texts = filter(None, readers.texts(files, args.json_keys, args.on_error))
     texts = sample(texts, args.sample_size)
     if not texts:
         raise ValueError(f"--input {' '.join(args.input)}: no text to train on")
@@ -211,28 +217,47 @@ def _start(text: str) -> str:
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
-        prog="train_tokenizer.py", description=__doc__, epilog=EXAMPLE,
+        prog="train_tokenizer.py",
+        description=__doc__,
+        epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    p.add_argument("--input", nargs="+", required=True,
-                   help="files or patterns: .jsonl or .json, plain or with .gz or .zst; .parquet")
+    p.add_argument(
+        "--input",
+        nargs="+",
+        required=True,
+        help="files or patterns: .jsonl or .json, plain or with .gz or .zst; .parquet",
+    )
     p.add_argument("--json-keys", nargs="+", default=["text"], help="keys of the texts")
     p.add_argument("--output-dir", type=Path, required=True, help="folder, created if missing")
-    p.add_argument("--vocab-size", type=positive, required=True,
-                   help="tokens, with 256 bytes and 3 special ones")
-    p.add_argument("--character-coverage", type=float, default=0.9995,
-                   help="share of the text's characters with a token of their own, not bytes")
-    p.add_argument("--sample-size", type=positive, default=50_000_000,
-                   help="bytes of text to train on, chosen at random (default: %(default)s)")
+    p.add_argument(
+        "--vocab-size",
+        type=positive,
+        required=True,
+        help="tokens, with 256 bytes and 3 special ones",
+    )
+    p.add_argument(
+        "--character-coverage",
+        type=float,
+        default=0.9995,
+        help="share of the text's characters with a token of their own, not bytes",
+    )
+    p.add_argument(
+        "--sample-size",
+        type=positive,
+        default=50_000_000,
+        help="bytes of text to train on, chosen at random (default: %(default)s)",
+    )
     # a constant: the model file names it, and should be the same on every machine
     p.add_argument("--threads", type=positive, default=2, help="default: %(default)s")
-    p.add_argument("--on-error", choices=("stop", "skip"), default="stop",
-                   help="at a line without a document")
+    p.add_argument(
+        "--on-error", choices=("stop", "skip"), default="stop", help="at a line without a document"
+    )
     p.add_argument("--overwrite", action="store_true", help="replace an existing tokenizer")
     return p
 
 
-@one_sentence_errors
+@command
 def main() -> None:
     run(parser().parse_args())
 

@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
-    from pose_megatron import cpu
+    from pose_megatron.runtime import cpu
 
     cpu.install()
 
@@ -31,21 +31,38 @@ from safetensors.torch import load_file, save_file
 
 WINDOW, TARGET, ORIGINAL, VOCABULARY = 48, 131072, 4096, 301
 PLAIN = torch.arange(WINDOW).repeat(2, 1)
-SKIPPED = torch.stack([
-    torch.cat([torch.arange(20), torch.arange(70000, 70015), torch.arange(TARGET - 13, TARGET)]),
-    torch.cat([torch.arange(7), torch.arange(300, 330), torch.arange(100001, 100012)]),
-])
+SKIPPED = torch.stack(
+    [
+        torch.cat(
+            [torch.arange(20), torch.arange(70000, 70015), torch.arange(TARGET - 13, TARGET)]
+        ),
+        torch.cat([torch.arange(7), torch.arange(300, 330), torch.arange(100001, 100012)]),
+    ]
+)
 TOKENS = torch.randint(VOCABULARY, (2, WINDOW), generator=torch.Generator().manual_seed(0))
 MASK = torch.full((WINDOW, WINDOW), -torch.inf).triu(1).expand(2, 1, -1, -1)
 SHAPE = {
-    "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": TARGET,
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": TARGET,
     "tie_word_embeddings": False,
 }
-YARN = {"rope_type": "yarn", "factor": TARGET / ORIGINAL,
-        "original_max_position_embeddings": ORIGINAL}
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-          "original_max_position_embeddings": 8192}
+YARN = {
+    "rope_type": "yarn",
+    "factor": TARGET / ORIGINAL,
+    "original_max_position_embeddings": ORIGINAL,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 
 
 @dataclass(frozen=True)
@@ -75,22 +92,38 @@ CASES = {
     "LLaMA 1": Case("Llama", {"num_key_value_heads": 4, **rope(1e4)}),
     "LLaMA 2": Case("Llama", {"rms_norm_eps": 1e-5, **rope(1e4)}),
     "Llama 3.2, tied, llama3 rope": Case(
-        "Llama", {"tie_word_embeddings": True, **rope(5e5, **LLAMA3)}, scaled=False),
+        "Llama", {"tie_word_embeddings": True, **rope(5e5, **LLAMA3)}, scaled=False
+    ),
     "Mistral": Case("Mistral", {"sliding_window": None, "head_dim": 32, **rope(1e6)}),
     "Qwen2.5, tied": Case("Qwen2", {"tie_word_embeddings": True, **rope(1e6)}),
     "Qwen3": Case("Qwen3", {"head_dim": 32, **rope(1e6)}),
     "Baichuan2": Case("Baichuan", {"num_key_value_heads": 4}),
-    "GPT-J": Case("GPTJ", {
-        "vocab_size": VOCABULARY, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": TARGET,
-        "rotary_dim": 8, "tie_word_embeddings": False}, scaled=False),
+    "GPT-J": Case(
+        "GPTJ",
+        {
+            "vocab_size": VOCABULARY,
+            "n_embd": 64,
+            "n_layer": 2,
+            "n_head": 4,
+            "n_positions": TARGET,
+            "rotary_dim": 8,
+            "tie_word_embeddings": False,
+        },
+        scaled=False,
+    ),
     "Meta LLaMA 2, 1 file": Case("Meta", {"norm_eps": 1e-5}, scaled=False),
     "Meta LLaMA 3, 2 files": Case(
-        "Meta", {"norm_eps": 1e-5, "rope_theta": 5e5}, scaled=False, ranks=2),
+        "Meta", {"norm_eps": 1e-5, "rope_theta": 5e5}, scaled=False, ranks=2
+    ),
     "Meta Llama 3.1, 2 files": Case(
-        "Meta", {"norm_eps": 1e-5, "rope_theta": 5e5, "use_scaled_rope": True}, scaled=False,
-        ranks=2),
+        "Meta",
+        {"norm_eps": 1e-5, "rope_theta": 5e5, "use_scaled_rope": True},
+        scaled=False,
+        ranks=2,
+    ),
     "broken: Qwen3, values in the place of keys": Case(
-        "Qwen3", {"head_dim": 32, **rope(1e6)}, scaled=False, fault=True),
+        "Qwen3", {"head_dim": 32, **rope(1e6)}, scaled=False, fault=True
+    ),
 }
 
 
@@ -129,6 +162,7 @@ def inverse_frequencies(config: dict, dim: int) -> tuple[torch.Tensor, float]:
     theta = keys.get("rope_theta", config.get("rope_theta", 1e4))
     plain = [theta ** (-2 * i / dim) for i in range(dim // 2)]
     if keys.get("rope_type") == "llama3":
+
         def llama3(f):  # Meta's apply_scaling, by wavelength
             wave, original = 2 * math.pi / f, keys["original_max_position_embeddings"]
             low, high = keys["low_freq_factor"], keys["high_freq_factor"]
@@ -137,6 +171,7 @@ def inverse_frequencies(config: dict, dim: int) -> tuple[torch.Tensor, float]:
 
         plain = [llama3(f) for f in plain]
     if keys.get("rope_type") == "yarn":
+
         def pair(turns):
             original = keys["original_max_position_embeddings"]
             return dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
@@ -176,7 +211,8 @@ def reference(case: Case, folder: Path) -> Callable:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager").eval()
+        folder, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
     config = json.loads((folder / "config.json").read_text())
 
     @torch.no_grad()
@@ -189,8 +225,9 @@ def reference(case: Case, folder: Path) -> Callable:
         elif exact:
             dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
             model.model.rotary_emb = ExactRotary(config, dim)
-        return model(input_ids=TOKENS, position_ids=positions, attention_mask=MASK,
-                     use_cache=False).logits
+        return model(
+            input_ids=TOKENS, position_ids=positions, attention_mask=MASK, use_cache=False
+        ).logits
 
     return logits
 
@@ -211,23 +248,33 @@ def make_baichuan(case: Case, folder: Path) -> None:
     """As Baichuan2-7B-Base is given away: its own names and config.json."""
     config = {k: v for k, v in (SHAPE | case.config).items() if k != "num_key_value_heads"}
     h, ffn = config["hidden_size"], config["intermediate_size"]
-    shapes = {"model.embed_tokens.weight": (VOCABULARY, h), "lm_head.weight": (VOCABULARY, h),
-              "model.norm.weight": (h,)}
+    shapes = {
+        "model.embed_tokens.weight": (VOCABULARY, h),
+        "lm_head.weight": (VOCABULARY, h),
+        "model.norm.weight": (h,),
+    }
     for i in range(config["num_hidden_layers"]):
         layer = f"model.layers.{i}"
         shapes |= {
             f"{layer}.self_attn.W_pack.weight": (3 * h, h),
             f"{layer}.self_attn.o_proj.weight": (h, h),
-            f"{layer}.mlp.gate_proj.weight": (ffn, h), f"{layer}.mlp.up_proj.weight": (ffn, h),
-            f"{layer}.mlp.down_proj.weight": (h, ffn), f"{layer}.input_layernorm.weight": (h,),
+            f"{layer}.mlp.gate_proj.weight": (ffn, h),
+            f"{layer}.mlp.up_proj.weight": (ffn, h),
+            f"{layer}.mlp.down_proj.weight": (h, ffn),
+            f"{layer}.input_layernorm.weight": (h,),
             f"{layer}.post_attention_layernorm.weight": (h,),
         }
     tensors = {name: torch.empty(shape) for name, shape in shapes.items()}
     vivid(tensors)
     folder.mkdir()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    config |= {"architectures": ["BaichuanForCausalLM"], "model_type": "baichuan",
-               "hidden_act": "silu", "rms_norm_eps": 1e-6, "z_loss_weight": 0}
+    config |= {
+        "architectures": ["BaichuanForCausalLM"],
+        "model_type": "baichuan",
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "z_loss_weight": 0,
+    }
     (folder / "config.json").write_text(json.dumps(config))
 
 
@@ -260,30 +307,53 @@ def baichuan_logits(folder: Path, positions, exact: bool):
 
 def make_meta(case: Case, folder: Path) -> None:
     """As Meta gives its models away: one file for each tensor-parallel rank of its code."""
-    params = {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": -1,
-              "multiple_of": 32, **case.config}
+    params = {
+        "dim": 64,
+        "n_layers": 2,
+        "n_heads": 4,
+        "n_kv_heads": 2,
+        "vocab_size": -1,
+        "multiple_of": 32,
+        **case.config,
+    }
     h, ffn, kv = 64, 192, 32  # 8/3 of 64, in whole multiples of 32
     words = VOCABULARY + VOCABULARY % case.ranks
     # LLaMA 3 slices the rows of the embedding, LLaMA 2 its columns.
     columns = 0 if "rope_theta" in params else 1
-    tensors = {"tok_embeddings.weight": ((words, h), columns), "norm.weight": ((h,), None),
-               "output.weight": ((words, h), 0)}
+    tensors = {
+        "tok_embeddings.weight": ((words, h), columns),
+        "norm.weight": ((h,), None),
+        "output.weight": ((words, h), 0),
+    }
     for i in range(2):
-        tensors |= {f"layers.{i}.{name}.weight": value for name, value in {
-            "attention.wq": ((h, h), 0), "attention.wk": ((kv, h), 0),
-            "attention.wv": ((kv, h), 0), "attention.wo": ((h, h), 1),
-            "feed_forward.w1": ((ffn, h), 0), "feed_forward.w3": ((ffn, h), 0),
-            "feed_forward.w2": ((h, ffn), 1), "attention_norm": ((h,), None),
-            "ffn_norm": ((h,), None)}.items()}
+        tensors |= {
+            f"layers.{i}.{name}.weight": value
+            for name, value in {
+                "attention.wq": ((h, h), 0),
+                "attention.wk": ((kv, h), 0),
+                "attention.wv": ((kv, h), 0),
+                "attention.wo": ((h, h), 1),
+                "feed_forward.w1": ((ffn, h), 0),
+                "feed_forward.w3": ((ffn, h), 0),
+                "feed_forward.w2": ((h, ffn), 1),
+                "attention_norm": ((h,), None),
+                "ffn_norm": ((h,), None),
+            }.items()
+        }
     whole = {name: torch.empty(shape) for name, (shape, _) in tensors.items()}
     vivid(whole)
     folder.mkdir()
     (folder / "params.json").write_text(json.dumps(params))
     for rank in range(case.ranks):
-        torch.save({
-            name: (whole[name] if dim is None
-                   else whole[name].chunk(case.ranks, dim)[rank]).clone()
-            for name, (_, dim) in tensors.items()}, folder / f"consolidated.{rank:02d}.pth")
+        torch.save(
+            {
+                name: (
+                    whole[name] if dim is None else whole[name].chunk(case.ranks, dim)[rank]
+                ).clone()
+                for name, (_, dim) in tensors.items()
+            },
+            folder / f"consolidated.{rank:02d}.pth",
+        )
 
 
 @torch.no_grad()
@@ -293,10 +363,16 @@ def meta_logits(case: Case, folder: Path, positions, exact: bool):
     ranks = [torch.load(path, weights_only=True) for path in sorted(folder.glob("*.pth"))]
     w = {}
     for name, first in ranks[0].items():
-        rows = "wo." not in name and "w2." not in name and (
-            "tok" not in name or first.size(1) == params["dim"])
-        w[name] = torch.cat([r[name] for r in ranks], dim=0 if rows else 1) if (
-            "norm" not in name) else first
+        rows = (
+            "wo." not in name
+            and "w2." not in name
+            and ("tok" not in name or first.size(1) == params["dim"])
+        )
+        w[name] = (
+            torch.cat([r[name] for r in ranks], dim=0 if rows else 1)
+            if ("norm" not in name)
+            else first
+        )
     heads, groups = params["n_heads"], params["n_kv_heads"]
     frequencies, _ = inverse_frequencies(params, params["dim"] // heads)
     turn = torch.complex(*cos_sin(positions, frequencies, exact))[:, :, None]
@@ -308,8 +384,10 @@ def meta_logits(case: Case, folder: Path, positions, exact: bool):
     for i in range(params["n_layers"]):
         layer = {k.split(f"layers.{i}.")[1][:-7]: v for k, v in w.items() if f"layers.{i}." in k}
         y = rms(x, layer["attention_norm"], params["norm_eps"])
-        q, k, v = ((y @ layer[f"attention.w{n}"].T).unflatten(-1, (c, -1))
-                   for n, c in (("q", heads), ("k", groups), ("v", groups)))
+        q, k, v = (
+            (y @ layer[f"attention.w{n}"].T).unflatten(-1, (c, -1))
+            for n, c in (("q", heads), ("k", groups), ("v", groups))
+        )
         x = x + attend(rotate(q), rotate(k), v) @ layer["attention.wo"].T
         y = rms(x, layer["ffn_norm"], params["norm_eps"])
         y = F.silu(y @ layer["feed_forward.w1"].T) * (y @ layer["feed_forward.w3"].T)
@@ -332,12 +410,14 @@ def convert_tool():
 
 def our_logits(folder: Path) -> Callable:
     """`logits(positions)` of a checkpoint, loaded by stock megatron-core."""
-    from pose_megatron import arguments, checkpoint
-    from pose_megatron.model import build_model, logits_function, transformer_config
+    from pose_megatron.checkpoints.megatron import directory
+    from pose_megatron.evaluation.logits import logits_function
+    from pose_megatron.models.build import build_model, transformer_config
+    from pose_megatron.training import checkpointing
 
-    found, args = checkpoint.find(folder), arguments.defaults()
-    stage = build_model(transformer_config(found.model, args), found.model, args)
-    checkpoint.load(found, [stage])
+    found = directory.find(folder)
+    stage = build_model(transformer_config(found.model), found.model)
+    checkpointing.load(found, [stage])
     assert sum(p.numel() for p in stage.parameters()) == found.model.num_parameters
     logits = logits_function(stage.eval(), found.model.vocab_size)
     return lambda positions: logits(TOKENS, WINDOW, positions)[..., :VOCABULARY]
@@ -355,8 +435,11 @@ def stored(folder: Path) -> dict[str, torch.Tensor]:
 
 def same_bits(one: Path, other: Path) -> bool:
     one, other = stored(one), stored(other)
-    return one.keys() == other.keys() and bool(one) and all(
-        t.dtype == other[n].dtype and torch.equal(t, other[n]) for n, t in one.items())
+    return (
+        one.keys() == other.keys()
+        and bool(one)
+        and all(t.dtype == other[n].dtype and torch.equal(t, other[n]) for n, t in one.items())
+    )
 
 
 def errors(logits: Callable, theirs: Callable) -> dict[str, float]:
@@ -372,8 +455,9 @@ def errors(logits: Callable, theirs: Callable) -> dict[str, float]:
 
 def measure(case: Case, folder: Path) -> list[dict]:
     """Rows of the table: the family in, out, and out after an extension. In a world of one rank."""
-    from pose_megatron import checkpoint, convert, weights
-    from pose_megatron.rope import RopeScaling
+    from pose_megatron.checkpoints import mapping
+    from pose_megatron.checkpoints.megatron import directory, torch_dist
+    from pose_megatron.rope.scaling import RopeScaling
 
     run, meta = convert_tool(), case.name == "Meta"
     theirs, megatron, back = folder / "theirs", folder / "megatron", folder / "back"
@@ -381,54 +465,97 @@ def measure(case: Case, folder: Path) -> list[dict]:
     # It compares logits itself, and would not leave a wrong model behind.
     checks = ["--no-verify"] if case.fault else []
     make(case, theirs)
-    table = convert.TABLES["qwen3"]
+    table = mapping.TABLES["qwen3"]
     if case.fault:  # as easily mistaken as any: the shapes are the same
         (name,) = (n for n in table if n.endswith("linear_qkv.weight"))
         q, k, v = table[name]
-        convert.TABLES["qwen3"] = table | {name: [q, v, k]}
+        mapping.TABLES["qwen3"] = table | {name: [q, v, k]}
     try:
-        run("--loader", kind, "--saver", "megatron", "--load-dir", theirs, "--save-dir", megatron,
-            "--json", folder / "in.json", *more, *checks)
+        run(
+            "--loader",
+            kind,
+            "--saver",
+            "megatron",
+            "--load-dir",
+            theirs,
+            "--save-dir",
+            megatron,
+            "--json",
+            folder / "in.json",
+            *more,
+            *checks,
+        )
         out = ("--target-tensor-parallel-size", case.ranks) if meta else ()
-        run("--loader", "megatron", "--saver", kind, "--load-dir", megatron, "--save-dir", back,
-            "--json", folder / "out.json", *out, *checks)
+        run(
+            "--loader",
+            "megatron",
+            "--saver",
+            kind,
+            "--load-dir",
+            megatron,
+            "--save-dir",
+            back,
+            "--json",
+            folder / "out.json",
+            *out,
+            *checks,
+        )
     finally:
-        convert.TABLES["qwen3"] = table
+        mapping.TABLES["qwen3"] = table
     logits = our_logits(megatron)
     rows = [
-        {"direction": direction, "same": same_bits(theirs, back),
-         "rope": rope_error(folder / f"{direction}.json", of, megatron),
-         **errors(logits, reference(case, of))}
+        {
+            "direction": direction,
+            "same": same_bits(theirs, back),
+            "rope": rope_error(folder / f"{direction}.json", of, megatron),
+            **errors(logits, reference(case, of)),
+        }
         for direction, of in (("in", theirs), ("out", back))
     ]
     if case.scaled:
-        tensors, model = weights.read_weights(megatron)
+        tensors, model = torch_dist.read_weights(megatron)
         model = replace(model, rope_scaling=RopeScaling("yarn", TARGET / ORIGINAL, ORIGINAL))
-        weights.write_weights(folder / "extended", tensors, model)
+        torch_dist.write_weights(folder / "extended", tensors, model)
         llama = case.name == "Baichuan"  # whose own code cannot interpolate
-        run("--loader", "megatron", "--saver", "hf", "--load-dir", folder / "extended",
-            "--save-dir", folder / "yarn", "--json", folder / "yarn.json",
-            *["--as-llama"] * llama)
-        assert checkpoint.find(folder / "extended").model == model
+        run(
+            "--loader",
+            "megatron",
+            "--saver",
+            "hf",
+            "--load-dir",
+            folder / "extended",
+            "--save-dir",
+            folder / "yarn",
+            "--json",
+            folder / "yarn.json",
+            *["--as-llama"] * llama,
+        )
+        assert directory.find(folder / "extended").model == model
         case = replace(case, name="Llama") if llama else case
-        rows.append({"direction": "out, yarn" + ", as LLaMA" * llama,
-                     "same": None if llama else same_bits(theirs, folder / "yarn"),
-                     "rope": rope_error(folder / "yarn.json", folder / "yarn", folder / "extended"),
-                     **errors(our_logits(folder / "extended"), reference(case, folder / "yarn"))})
+        rows.append(
+            {
+                "direction": "out, yarn" + ", as LLaMA" * llama,
+                "same": None if llama else same_bits(theirs, folder / "yarn"),
+                "rope": rope_error(folder / "yarn.json", folder / "yarn", folder / "extended"),
+                **errors(our_logits(folder / "extended"), reference(case, folder / "yarn")),
+            }
+        )
     return rows
 
 
 def rope_error(summary: Path, theirs: Path, ours: Path) -> float:
     """The larger relative error of frequencies and attention factor: as the tool has it from
     transformers, else (Baichuan, Meta) of the frequencies, from the formula above."""
-    from pose_megatron import checkpoint, rope
+    from pose_megatron.checkpoints.megatron import directory
+    from pose_megatron.rope import scaling
 
     if found := json.loads(summary.read_text())["rope_errors"]:
         return max(found.values())
-    model = checkpoint.find(ours).model
-    mine = rope.inverse_frequencies(model.rotary_dim, model.rotary_base, model.rope_scaling)
-    (config,) = (theirs / name for name in ("params.json", "config.json")
-                 if (theirs / name).is_file())
+    model = directory.find(ours).model
+    mine = scaling.inverse_frequencies(model.rotary_dim, model.rotary_base, model.rope_scaling)
+    (config,) = (
+        theirs / name for name in ("params.json", "config.json") if (theirs / name).is_file()
+    )
     expected, _ = inverse_frequencies(json.loads(config.read_text()), model.rotary_dim)
     return ((mine - expected).abs() / expected).max().item()
 
@@ -449,11 +576,10 @@ def main() -> None:
 
     from transformers.utils import logging
 
-    from pose_megatron import distributed
-    from pose_megatron.flags import ParallelFlags
+    from pose_megatron.runtime import distributed
 
     logging.disable_progress_bar()
-    distributed.initialize(ParallelFlags(), seed=0)
+    distributed.initialize(seed=0)
     print(HEAD)
     for name, case in CASES.items():
         with tempfile.TemporaryDirectory() as folder:

@@ -30,11 +30,11 @@ COMMON = f"""
 SHAPE = "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --vocab-size 257"
 MODELS = {
     "grouped": f"{SHAPE} --group-query-attention --num-query-groups 2 "
-               "--untie-embeddings-and-output-weights",
+    "--untie-embeddings-and-output-weights",
     "tied": SHAPE,  # embedding and output layer are one table; every head has its own keys
     # Qwen2's biases of queries, keys and values, and Qwen3's norms of queries and keys.
     "biased-normed": f"{SHAPE} --group-query-attention --num-query-groups 2 "
-                         "--untie-embeddings-and-output-weights --add-qkv-bias --qk-layernorm",
+    "--untie-embeddings-and-output-weights --add-qkv-bias --qk-layernorm",
     "GPT-J": f"{SHAPE} --untie-embeddings-and-output-weights",
     "Baichuan2": f"{SHAPE} --untie-embeddings-and-output-weights",
 }
@@ -78,21 +78,21 @@ LAYOUTS = {
     "TP2, tied": Layout(2, f"{TP} 2", "tied"),
     "TP2 SP": Layout(2, f"{TP} 2 {SP}"),
     "TP2 SP, distributed optimizer, full recompute": Layout(
-        2, f"{TP} 2 {SP} {SHARDED} {FULL} {WIDE}", saves=True),
+        2, f"{TP} 2 {SP} {SHARDED} {FULL} {WIDE}", saves=True
+    ),
     "TP2 SP, tied, selective recompute": Layout(2, f"{TP} 2 {SP} {SELECTIVE}", "tied"),
     "PP2": Layout(2, f"{PP} 2"),
     "PP2, tied, full recompute": Layout(2, f"{PP} 2 {BLOCK}", "tied"),
     "PP2 VPP2": Layout(2, f"{PP} 2 {VPP2}"),
     "PP2 VPP2, tied, full recompute": Layout(2, f"{PP} 2 {VPP2} {FULL}", "tied"),
     "PP2 VPP2, distributed optimizer, selective recompute": Layout(
-        2, f"{PP} 2 {VPP2} {SHARDED} {SELECTIVE}"),
+        2, f"{PP} 2 {VPP2} {SHARDED} {SELECTIVE}"
+    ),
     "CP2": Layout(2, f"{CP} 2"),
-    "CP2, distributed optimizer, full recompute": Layout(
-        2, f"{CP} 2 {SHARDED} {FULL} {WIDE}"),
+    "CP2, distributed optimizer, full recompute": Layout(2, f"{CP} 2 {SHARDED} {FULL} {WIDE}"),
     "CP2, tied, selective recompute": Layout(2, f"{CP} 2 {SELECTIVE}", "tied"),
     "TP2, biased-normed": Layout(2, f"{TP} 2", "biased-normed"),
-    "TP2 SP, biased-normed, full recompute": Layout(
-        2, f"{TP} 2 {SP} {FULL}", "biased-normed"),
+    "TP2 SP, biased-normed, full recompute": Layout(2, f"{TP} 2 {SP} {FULL}", "biased-normed"),
     "PP2, biased-normed": Layout(2, f"{PP} 2", "biased-normed"),
     "TP2 SP, GPT-J, selective recompute": Layout(2, f"{TP} 2 {SP} {SELECTIVE}", "GPT-J"),
     "PP2 VPP2, GPT-J": Layout(2, f"{PP} 2 {VPP2}", "GPT-J"),
@@ -106,12 +106,14 @@ LAYOUTS = {
     "PP2 VPP2 CP2, tied, full recompute": Layout(4, f"{PP} 2 {VPP2} {CP} 2 {FULL}", "tied"),
     "TP2 PP2 SP": Layout(4, f"{TP} 2 {PP} 2 {SP}"),
     "TP2 PP2 VPP2 SP, tied, distributed optimizer": Layout(
-        4, f"{TP} 2 {PP} 2 {VPP2} {SP} {SHARDED}", "tied"),
+        4, f"{TP} 2 {PP} 2 {VPP2} {SP} {SHARDED}", "tied"
+    ),
     "PP4, tied": Layout(4, f"{PP} 4", "tied"),
     "DP2 TP2 SP, distributed optimizer": Layout(4, f"{TP} 2 {SP} {SHARDED}"),
     "DP2 PP2 VPP2, tied": Layout(4, f"{PP} 2 {VPP2}", "tied"),
     "DP2 PP2 VPP2, tied, distributed optimizer, overlapped": Layout(
-        4, f"{PP} 2 {VPP2} {OVERLAP}", "tied"),
+        4, f"{PP} 2 {VPP2} {OVERLAP}", "tied"
+    ),
     "DP2 CP2, distributed optimizer": Layout(4, f"{CP} 2 {SHARDED}"),
 }
 # Training goes on in another layout than the one that saved.
@@ -124,9 +126,11 @@ RESUMED = {
     "TP2 SP, distributed optimizer -> PP2": Layout(2, f"{PP} 2 {SHARDED}", resumes=_SHARDED_TP2),
     "TP2 SP, distributed optimizer -> DP2, overlapped": Layout(2, OVERLAP, resumes=_SHARDED_TP2),
     "TP2 SP, distributed optimizer -> PP2 VPP2 CP2": Layout(
-        4, f"{PP} 2 {VPP2} {CP} 2 {SHARDED}", resumes=_SHARDED_TP2),
+        4, f"{PP} 2 {VPP2} {CP} 2 {SHARDED}", resumes=_SHARDED_TP2
+    ),
     "TP2 SP, distributed optimizer -> TP2 PP2 SP": Layout(
-        4, f"{TP} 2 {PP} 2 {SP} {SHARDED}", resumes=_SHARDED_TP2),
+        4, f"{TP} 2 {PP} 2 {SP} {SHARDED}", resumes=_SHARDED_TP2
+    ),
     "TP2 SP, distributed optimizer -> 1 rank": Layout(1, SHARDED, resumes=_SHARDED_TP2),
 }
 
@@ -141,13 +145,17 @@ BROKEN = {
     "1 rank, plain positions": Layout(1, "", fault="plain"),
     "PP2, plain positions on the last stage": Layout(2, f"{PP} 2", fault="plain"),
     "PP2, the next sample's positions on the last stage": Layout(
-        2, f"{PP} 2", fault="of the next sample"),
+        2, f"{PP} 2", fault="of the next sample"
+    ),
     "PP2 VPP2, the next sample's positions in the last chunk": Layout(
-        2, f"{PP} 2 {VPP2}", fault="of the next sample"),
+        2, f"{PP} 2 {VPP2}", fault="of the next sample"
+    ),
     "TP2, the next sample's positions on the last rank": Layout(
-        2, f"{TP} 2", fault="of the next sample"),
+        2, f"{TP} 2", fault="of the next sample"
+    ),
     "CP2, the other chunk's positions on the last rank": Layout(
-        2, f"{CP} 2", fault="of the other chunk"),
+        2, f"{CP} 2", fault="of the other chunk"
+    ),
 }
 ALL = LAYOUTS | BROKEN | RESUMED
 
@@ -161,15 +169,14 @@ def train_each(names: list[str], weights: Path, corpus: str, output: Path) -> No
         corpus: a --data-path.
     """
     sys.path.insert(0, str(TESTS.parent))
-    from pose_megatron import cpu
+    from pose_megatron.runtime import cpu
 
     cpu.install()
     import torch.distributed as dist
 
-    from pose_megatron import distributed
-    from pose_megatron.flags import ParallelFlags
+    from pose_megatron.runtime import distributed
 
-    distributed.initialize(ParallelFlags(), seed=0)
+    distributed.initialize(seed=0)
     for model, shape in MODELS.items() if distributed.world_size() == 1 else ():
         if not (weights / model).exists():
             # Of another seed: a layout that did not load them would be seen.
@@ -191,8 +198,12 @@ def train_each(names: list[str], weights: Path, corpus: str, output: Path) -> No
     dist.destroy_process_group()
 
 
-def train(words: list[str], fault: str | None = None, save_at: int | None = None,
-          family: str | None = None) -> dict:
+def train(
+    words: list[str],
+    fault: str | None = None,
+    save_at: int | None = None,
+    family: str | None = None,
+) -> dict:
     """Up to step STEPS, with pretrain_pose.py's parts.
 
     Args:
@@ -206,40 +217,37 @@ def train(words: list[str], fault: str | None = None, save_at: int | None = None
         sample of every step}, the same on every rank.
     """
 
-    from pose_megatron import distributed, training
-    from pose_megatron.arguments import parse
-    from pose_megatron.batch import batches, fields_here
-    from pose_megatron.dataset import build_datasets
-    from pose_megatron.layout import lay_out
-    from pose_megatron.model_config import resolve_model
-    from pose_megatron.sampler_flags import build_sampler
+    from pose_megatron.config.arguments import parse
+    from pose_megatron.config.layout import lay_out
+    from pose_megatron.data.batch import fields_here
+    from pose_megatron.runtime import distributed
+    from pose_megatron.training.run import assemble
+    from pose_megatron.training.step import sample_losses, train_step
+    from pose_megatron.training.trainer import save, setup
 
     args = parse(words)
-    loaded, resume = training.starting_point(args.checkpoint)
-    config = resolve_model(args.model, args.data.seq_length, loaded and loaded.model, None)
-    config = replace(config, family=family or config.family)
-    layout = lay_out(args, config, distributed.world_size())
-    regroup(args, config)
-    train_set, *_ = build_datasets(
-        args.data, build_sampler(args, config.max_position_embeddings), config.vocab_size,
-        STEPS * layout.global_batch_size, 0, "tokens" not in fields_here(),
+    run = assemble(args)
+    run = replace(run, model=replace(run.model, family=family or run.model.family))
+    layout = lay_out(args, run.model, distributed.world_size())
+    regroup(args, run.model)
+    train_set, *_ = run.datasets(
+        STEPS * layout.global_batch_size, positions_only="tokens" not in fields_here()
     )
-    trainer = training.setup(args, config, layout, loaded, resume)
+    trainer = setup(run, layout)
     if fault:
         spoil(trainer.stages[-1], FAULTS[fault])
     if train_set is not None:
         train_set = Masked(train_set)
-    streams = [batches(train_set, trainer.consumed_samples, args.training.micro_batch_size, 0)
-               for _ in trainer.models]
-    losses, grad_norms, sample_losses = [], [], []
+    data = trainer.data_iterator(train_set, trainer.consumed_samples, 0)
+    losses, grad_norms, per_sample = [], [], []
     while trainer.iteration < STEPS:
-        step = training.train_step(trainer, streams if streams[1:] else streams[0])
+        step = train_step(trainer, data)
         losses.append(step.loss)
         grad_norms.append(step.grad_norm)
-        sample_losses += training.sample_losses(trainer, step)
+        per_sample += sample_losses(trainer, step)
         if trainer.iteration == save_at:
-            training.save(trainer)
-    return {"losses": losses, "grad_norms": grad_norms, "sample_losses": sample_losses}
+            save(trainer)
+    return {"losses": losses, "grad_norms": grad_norms, "sample_losses": per_sample}
 
 
 class Masked:
@@ -283,7 +291,8 @@ def spoil(stage, change) -> None:
 
     if dist.get_rank() == dist.get_world_size() - 1:
         stage.register_forward_pre_hook(
-            lambda _, inputs: (inputs[0], change(inputs[1]), *inputs[2:]))
+            lambda _, inputs: (inputs[0], change(inputs[1]), *inputs[2:])
+        )
 
 
 def measure(folder: Path, corpus: str) -> dict[str, dict]:
@@ -291,18 +300,39 @@ def measure(folder: Path, corpus: str) -> dict[str, dict]:
     output = folder / "rows.jsonl"
     for ranks in (1, 2, 4, 1):
         done = [json.loads(line)["layout"] for line in output.open()] if output.exists() else []
-        names = [name for name, x in ALL.items() if x.ranks == ranks and name not in done
-                 and (x.resumes is None or (folder / x.resumes).exists() or ranks > 1)]
-        program = [__file__, "--load", str(folder), "--data-path", corpus, "--output", str(output),
-                   "--layouts", *names]
+        names = [
+            name
+            for name, x in ALL.items()
+            if x.ranks == ranks
+            and name not in done
+            and (x.resumes is None or (folder / x.resumes).exists() or ranks > 1)
+        ]
+        program = [
+            __file__,
+            "--load",
+            str(folder),
+            "--data-path",
+            corpus,
+            "--output",
+            str(output),
+            "--layouts",
+            *names,
+        ]
         if ranks > 1:
-            program = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-                       str(ranks), *program]
+            program = [
+                "-m",
+                "torch.distributed.run",
+                "--standalone",
+                "--nproc-per-node",
+                str(ranks),
+                *program,
+            ]
         env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
         # On CPU also where there are GPUs: float32 is the same there everywhere.
         env |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        run = subprocess.run([sys.executable, *program], env=env, capture_output=True, text=True,
-                             timeout=300)
+        run = subprocess.run(
+            [sys.executable, *program], env=env, capture_output=True, text=True, timeout=300
+        )
         if run.returncode:
             raise RuntimeError(run.stdout[-2000:] + run.stderr[-6000:])
     return {row.pop("layout"): row for row in map(json.loads, output.read_text().splitlines())}
@@ -313,7 +343,7 @@ def deviation(rows: dict[str, dict], name: str) -> tuple[float, float, float]:
     of all steps."""
     row, alone = rows[name], rows[ALL[name].reference]
     return tuple(
-        max(abs(a - b) / b for a, b in zip(row[key], alone[key][-len(row[key]):], strict=True))
+        max(abs(a - b) / b for a, b in zip(row[key], alone[key][-len(row[key]) :], strict=True))
         for key in ("losses", "grad_norms", "sample_losses")
     )
 
@@ -331,7 +361,8 @@ def table(rows: dict[str, dict]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--layouts", nargs="+", help="names, with --output")
     parser.add_argument("--load", type=Path, help="folder of checkpoints; one rank fills it")
     parser.add_argument("--data-path", help="corpus prefix (default: some of Python's library)")

@@ -20,16 +20,15 @@ RELAYOUTS = {
 
 
 def main() -> None:
-    from pose_megatron import cpu
+    from pose_megatron.runtime import cpu
 
     cpu.install()
     import torch.distributed as dist
 
-    from pose_megatron import distributed
-    from pose_megatron.flags import ParallelFlags
+    from pose_megatron.runtime import distributed
 
     model, corpus, output = sys.argv[1:]
-    distributed.initialize(ParallelFlags(), seed=0)
+    distributed.initialize(seed=0)
     for name, words in RELAYOUTS.items():
         flags = f"{COMMON} {words} --data-path {corpus} --load {model} --finetune --lr 0"
         train([*flags.split(), "--save", f"{output}/{name}"], save_at=1)

@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pose_megatron import huggingface
-from pose_megatron.convert import hf_to_megatron
-from pose_megatron.rope import RopeScaling
-from pose_megatron.weights import write_weights
+from pose_megatron.checkpoints.huggingface import config_json
+from pose_megatron.checkpoints.mapping import hf_to_megatron
+from pose_megatron.checkpoints.megatron.torch_dist import write_weights
+from pose_megatron.rope.scaling import RopeScaling
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools" / "checkpoint"
 
@@ -23,8 +23,12 @@ TOOLS = Path(__file__).resolve().parents[2] / "tools" / "checkpoint"
 def run(tool, *words, cwd=None):
     """(exit code, output, errors) of a tool."""
     done = subprocess.run(
-        [sys.executable, TOOLS / f"{tool}.py", *map(str, words)], cwd=cwd, capture_output=True,
-        text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        [sys.executable, TOOLS / f"{tool}.py", *map(str, words)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     return done.returncode, done.stdout, done.stderr
 
 
@@ -33,15 +37,25 @@ def megatron(tmp_path_factory):
     """A LLaMA of window 128, extended to 1024 with YaRN."""
     folder = tmp_path_factory.mktemp("tools")
     torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(
-        num_hidden_layers=2, hidden_size=64, intermediate_size=96, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, vocab_size=301, max_position_embeddings=128,
-        initializer_range=0.2)).save_pretrained(folder / "source")
-    model = huggingface.read_config(folder / "source")
+    LlamaForCausalLM(
+        LlamaConfig(
+            num_hidden_layers=2,
+            hidden_size=64,
+            intermediate_size=96,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=16,
+            vocab_size=301,
+            max_position_embeddings=128,
+            initializer_range=0.2,
+        )
+    ).save_pretrained(folder / "source")
+    model = config_json.read_config(folder / "source")
     tensors = load_file(folder / "source" / "model.safetensors")
     extended = dataclasses.replace(
-        model, max_position_embeddings=1024, rope_scaling=RopeScaling("yarn", 8.0, 128))
-    whole = hf_to_megatron(tensors, **huggingface.sizes(model))
+        model, max_position_embeddings=1024, rope_scaling=RopeScaling("yarn", 8.0, 128)
+    )
+    whole = hf_to_megatron(tensors, **config_json.sizes(model))
     for name in ("embedding.word_embeddings.weight", "output_layer.weight"):
         whole[name][301:] = 0.1  # the vocabulary's padding, as training leaves it
     write_weights(folder / "pose", whole, extended)
@@ -50,8 +64,9 @@ def megatron(tmp_path_factory):
 
 def test_an_export_is_verified_compared_and_inspected(megatron, tmp_path):
     to_hf = ("--loader", "megatron", "--saver", "hf", "--load-dir", megatron)
-    code, said, wrong = run("convert", *to_hf, "--save-dir", tmp_path / "hf", "--json",
-                            tmp_path / "report.json")
+    code, said, wrong = run(
+        "convert", *to_hf, "--save-dir", tmp_path / "hf", "--json", tmp_path / "report.json"
+    )
     assert code == 0, wrong
     assert "rope as transformers reads it: relative errors: inv_freq" in said
     assert "logits at plain positions: error" in said
@@ -63,8 +78,9 @@ def test_an_export_is_verified_compared_and_inspected(megatron, tmp_path):
     code, said, wrong = run("verify", "--megatron", megatron, "--hf", tmp_path / "hf", cwd=TOOLS)
     assert code == 0 and said.count("(bound") == 5, wrong
 
-    code, said, wrong = run("inspect", "--diff", "--json", megatron.parent / "source",
-                            tmp_path / "hf")
+    code, said, wrong = run(
+        "inspect", "--diff", "--json", megatron.parent / "source", tmp_path / "hf"
+    )
     assert code == 1, wrong
     changed = json.loads(said)
     assert changed.keys() == {"config"}

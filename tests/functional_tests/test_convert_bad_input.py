@@ -54,8 +54,10 @@ def shards(folder):
     for file, part in files.items():
         save_file({n: tensors[n] for n in part}, folder / file, metadata={"format": "pt"})
     total = sum(t.nbytes for t in tensors.values())
-    return {"metadata": {"total_size": total},
-            "weight_map": {n: file for file, part in files.items() for n in part}}
+    return {
+        "metadata": {"total_size": total},
+        "weight_map": {n: file for file, part in files.items() for n in part},
+    }
 
 
 def write_index(folder, index):
@@ -155,8 +157,10 @@ def test_values_that_are_no_numbers(run, hf, tmp_path, capsys):
     up[5, 5] = float("nan")
     change(hf, **{NORM: norm, "model.layers.0.mlp.up_proj.weight": up})
     run(*words(hf, tmp_path / "out", "--json", tmp_path / "j"), "--no-verify")
-    assert ("warning: 4 values are NaN or infinite, in decoder.layers.0.mlp.linear_fc1.weight and "
-            "1 more tensors") in capsys.readouterr().err
+    assert (
+        "warning: 4 values are NaN or infinite, in decoder.layers.0.mlp.linear_fc1.weight and "
+        "1 more tensors"
+    ) in capsys.readouterr().err
     assert json.loads((tmp_path / "j").read_text())["nonfinite"] == 4
     run(*words(tmp_path / "out", tmp_path / "back", "--no-verify", loader="megatron", saver="hf"))
     again = stored(tmp_path / "back")[NORM]
@@ -175,18 +179,26 @@ def test_values_that_the_new_precision_cannot_hold(run, hf, tmp_path):
 
 def start(load, save, before: str = "", **options) -> subprocess.CompletedProcess:
     """The tool in a process of its own, after some lines of Python."""
-    code = (f"import sys, runpy; {before}\nsys.argv = sys.argv[1:]\n"
-            "runpy.run_path(sys.argv[0], run_name='__main__')")
+    code = (
+        f"import sys, runpy; {before}\nsys.argv = sys.argv[1:]\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [sys.executable, "-c", code, str(TOOL), *map(str, words(load, save, "--no-verify"))],
-        env=env, capture_output=True, text=True, timeout=120, **options)
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        **options,
+    )
 
 
 def test_a_disk_that_is_full(run, hf, tmp_path, monkeypatch):
     # A file that may not grow: what a quota does.
-    done = start(hf, tmp_path / "out",
-                 "import resource as r; r.setrlimit(r.RLIMIT_FSIZE, (50_000, 50_000))")
+    done = start(
+        hf, tmp_path / "out", "import resource as r; r.setrlimit(r.RLIMIT_FSIZE, (50_000, 50_000))"
+    )
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1] == "convert.py: error: [Errno 27] File too large"
     # Too little room to start with.
@@ -201,8 +213,9 @@ def test_a_disk_that_is_full(run, hf, tmp_path, monkeypatch):
 def test_a_disk_that_fills_up(run, hf, tmp_path, monkeypatch):
     disk = tmp_path / "disk"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "none", disk],
-                      stderr=subprocess.DEVNULL).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=200k", "none", disk], stderr=subprocess.DEVNULL
+    ).returncode:
         pytest.skip("this root may not mount")
     try:
         with pytest.raises(ValueError, match="the disk has 0.00 GB free"):
@@ -219,8 +232,10 @@ def test_a_disk_that_fills_up(run, hf, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_a_conversion_that_is_stopped_leaves_nothing_that_looks_whole(run, hf, tmp_path, sign):
-    stop = ("import os, pose_megatron.weights as w; put = w.Writer.put; w.Writer.put = lambda s, n,"
-            f" t: (put(s, n, t), 'layers.1' in n and os.kill(os.getpid(), {int(sign)}))")
+    stop = (
+        "import os, pose_megatron.checkpoints.megatron.torch_dist as w; put = w.Writer.put; w.Writer.put = lambda s, n,"
+        f" t: (put(s, n, t), 'layers.1' in n and os.kill(os.getpid(), {int(sign)}))"
+    )
     done = start(hf, tmp_path / "out", stop)
     assert done.returncode in (143, 130, -sign), done.stderr
     assert "wrote" not in done.stdout and not (tmp_path / "out").exists()

@@ -112,7 +112,7 @@ def test_there_and_back_is_bit_identical(run, tmp_path, dtype, shape):
 
 @torch.no_grad()
 def test_megatron_side_holds_what_transformers_computes(run, tmp_path, hf):
-    from pose_megatron.weights import read_weights
+    from pose_megatron.checkpoints.megatron.torch_dist import read_weights
 
     run(*to_megatron(hf, tmp_path / "meg"), "--make-vocab-size-divisible-by", 64)
     assert (tmp_path / "meg" / "latest_checkpointed_iteration.txt").read_text() == "release"
@@ -147,9 +147,9 @@ def megatron(run, llama):
 
 def extended(megatron, folder, method):
     """The checkpoint as training to 8 times the window would save it."""
-    from pose_megatron.checkpoint import find
-    from pose_megatron.rope import RopeScaling
-    from pose_megatron.weights import read_weights, write_weights
+    from pose_megatron.checkpoints.megatron.directory import find
+    from pose_megatron.checkpoints.megatron.torch_dist import read_weights, write_weights
+    from pose_megatron.rope.scaling import RopeScaling
 
     tensors, model = read_weights(megatron)
     model = dataclasses.replace(
@@ -161,7 +161,7 @@ def extended(megatron, folder, method):
 
 @pytest.mark.parametrize("method", ["linear", "ntk", "yarn", "yarn_revised"])
 def test_extended_model_is_exported_with_its_rope(run, megatron, tmp_path, method):
-    from pose_megatron.rope import attention_factor, inverse_frequencies
+    from pose_megatron.rope.scaling import attention_factor, inverse_frequencies
 
     model = extended(megatron, tmp_path / "meg", method)
     run(*to_hf(tmp_path / "meg", tmp_path / "hf"), "--dtype", "bfloat16", "--no-verify")
@@ -178,7 +178,7 @@ def test_extended_model_is_exported_with_its_rope(run, megatron, tmp_path, metho
     assert LlamaForCausalLM.from_pretrained(tmp_path / "hf").dtype == torch.bfloat16
 
     run(*to_megatron(tmp_path / "hf", tmp_path / "again"))  # and our own export is read again
-    from pose_megatron.checkpoint import find
+    from pose_megatron.checkpoints.megatron.directory import find
 
     back = find(tmp_path / "again").model
     frequencies = inverse_frequencies(16, back.rotary_base, back.rope_scaling)
@@ -186,16 +186,16 @@ def test_extended_model_is_exported_with_its_rope(run, megatron, tmp_path, metho
 
 
 def test_export_with_another_rope_is_not_kept(run, megatron, tmp_path, monkeypatch):
-    from pose_megatron import huggingface
+    from pose_megatron.checkpoints.huggingface import config_json
 
     extended(megatron, tmp_path / "meg", "yarn")
-    forgetful = huggingface.to_hf
+    forgetful = config_json.to_hf
 
     def without_scaling(*args, **kwargs):
         keys = forgetful(*args, **kwargs)
         return keys | {"rope_scaling": None, "rope_parameters": None}
 
-    monkeypatch.setattr(huggingface, "to_hf", without_scaling)
+    monkeypatch.setattr(config_json, "to_hf", without_scaling)
     with pytest.raises(ValueError, match="transformers reads another rope"):
         run(*to_hf(tmp_path / "meg", tmp_path / "out"))
     assert [p.name for p in tmp_path.iterdir()] == ["meg"]
@@ -314,17 +314,20 @@ def test_where_it_may_write(run, megatron, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.parametrize("family, hint", [
-    ("gptj", "--rope-scaling none$"), ("baichuan", "or export it with --as-llama$")])
+@pytest.mark.parametrize(
+    "family, hint",
+    [("gptj", "--rope-scaling none$"), ("baichuan", "or export it with --as-llama$")],
+)
 def test_a_rope_that_the_family_cannot_say(megatron, tmp_path, family, hint):
-    from pose_megatron import huggingface
-    from pose_megatron.directory import find
-    from pose_megatron.rope import RopeScaling
+    from pose_megatron.checkpoints.huggingface import config_json
+    from pose_megatron.checkpoints.megatron.directory import find
+    from pose_megatron.rope.scaling import RopeScaling
 
-    model = dataclasses.replace(find(megatron).model, family=family,
-                                rope_scaling=RopeScaling("linear", 8.0))
+    model = dataclasses.replace(
+        find(megatron).model, family=family, rope_scaling=RopeScaling("linear", 8.0)
+    )
     with pytest.raises(ValueError, match=f"ForCausalLM reads no rope .*{hint}"):
-        huggingface.write_config(tmp_path, model, torch.float32, {})
+        config_json.write_config(tmp_path, model, torch.float32, {})
 
 
 def test_as_llama_is_for_those_that_need_it(run, megatron, tmp_path):
@@ -333,7 +336,7 @@ def test_as_llama_is_for_those_that_need_it(run, megatron, tmp_path):
 
 
 def test_wrong_tensors_in_a_megatron_checkpoint(run, megatron, tmp_path):
-    from pose_megatron.weights import read_weights, write_weights
+    from pose_megatron.checkpoints.megatron.torch_dist import read_weights, write_weights
 
     tensors, model = read_weights(megatron)
     del tensors["decoder.final_layernorm.weight"]
@@ -347,7 +350,7 @@ def test_wrong_tensors_in_a_megatron_checkpoint(run, megatron, tmp_path):
 @pytest.mark.parametrize("name", ["code.model", "words.json"])
 def test_tokenizer_under_a_name_of_its_own(name, tmp_path):
     """As preprocessing and training keep it in a checkpoint when it is given as a file."""
-    from pose_megatron.huggingface import find_sidecars
+    from pose_megatron.checkpoints.huggingface.config_json import find_sidecars
 
     (tmp_path / name).touch()
     expected = {f"tokenizer{Path(name).suffix}": tmp_path / name}

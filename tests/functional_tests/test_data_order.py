@@ -23,9 +23,13 @@ def start(root: Path, program: str, *words: str, ranks: int = 1) -> subprocess.P
     if ranks > 1:
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "PYTHONPATH")}
-    return subprocess.Popen([*command, str(root / program), *words], text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            env=env | {"OMP_NUM_THREADS": "1"})
+    return subprocess.Popen(
+        [*command, str(root / program), *words],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=env | {"OMP_NUM_THREADS": "1"},
+    )
 
 
 def said(job: subprocess.Popen) -> str:
@@ -43,25 +47,77 @@ def logs(root, stdlib_corpus, tmp_path_factory):
     five, alone = ["--train-iters", "5"], ["--num-workers", "0"]
 
     def train(name, *words, ranks=1):
-        return start(root, "pretrain_pose.py", *FLAGS, "--log-file", str(folder / f"{name}.jsonl"),
-                     *words, ranks=ranks)
+        return start(
+            root,
+            "pretrain_pose.py",
+            *FLAGS,
+            "--log-file",
+            str(folder / f"{name}.jsonl"),
+            *words,
+            ranks=ranks,
+        )
 
-    tool = start(root, "tools/materialize_positions.py", "--output", prefix, *FLAGS, *blend, *five,
-                 "--split", "1,0,0")
+    tool = start(
+        root,
+        "tools/materialize_positions.py",
+        "--output",
+        prefix,
+        *FLAGS,
+        *blend,
+        *five,
+        "--split",
+        "1,0,0",
+    )
     drawn = train("drawn", *blend, *five, *alone, "--split", "1,0,0")
     printed = {"tool": said(tool), "drawn": said(drawn)}
     # Two jobs that meet an empty cache together.
     jobs = {
-        "ranks": train("ranks", *blend, *five, "--split", "1,0,0", "--data-cache-path", cache,
-                       "--micro-batch-size", "1", "--num-workers", "1", ranks=2),
-        "longer": train("longer", *blend, *alone, "--train-iters", "8", "--split", "1,0,0",
-                        "--data-cache-path", cache, "--micro-batch-size", "2"),
+        "ranks": train(
+            "ranks",
+            *blend,
+            *five,
+            "--split",
+            "1,0,0",
+            "--data-cache-path",
+            cache,
+            "--micro-batch-size",
+            "1",
+            "--num-workers",
+            "1",
+            ranks=2,
+        ),
+        "longer": train(
+            "longer",
+            *blend,
+            *alone,
+            "--train-iters",
+            "8",
+            "--split",
+            "1,0,0",
+            "--data-cache-path",
+            cache,
+            "--micro-batch-size",
+            "2",
+        ),
     }
     printed |= {name: said(job) for name, job in jobs.items()}
-    printed["read"] = said(train("read", *five, *alone, "--materialized", prefix,
-                                 "--test-data-path", stdlib_corpus, "--eval-iters", "2"))
-    steps = {name: list(map(json.loads, (folder / f"{name}.jsonl").read_text().splitlines()))
-             for name in ("drawn", "read", "ranks", "longer")}
+    printed["read"] = said(
+        train(
+            "read",
+            *five,
+            *alone,
+            "--materialized",
+            prefix,
+            "--test-data-path",
+            stdlib_corpus,
+            "--eval-iters",
+            "2",
+        )
+    )
+    steps = {
+        name: list(map(json.loads, (folder / f"{name}.jsonl").read_text().splitlines()))
+        for name in ("drawn", "read", "ranks", "longer")
+    }
     assert not list(Path(cache).glob("*.tmp")) and len(list(Path(cache).iterdir())) >= 3
     return steps, printed, prefix
 

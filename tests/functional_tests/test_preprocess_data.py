@@ -53,8 +53,15 @@ def tokenizer(tmp_path_factory):
     folder = tmp_path_factory.mktemp("corpus")
     corpus = folder / "corpus.jsonl"
     corpus.write_bytes(jsonl({"text": text} for text in TEXTS))
-    result = call("train_tokenizer.py", "--input", corpus, "--output-dir", folder / "tokenizer",
-                  "--vocab-size", VOCAB_SIZE)
+    result = call(
+        "train_tokenizer.py",
+        "--input",
+        corpus,
+        "--output-dir",
+        folder / "tokenizer",
+        "--vocab-size",
+        VOCAB_SIZE,
+    )
     assert result.returncode == 0, result.stderr
     assert f"{VOCAB_SIZE} tokens" in result.stdout and "bytes/token" in result.stdout
     return folder / "tokenizer"
@@ -87,7 +94,10 @@ def test_trained_folder_loads_in_transformers_with_the_same_ids(tokenizer, piece
     assert theirs.decode(theirs.encode(unseen)) == unseen
     assert (theirs.bos_token_id, theirs.eos_token_id, len(theirs)) == (1, 2, VOCAB_SIZE)
     assert sorted(path.name for path in tokenizer.iterdir()) == [
-        "tokenizer.json", "tokenizer.model", "tokenizer_config.json"]
+        "tokenizer.json",
+        "tokenizer.model",
+        "tokenizer_config.json",
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -96,9 +106,15 @@ def byte_level(tmp_path_factory):
     folder = tmp_path_factory.mktemp("byte_level")
     model = Tokenizer(models.BPE())
     model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    model.train_from_iterator(TEXTS, trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE, special_tokens=["<eos>"], show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    model.train_from_iterator(
+        TEXTS,
+        trainers.BpeTrainer(
+            vocab_size=VOCAB_SIZE,
+            special_tokens=["<eos>"],
+            show_progress=False,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )
     model.save(str(folder / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<eos>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
@@ -115,12 +131,26 @@ def test_two_workers_write_megatrons_files_from_any_kind_of_file(tmp_path, token
         if path.endswith("zst"):
             content = zstandard.ZstdCompressor().compress(content)
         (tmp_path / path).write_bytes(content)
-    parquet.write_table(pyarrow.table({"text": texts[24:]}), tmp_path / "d.parquet",
-                        row_group_size=3)
+    parquet.write_table(
+        pyarrow.table({"text": texts[24:]}), tmp_path / "d.parquet", row_group_size=3
+    )
     prefix = tmp_path / "new" / "folder" / "corpus"
-    result = call("preprocess_data.py", "--input", tmp_path / "[a-d].*", "--output-prefix", prefix,
-                  "--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", tokenizer,
-                  "--append-eod", "--workers", 2, "--log-interval", 2)
+    result = call(
+        "preprocess_data.py",
+        "--input",
+        tmp_path / "[a-d].*",
+        "--output-prefix",
+        prefix,
+        "--tokenizer-type",
+        "SentencePieceTokenizer",
+        "--tokenizer-model",
+        tokenizer,
+        "--append-eod",
+        "--workers",
+        2,
+        "--log-interval",
+        2,
+    )
     assert result.returncode == 0, result.stderr
     expected = build(tmp_path / "stock", [[*pieces.encode(text), 2] for text in texts])
     assert files(f"{prefix}_text_document") == expected
@@ -130,7 +160,10 @@ def test_two_workers_write_megatrons_files_from_any_kind_of_file(tmp_path, token
     dataset = IndexedDataset(f"{prefix}_text_document")
     assert [pieces.decode(dataset[i].tolist()) for i in range(len(dataset))] == texts
     assert sorted(path.name for path in prefix.parent.iterdir()) == [
-        "corpus_summary.json", "corpus_text_document.bin", "corpus_text_document.idx"]
+        "corpus_summary.json",
+        "corpus_text_document.bin",
+        "corpus_text_document.idx",
+    ]
 
 
 def test_shards_joined_are_the_corpus_preprocessed_at_once(tmp_path, byte_level):
@@ -138,15 +171,27 @@ def test_shards_joined_are_the_corpus_preprocessed_at_once(tmp_path, byte_level)
     from transformers import AutoTokenizer
 
     theirs = AutoTokenizer.from_pretrained(byte_level)
-    expected = build(tmp_path / "stock", [
-        [*theirs.encode(text, add_special_tokens=False), theirs.eos_token_id] for text in TEXTS])
+    expected = build(
+        tmp_path / "stock",
+        [[*theirs.encode(text, add_special_tokens=False), theirs.eos_token_id] for text in TEXTS],
+    )
     for name, texts in (("all", TEXTS), ("a", TEXTS[:5]), ("b", TEXTS[5:])):
         (tmp_path / f"{name}.jsonl").write_bytes(jsonl({"text": text} for text in texts))
         library = "own" if name == "a" else "auto"
-        result = call("preprocess_data.py", "--input", tmp_path / f"{name}.jsonl",
-                      "--output-prefix", tmp_path / "shards" / name, "--append-eod",
-                      "--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", byte_level,
-                      "--tokenizer-library", library)
+        result = call(
+            "preprocess_data.py",
+            "--input",
+            tmp_path / f"{name}.jsonl",
+            "--output-prefix",
+            tmp_path / "shards" / name,
+            "--append-eod",
+            "--tokenizer-type",
+            "HuggingFaceTokenizer",
+            "--tokenizer-model",
+            byte_level,
+            "--tokenizer-library",
+            library,
+        )
         assert result.returncode == 0, result.stderr
         assert ("with gigatoken" in result.stderr) == (library == "auto")
     assert files(tmp_path / "shards" / "all_text_document") == expected
@@ -172,16 +217,31 @@ def test_shards_joined_are_the_corpus_preprocessed_at_once(tmp_path, byte_level)
 
 
 def test_one_worker_overwrites_skips_lines_and_counts(tmp_path, tokenizer, pieces):
-    rows = [{"text": TEXTS[0], "title": "one"}, {"text": "", "title": "two"},
-            {"text": "nul \0 and \ud800 </s>", "title": "three"}]
+    rows = [
+        {"text": TEXTS[0], "title": "one"},
+        {"text": "", "title": "two"},
+        {"text": "nul \0 and \ud800 </s>", "title": "three"},
+    ]
     corpus = tmp_path / "corpus.jsonl"
     corpus.write_bytes(
         jsonl(rows[:1]) + b"\nno json\n" + jsonl(rows[1:]) + jsonl([{"text": "x"}, {"text": "y"}])
     )
     prefix = tmp_path / "corpus"
-    flags = ("--input", corpus, "--output-prefix", prefix,
-             "--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", tokenizer,
-             "--json-keys", "text", "title", "--on-error", "skip")
+    flags = (
+        "--input",
+        corpus,
+        "--output-prefix",
+        prefix,
+        "--tokenizer-type",
+        "HuggingFaceTokenizer",
+        "--tokenizer-model",
+        tokenizer,
+        "--json-keys",
+        "text",
+        "title",
+        "--on-error",
+        "skip",
+    )
     earlier = Path(f"{prefix}_title_document.idx")
     earlier.write_text("an earlier run's")
     refused = call("preprocess_data.py", *flags)
@@ -192,8 +252,10 @@ def test_one_worker_overwrites_skips_lines_and_counts(tmp_path, tokenizer, piece
     assert result.returncode == 0, result.stderr
     texts = [TEXTS[0], "", "nul \0 and \ufffd </s>"]
     # a text without tokens is no sequence, yet counts in Megatron's list of documents
-    ids = {"text": [pieces.encode(text) for text in texts],
-           "title": [pieces.encode(row["title"]) for row in rows]}
+    ids = {
+        "text": [pieces.encode(text) for text in texts],
+        "title": [pieces.encode(row["title"]) for row in rows],
+    }
     for key, documents in ids.items():
         assert files(f"{prefix}_{key}_document") == build(tmp_path / "stock", documents)
     summary = json.loads(Path(f"{prefix}_summary.json").read_text())
@@ -203,11 +265,13 @@ def test_one_worker_overwrites_skips_lines_and_counts(tmp_path, tokenizer, piece
     assert summary["texts_with_replaced_surrogates"] == 1 and summary["seconds"] > 0
     assert summary["skipped"] == {"not JSON": 1, "lacks key 'title'": 2}
     assert [line.split(": ")[0] for line in summary["first_skipped"]] == [
-        f"{corpus}:{n}" for n in (3, 6, 7)]
+        f"{corpus}:{n}" for n in (3, 6, 7)
+    ]
     assert summary["outputs"]["title"]["documents"] == 3
     lengths = Counter(len(d).bit_length() - 1 for d in ids["text"] if d)
     assert summary["outputs"]["text"]["lengths"] == {
-        f"{1 << i}-{(2 << i) - 1}": n for i, n in sorted(lengths.items())}
+        f"{1 << i}-{(2 << i) - 1}": n for i, n in sorted(lengths.items())
+    }
     for note in ("1 lines skipped (not JSON)", "1 empty documents", "1 texts had lone surrogates"):
         assert note in result.stdout
 
@@ -218,14 +282,25 @@ def test_lines_of_ten_megabytes(tmp_path, byte_level):
     unit, sizes = "x" + "\0".join(TEXTS)[:500_000] + ";", (1, 20, 1, 4)
     rows = ({"text": f"{i};" + unit * n} for i, n in enumerate(sizes))
     (tmp_path / "c.jsonl").write_bytes(jsonl(rows).rstrip())
-    result = call("preprocess_data.py", "--input", tmp_path / "c.jsonl", "--output-prefix",
-                  tmp_path / "c", "--tokenizer-type", "HuggingFaceTokenizer",
-                  "--tokenizer-model", byte_level, "--workers", 2)
+    result = call(
+        "preprocess_data.py",
+        "--input",
+        tmp_path / "c.jsonl",
+        "--output-prefix",
+        tmp_path / "c",
+        "--tokenizer-type",
+        "HuggingFaceTokenizer",
+        "--tokenizer-model",
+        byte_level,
+        "--workers",
+        2,
+    )
     assert result.returncode == 0, result.stderr
     own = Tokenizer.from_file(str(byte_level / "tokenizer.json"))
     dataset, ids = IndexedDataset(str(tmp_path / "c_text_document")), own.encode(unit).ids
     assert [dataset[i].tolist() for i in range(len(dataset))] == [
-        own.encode(f"{i};").ids + ids * n for i, n in enumerate(sizes)]
+        own.encode(f"{i};").ids + ids * n for i, n in enumerate(sizes)
+    ]
 
 
 GOOD = b'{"text": "a b c"}\n'
@@ -250,9 +325,18 @@ BAD_INPUT = [
 def test_bad_input_ends_in_one_sentence(tmp_path, tokenizer, name, content, flags, message):
     if content is not None:
         (tmp_path / name).write_bytes(content)
-    result = call("preprocess_data.py", "--input", tmp_path / name, "--output-prefix",
-                  tmp_path / "out" / "corpus", "--tokenizer-type", "SentencePieceTokenizer",
-                  "--tokenizer-model", tokenizer, *flags)
+    result = call(
+        "preprocess_data.py",
+        "--input",
+        tmp_path / name,
+        "--output-prefix",
+        tmp_path / "out" / "corpus",
+        "--tokenizer-type",
+        "SentencePieceTokenizer",
+        "--tokenizer-model",
+        tokenizer,
+        *flags,
+    )
     assert result.returncode in (1, 2)
     assert message in result.stderr.splitlines()[-1], result.stderr
     assert "Traceback" not in result.stderr and not result.stdout
@@ -262,9 +346,18 @@ def test_bad_input_ends_in_one_sentence(tmp_path, tokenizer, name, content, flag
 def test_no_end_of_sequence_token(tmp_path, tokenizer):
     (tmp_path / "tokenizer.json").write_bytes((tokenizer / "tokenizer.json").read_bytes())
     (tmp_path / "c.jsonl").write_bytes(GOOD)
-    result = call("preprocess_data.py", "--input", tmp_path / "c.jsonl", "--output-prefix",
-                  tmp_path / "out", "--tokenizer-type", "HuggingFaceTokenizer",
-                  "--tokenizer-model", tmp_path, "--append-eod")
+    result = call(
+        "preprocess_data.py",
+        "--input",
+        tmp_path / "c.jsonl",
+        "--output-prefix",
+        tmp_path / "out",
+        "--tokenizer-type",
+        "HuggingFaceTokenizer",
+        "--tokenizer-model",
+        tmp_path,
+        "--append-eod",
+    )
     assert result.returncode == 1 and "no end-of-sequence token" in result.stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == ["c.jsonl", "tokenizer.json"]
 
@@ -275,12 +368,32 @@ def test_stopped_runs_go_on_to_the_same_bytes(tmp_path, tokenizer):
     runs = {}
     for stop, workers in ((signal.SIGINT, 2), (signal.SIGTERM, 1), (signal.SIGKILL, 2)):
         folder = tmp_path / stop.name
-        flags = ("--input", corpus, "--output-prefix", folder / "c", "--workers", workers,
-                 "--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", tokenizer,
-                 "--log-interval", 10**9, "--tokenizer-library", "own")
-        runs[stop] = folder, flags, subprocess.Popen(
-            command("preprocess_data.py", *flags), env=ENVIRONMENT, stderr=subprocess.PIPE,
-            text=True, start_new_session=True,
+        flags = (
+            "--input",
+            corpus,
+            "--output-prefix",
+            folder / "c",
+            "--workers",
+            workers,
+            "--tokenizer-type",
+            "SentencePieceTokenizer",
+            "--tokenizer-model",
+            tokenizer,
+            "--log-interval",
+            10**9,
+            "--tokenizer-library",
+            "own",
+        )
+        runs[stop] = (
+            folder,
+            flags,
+            subprocess.Popen(
+                command("preprocess_data.py", *flags),
+                env=ENVIRONMENT,
+                stderr=subprocess.PIPE,
+                text=True,
+                start_new_session=True,
+            ),
         )
     for stop, (folder, _, process) in runs.items():
         deadline = time.monotonic() + 120
@@ -315,12 +428,24 @@ def test_stopped_runs_go_on_to_the_same_bytes(tmp_path, tokenizer):
 def test_a_full_disk_is_said_and_the_run_goes_on_when_there_is_room(tmp_path, tokenizer, pieces):
     corpus = tmp_path / "corpus.jsonl"
     corpus.write_bytes(jsonl({"text": text} for text in TEXTS) * 4)
-    flags = ("--input", corpus, "--output-prefix", tmp_path / "out" / "c",
-             "--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", tokenizer)
+    flags = (
+        "--input",
+        corpus,
+        "--output-prefix",
+        tmp_path / "out" / "c",
+        "--tokenizer-type",
+        "SentencePieceTokenizer",
+        "--tokenizer-model",
+        tokenizer,
+    )
     limit = 1_000_000  # bytes of one file: the second part does not fit
     result = subprocess.run(
-        command("preprocess_data.py", *flags), env=ENVIRONMENT, capture_output=True, text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+        command("preprocess_data.py", *flags),
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
     assert result.returncode == 1, result.stderr
     assert "c: File too large; make room and run it again to go on" in result.stderr
     assert "Traceback" not in result.stderr
@@ -331,26 +456,36 @@ def test_a_full_disk_is_said_and_the_run_goes_on_when_there_is_room(tmp_path, to
     assert files(tmp_path / "out" / "c_text_document") == expected
 
 
-@pytest.mark.parametrize("name, content, flags, message", [
-    ("c.jsonl", GOOD + b"{oops\n", (), "c.jsonl:2: not JSON"),
-    ("c.jsonl", b'{"text": ""}\n', (), "no text to train on"),
-    ("c.jsonl", GOOD, (), "--vocab-size 800: sentencepiece cannot train it"),
-    ("c.jsonl", None, (), "c.jsonl: no such file"),
-    ("c.jsonl", GOOD, ("--output-dir", "TRAINED"), "tokenizer_config.json exists"),
-])
+@pytest.mark.parametrize(
+    "name, content, flags, message",
+    [
+        ("c.jsonl", GOOD + b"{oops\n", (), "c.jsonl:2: not JSON"),
+        ("c.jsonl", b'{"text": ""}\n', (), "no text to train on"),
+        ("c.jsonl", GOOD, (), "--vocab-size 800: sentencepiece cannot train it"),
+        ("c.jsonl", None, (), "c.jsonl: no such file"),
+        ("c.jsonl", GOOD, ("--output-dir", "TRAINED"), "tokenizer_config.json exists"),
+    ],
+)
 def test_bad_training_ends_in_one_sentence(tmp_path, tokenizer, name, content, flags, message):
     if content is not None:
         (tmp_path / name).write_bytes(content)
     flags = [tokenizer if flag == "TRAINED" else flag for flag in flags]
-    result = call("train_tokenizer.py", "--input", tmp_path / name, "--output-dir",
-                  tmp_path / "out", "--vocab-size", VOCAB_SIZE, *flags)
+    result = call(
+        "train_tokenizer.py",
+        "--input",
+        tmp_path / name,
+        "--output-dir",
+        tmp_path / "out",
+        "--vocab-size",
+        VOCAB_SIZE,
+        *flags,
+    )
     assert result.returncode == 1 and message in result.stderr.splitlines()[-1], result.stderr
     assert "Traceback" not in result.stderr
     assert not list(tmp_path.glob("out/*"))
 
 
-@pytest.mark.parametrize(
-    "tool", ["preprocess_data.py", "train_tokenizer.py", "merge_datasets.py"])
+@pytest.mark.parametrize("tool", ["preprocess_data.py", "train_tokenizer.py", "merge_datasets.py"])
 def test_help_ends_with_an_example(tool):
     result = call(tool, "--help")
     assert result.returncode == 0

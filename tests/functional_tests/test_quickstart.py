@@ -30,8 +30,7 @@ def assert_one_sentence(done, message):
 @pytest.fixture(scope="module")
 def quickstart(tmp_path_factory):
     folder = tmp_path_factory.mktemp("quickstart")
-    done = run("bash", "examples/quickstart.sh", OUT=str(folder), BASE_ITERS="60",
-               POSE_ITERS="12")
+    done = run("bash", "examples/quickstart.sh", OUT=str(folder), BASE_ITERS="60", POSE_ITERS="12")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return folder, done.stdout
 
@@ -40,8 +39,14 @@ def test_every_model_is_measured_on_the_same_tokens(quickstart):
     folder, _ = quickstart
     rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
     names = {row["name"] for row in rows}
-    assert names == {"base", "plain positions, linear", "interpolation only, linear",
-                     "PoSE, linear", "interpolation only, yarn", "PoSE, yarn"}
+    assert names == {
+        "base",
+        "plain positions, linear",
+        "interpolation only, linear",
+        "PoSE, linear",
+        "interpolation only, yarn",
+        "PoSE, yarn",
+    }
     assert {row["context_length"] for row in rows} == {64, 128, 256, 512}
     assert len(rows) == 24
     assert len({(row["tokens"], row["documents"]) for row in rows}) == 1
@@ -87,32 +92,78 @@ def test_table_and_plot(quickstart):
 )
 def test_evaluation_names_bad_input(quickstart, flags, message):
     folder, _ = quickstart
-    usual = ["--load", f"{folder}/base", "--data-path", f"{folder}/test_text_document",
-             "--context-lengths", "128"]
-    done = run(sys.executable, "tools/evaluate_perplexity.py", *usual,
-               *(flag.format(folder) for flag in flags))
+    usual = [
+        "--load",
+        f"{folder}/base",
+        "--data-path",
+        f"{folder}/test_text_document",
+        "--context-lengths",
+        "128",
+    ]
+    done = run(
+        sys.executable,
+        "tools/evaluate_perplexity.py",
+        *usual,
+        *(flag.format(folder) for flag in flags),
+    )
     assert_one_sentence(done, message)
 
 
 def test_passkeys_of_the_extended_model(quickstart, tmp_path):
     folder, _ = quickstart
     results = tmp_path / "results.jsonl"
-    for name, more in (("base", []), ("pose-yarn", []), ("base", [
-            "--rope-scaling", "linear", "--name", "interpolated",
-            "--data-path", f"{folder}/test_text_document", "--prepend-bos"])):
-        done = run(sys.executable, "tools/evaluate_passkey.py", "--load", folder / name,
-                   "--context-lengths", "512", "128", "--trials", "5", "--needles", "2",
-                   "--output", results, *more)
+    for name, more in (
+        ("base", []),
+        ("pose-yarn", []),
+        (
+            "base",
+            [
+                "--rope-scaling",
+                "linear",
+                "--name",
+                "interpolated",
+                "--data-path",
+                f"{folder}/test_text_document",
+                "--prepend-bos",
+            ],
+        ),
+    ):
+        done = run(
+            sys.executable,
+            "tools/evaluate_passkey.py",
+            "--load",
+            folder / name,
+            "--context-lengths",
+            "512",
+            "128",
+            "--trials",
+            "5",
+            "--needles",
+            "2",
+            "--output",
+            results,
+            *more,
+        )
         assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in results.read_text().splitlines()]
     assert [(r["name"], r["context_length"]) for r in rows] == [
-        (name, n) for name in ("base", "pose-yarn", "interpolated") for n in (128, 512)]
+        (name, n) for name in ("base", "pose-yarn", "interpolated") for n in (128, 512)
+    ]
     for row in rows:
         assert [depth for depth, _, _ in row["answers"]] == [0, 0.25, 0.5, 0.75, 1]
         assert row["passkey"] == sum(found for _, found, _ in row["answers"]) / 5
         assert row["low"] <= row["passkey"] <= row["high"] and 0 < row["loss"] < 30
-    done = run(sys.executable, "tools/plot_results.py", results, "--metric", "passkey",
-               "--output", tmp_path / "passkey.png", "--window", "64")
+    done = run(
+        sys.executable,
+        "tools/plot_results.py",
+        results,
+        "--metric",
+        "passkey",
+        "--output",
+        tmp_path / "passkey.png",
+        "--window",
+        "64",
+    )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "passkey.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "passkey.md").read_text().startswith("| | 128 | 512 |")
@@ -127,29 +178,52 @@ def test_passkeys_of_the_extended_model(quickstart, tmp_path):
         (["--data-path", "{}/nowhere"], "nowhere.idx is missing"),
         (["--tokenizer-model", "{}/nowhere"], "nowhere: no such file or folder"),
         (["--context-lengths", "1"], "--context-lengths 1 must be at least 2"),
-        (["--context-lengths", "9000000", "--data-path", "{}/test_text_document"],
-         "fewer than the longest context length, 9000000"),
+        (
+            ["--context-lengths", "9000000", "--data-path", "{}/test_text_document"],
+            "fewer than the longest context length, 9000000",
+        ),
     ],
 )
 def test_passkey_names_bad_input(quickstart, flags, message):
     folder, _ = quickstart
-    done = run(sys.executable, "tools/evaluate_passkey.py", "--load", f"{folder}/base",
-               "--context-lengths", "128", *(flag.format(folder) for flag in flags))
+    done = run(
+        sys.executable,
+        "tools/evaluate_passkey.py",
+        "--load",
+        f"{folder}/base",
+        "--context-lengths",
+        "128",
+        *(flag.format(folder) for flag in flags),
+    )
     assert_one_sentence(done, message)
 
 
 def test_passkeys_in_another_models_ids(quickstart, tmp_path):
     folder, _ = quickstart
     haystack = write_corpus(tmp_path / "text_document", [[9999] * 300])
-    done = run(sys.executable, "tools/evaluate_passkey.py", "--load", f"{folder}/base",
-               "--context-lengths", "128", "--data-path", haystack)
+    done = run(
+        sys.executable,
+        "tools/evaluate_passkey.py",
+        "--load",
+        f"{folder}/base",
+        "--context-lengths",
+        "128",
+        "--data-path",
+        haystack,
+    )
     assert_one_sentence(done, "token id 9999 is outside the checkpoint's vocabulary of 512")
 
 
 def test_verification_sees_another_model(quickstart):
     folder, _ = quickstart
-    done = run(sys.executable, "tools/checkpoint/verify.py", "--megatron", folder / "pose-yarn",
-               "--hf", folder / "pose-linear-hf")
+    done = run(
+        sys.executable,
+        "tools/checkpoint/verify.py",
+        "--megatron",
+        folder / "pose-yarn",
+        "--hf",
+        folder / "pose-linear-hf",
+    )
     assert done.returncode == 1
     assert "reads another rope from config.json" in done.stderr and "Traceback" not in done.stderr
 

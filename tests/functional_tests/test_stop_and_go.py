@@ -29,11 +29,24 @@ class Job:
         self.folder, self.corpus = folder, corpus
 
     def start(self, name: str, *words) -> subprocess.Popen:
-        command = [sys.executable, "-u", str(ROOT / "pretrain_pose.py"), *WORDS,
-                   "--data-path", self.corpus, "--log-file", str(self.folder / f"{name}.jsonl")]
+        command = [
+            sys.executable,
+            "-u",
+            str(ROOT / "pretrain_pose.py"),
+            *WORDS,
+            "--data-path",
+            self.corpus,
+            "--log-file",
+            str(self.folder / f"{name}.jsonl"),
+        ]
         env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-        return subprocess.Popen([*command, *map(str, words)], env=env | {"OMP_NUM_THREADS": "1"},
-                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen(
+            [*command, *map(str, words)],
+            env=env | {"OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
 
     def log(self, name: str) -> dict[int, dict]:
         lines = (self.folder / f"{name}.jsonl").read_text().splitlines()
@@ -53,8 +66,19 @@ def job(tmp_path_factory, stdlib_corpus):
 
 @pytest.fixture(scope="module")
 def straight(job):
-    return job.run("straight", "--train-iters", 6, "--lr-decay-style", "constant",
-                   "--save", job.folder / "straight", "--save-interval", 2, "--save-retain", 2)
+    return job.run(
+        "straight",
+        "--train-iters",
+        6,
+        "--lr-decay-style",
+        "constant",
+        "--save",
+        job.folder / "straight",
+        "--save-interval",
+        2,
+        "--save-retain",
+        2,
+    )
 
 
 def losses(log: dict[int, dict]) -> dict[int, tuple]:
@@ -90,39 +114,65 @@ def test_only_the_last_checkpoints_are_kept(job, straight):
 
 
 def test_a_time_limit_saves_and_stops(job):
-    log, out = job.run("limited", "--train-iters", 100000, "--exit-duration-in-mins", 0.01,
-                       "--save", job.folder / "limited", "--lr-decay-style", "constant")
+    log, out = job.run(
+        "limited",
+        "--train-iters",
+        100000,
+        "--exit-duration-in-mins",
+        0.01,
+        "--save",
+        job.folder / "limited",
+        "--lr-decay-style",
+        "constant",
+    )
     at = max(log)
     assert f"stopped at {at} by --exit-duration-in-mins" in out and at < 100000
     tracker = job.folder / "limited" / "latest_checkpointed_iteration.txt"
     assert tracker.read_text() == str(at)
 
 
-@pytest.mark.parametrize("words", [
-    "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
-    "--recompute-granularity full --recompute-method block --recompute-num-layers 1",
-    "--recompute-granularity selective",
-])
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
+        "--recompute-granularity full --recompute-method block --recompute-num-layers 1",
+        "--recompute-granularity selective",
+    ],
+)
 def test_recomputation_changes_no_loss(job, straight, words):
     log, _ = job.run(words, "--train-iters", 6, "--lr-decay-style", "constant", *words.split())
     assert losses(log) == losses(straight[0])
 
 
 def test_wsd_is_constant_and_then_decays_to_the_minimum(job):
-    log, _ = job.run("wsd", "--train-iters", 6, "--lr-decay-style", "WSD", "--min-lr", 1e-3,
-                     "--lr-wsd-decay-iters", 4, "--lr-wsd-decay-style", "linear")
+    log, _ = job.run(
+        "wsd",
+        "--train-iters",
+        6,
+        "--lr-decay-style",
+        "WSD",
+        "--min-lr",
+        1e-3,
+        "--lr-wsd-decay-iters",
+        4,
+        "--lr-wsd-decay-style",
+        "linear",
+    )
     # Two steps at the peak, then a straight line over four steps towards the minimum.
     expected = [1e-2, 1e-2, 1e-2, 7.75e-3, 5.5e-3, 3.25e-3]
     assert [log[i]["lr"] for i in range(1, 7)] == pytest.approx(expected)
 
 
-@pytest.mark.parametrize(("words", "message"), [
-    ("--lr-decay-style WSD", "--lr-decay-style WSD needs --lr-wsd-decay-iters"),
-    ("--recompute-granularity full", "--recompute-granularity full needs --recompute-method"),
-    ("--exit-duration-in-mins 5", "--exit-duration-in-mins needs a folder to save to"),
-    ("--pretrained-checkpoint {}/nowhere", "nowhere is not a checkpoint folder"),
-    ("--save {} --save-retain 0", "--save-retain must be at least 1, not 0"),
-])
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--lr-decay-style WSD", "--lr-decay-style WSD needs --lr-wsd-decay-iters"),
+        ("--recompute-granularity full", "--recompute-granularity full needs --recompute-method"),
+        ("--exit-duration-in-mins 5", "--exit-duration-in-mins needs a folder to save to"),
+        ("--pretrained-checkpoint {}/nowhere", "nowhere is not a checkpoint folder"),
+        ("--save {} --save-retain 0", "--save-retain must be at least 1, not 0"),
+    ],
+)
 def test_mistakes_are_named(job, words, message, refusals):
     assert message in refusals[words]
 
@@ -145,16 +195,23 @@ def refusals(job, request):
 def test_a_checkpoint_written_in_the_background_is_the_same(job):
     folder = job.folder / "async"
     usual = ["--lr-decay-style", "constant", "--use-distributed-optimizer"]
-    whole, _ = job.run("async", "--train-iters", 6, *usual, "--save", folder, "--save-interval", 2,
-                       "--async-save")
+    whole, _ = job.run(
+        "async", "--train-iters", 6, *usual, "--save", folder, "--save-interval", 2, "--async-save"
+    )
     (folder / "latest_checkpointed_iteration.txt").write_text("4")
     on, _ = job.run("async on", "--train-iters", 6, *usual, "--load", folder)
     assert losses(on) == {step: losses(whole)[step] for step in (5, 6)}
 
 
 def test_the_optimizer_must_be_the_one_that_saved(job, straight):
-    process = job.start("other", "--train-iters", 8, "--load", job.folder / "straight",
-                        "--use-distributed-optimizer")
+    process = job.start(
+        "other",
+        "--train-iters",
+        8,
+        "--load",
+        job.folder / "straight",
+        "--use-distributed-optimizer",
+    )
     _, err = process.communicate(timeout=120)
     assert process.returncode == 1 and "Traceback" not in err
     assert "was saved without --use-distributed-optimizer: resume the same way" in err
@@ -162,7 +219,8 @@ def test_the_optimizer_must_be_the_one_that_saved(job, straight):
 
 @pytest.mark.parametrize("damage", ["*.distcp", "common.pt", "metadata.json"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_can_be_taken(
-        job, straight, tmp_path, damage):
+    job, straight, tmp_path, damage
+):
     folder = shutil.copytree(job.folder / "straight", tmp_path / "damaged")
     for file in (folder / "iter_0000006").glob(damage):
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
@@ -184,9 +242,21 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_can_be_taken(
 def test_a_run_killed_again_and_again_comes_to_the_same_end(job, straight, background):
     """SIGKILL at arbitrary instants of a run that saves at every step, most of its time."""
     folder, chance = job.folder / f"killed{len(background)}", random.Random(len(background))
-    words = ["--train-iters", 6, "--lr-decay-style", "constant", "--load", folder, "--save", folder,
-             "--save-interval", 1, "--pretrained-checkpoint", folder.with_suffix(".start"),
-             *background]
+    words = [
+        "--train-iters",
+        6,
+        "--lr-decay-style",
+        "constant",
+        "--load",
+        folder,
+        "--save",
+        folder,
+        "--save-interval",
+        1,
+        "--pretrained-checkpoint",
+        folder.with_suffix(".start"),
+        *background,
+    ]
     job.run("start", "--train-iters", 1, "--lr", 0, "--save", folder.with_suffix(".start"))
     name = f"killed {background}"
     for _ in range(2):

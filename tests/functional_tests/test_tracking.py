@@ -10,8 +10,14 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).resolve().parents[2]
-SCALARS = ("loss", "grad_norm", "lr", "tokens_per_second_per_rank", "peak_memory_bytes",
-           "model_flops_per_second_per_rank")
+SCALARS = (
+    "loss",
+    "grad_norm",
+    "lr",
+    "tokens_per_second_per_rank",
+    "peak_memory_bytes",
+    "model_flops_per_second_per_rank",
+)
 
 
 @pytest.fixture(scope="module")
@@ -24,9 +30,13 @@ def run(tmp_path_factory, stdlib_corpus):
         --data-path {stdlib_corpus} --log-file {folder}/log.jsonl --tensorboard-dir {folder}/board
         --wandb-project pose --wandb-exp-name first --wandb-save-dir {folder}/tracked""".split()
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-    run = subprocess.run([sys.executable, str(ROOT / "pretrain_pose.py"), *words],
-                         env=env | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"},
-                         capture_output=True, text=True, timeout=120)
+    run = subprocess.run(
+        [sys.executable, str(ROOT / "pretrain_pose.py"), *words],
+        env=env | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
     rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     return folder, rows, run.stdout
@@ -58,7 +68,11 @@ def test_the_line_says_throughput_and_memory(run):
     _, rows, out = run
     # A process with torch in it: a figure in other units would be far off.
     assert all(2**27 < row["peak_memory_bytes"] < 2**33 for row in rows if "loss" in row)
-    for words in ("iteration 1/4 | samples 2 | batch 2 |", "tokens/s per rank |", "TFLOP/s |",
-                  " GiB | left "):
+    for words in (
+        "iteration 1/4 | samples 2 | batch 2 |",
+        "tokens/s per rank |",
+        "TFLOP/s |",
+        " GiB | left ",
+    ):
         assert words in out
     assert "MFU" not in out  # of a CPU no peak is known

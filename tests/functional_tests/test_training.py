@@ -43,11 +43,22 @@ def launch(ranks: int, words: list[str]) -> subprocess.CompletedProcess:
     """Plain python for one rank, torchrun for several."""
     program = [str(ROOT / "pretrain_pose.py"), *words]
     if ranks > 1:
-        program = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks),
-                   *program]
+        program = [
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            str(ranks),
+            *program,
+        ]
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "PYTHONPATH")}
-    return subprocess.run([sys.executable, *program], env=env | {"OMP_NUM_THREADS": "1"},
-                          capture_output=True, text=True, timeout=150)
+    return subprocess.run(
+        [sys.executable, *program],
+        env=env | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=150,
+    )
 
 
 class Runs:
@@ -59,8 +70,9 @@ class Runs:
     def __call__(self, name: str, ranks: int, words: list[str]) -> dict[int, dict]:
         if name not in self.done:
             log = self.folder / f"{name}.jsonl"
-            run = launch(ranks, [*COMMON, "--data-path", self.corpus, "--log-file", str(log),
-                                 *words])
+            run = launch(
+                ranks, [*COMMON, "--data-path", self.corpus, "--log-file", str(log), *words]
+            )
             assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
             steps = {}
             for line in log.read_text().splitlines():
@@ -72,15 +84,27 @@ class Runs:
     def checkpoint(self, shape: str) -> str:
         """Fresh weights trained for 4 steps on one rank, with a save after 2 of them."""
         path = str(self.folder / shape)
-        self(f"fresh {shape}", 1, [*SHAPES[shape], "--train-iters", "4", "--save", path,
-                                   "--save-interval", "2"])
+        self(
+            f"fresh {shape}",
+            1,
+            [*SHAPES[shape], "--train-iters", "4", "--save", path, "--save-interval", "2"],
+        )
         return path
 
     def finetuned(self, shape: str, layout: str | None) -> dict[int, dict]:
         """Four steps from that checkpoint: on one rank, or in a layout of two."""
         name = f"{shape} on {layout}"
-        words = ["--load", self.checkpoint(shape), "--finetune", "--train-iters", "4",
-                 "--save", str(self.folder / name), "--save-interval", "2"]
+        words = [
+            "--load",
+            self.checkpoint(shape),
+            "--finetune",
+            "--train-iters",
+            "4",
+            "--save",
+            str(self.folder / name),
+            "--save-interval",
+            "2",
+        ]
         if layout is None:
             return self(name, 1, words)
         return self(name, 2, [*words, *LAYOUTS[layout].split()])
@@ -117,10 +141,18 @@ def same(one: dict, other: dict, rel: float) -> None:
                 assert one[step][name] == pytest.approx(other[step][name], rel=rel), (step, name)
 
 
-@pytest.mark.parametrize("shape, layout", [
-    (GROUPED, "TP2 SP"), (GROUPED, "PP2"), (GROUPED, "PP2 VPP2"), (GROUPED, "CP2"),
-    (GROUPED, "DP2 distributed optimizer"), (TIED, "TP2"), (TIED, "DP2"),
-])
+@pytest.mark.parametrize(
+    "shape, layout",
+    [
+        (GROUPED, "TP2 SP"),
+        (GROUPED, "PP2"),
+        (GROUPED, "PP2 VPP2"),
+        (GROUPED, "CP2"),
+        (GROUPED, "DP2 distributed optimizer"),
+        (TIED, "TP2"),
+        (TIED, "DP2"),
+    ],
+)
 def test_two_ranks_give_the_losses_and_gradients_of_one(runs, shape, layout):
     alone = runs.finetuned(shape, None)
     assert sorted(alone) == [1, 2, 3, 4] and {"valid_loss"} <= set(alone[2]) & set(alone[4])
@@ -153,8 +185,11 @@ def test_a_resumed_distributed_optimizer_repeats_the_straight_run_exactly(runs):
 
 def test_bf16_trains_like_float32_and_resumes_exactly(runs):
     folder = str(runs.folder / "bf16")
-    straight = runs("bf16", 1, [*SHAPES[TIED], "--bf16", "--train-iters", "4", "--save", folder,
-                                "--save-interval", "2"])
+    straight = runs(
+        "bf16",
+        1,
+        [*SHAPES[TIED], "--bf16", "--train-iters", "4", "--save", folder, "--save-interval", "2"],
+    )
     runs.checkpoint(TIED)
     exact = runs(f"fresh {TIED}", 1, [])
     for step in straight:
@@ -185,28 +220,51 @@ def test_the_log_says_what_happened_and_rank_0_says_it_alone(runs):
 
 MISTAKES = {
     "a missing corpus": (
-        1, "--data-path {folder}/nowhere",
-        ["--data-path {folder}/nowhere", "{folder}/nowhere.idx is missing"]),
+        1,
+        "--data-path {folder}/nowhere",
+        ["--data-path {folder}/nowhere", "{folder}/nowhere.idx is missing"],
+    ),
     "a truncated corpus": (
-        1, "--data-path {folder}/truncated", ["{folder}/truncated.idx is truncated"]),
+        1,
+        "--data-path {folder}/truncated",
+        ["{folder}/truncated.idx is truncated"],
+    ),
     "an unknown flag": (1, "--sequence-length 3", ["--sequence-length"]),
     "a window beyond the target": (
-        1, "--seq-length 512", ["--seq-length 512", "--max-position-embeddings 256"]),
+        1,
+        "--seq-length 512",
+        ["--seq-length 512", "--max-position-embeddings 256"],
+    ),
     "a checkpoint that contradicts the flags": (
-        1, "--load {tied} --finetune --num-layers 5",
-        ["--num-layers 5 contradicts the checkpoint, which has 2"]),
+        1,
+        "--load {tied} --finetune --num-layers 5",
+        ["--num-layers 5 contradicts the checkpoint, which has 2"],
+    ),
     "a damaged checkpoint": (
-        1, "--load {folder}/damaged --finetune", ["iter_0000004 cannot be loaded"]),
+        1,
+        "--load {folder}/damaged --finetune",
+        ["iter_0000004 cannot be loaded"],
+    ),
     "a mistake met in a loader process": (
-        1, "--num-workers 1 --vocab-size 100", ["--data-path", "outside the vocabulary of 100"]),
+        1,
+        "--num-workers 1 --vocab-size 100",
+        ["--data-path", "outside the vocabulary of 100"],
+    ),
     "ranks that the layout does not divide": (
-        2, "--tensor-model-parallel-size 4",
-        ["2 ranks", "--tensor-model-parallel-size 4", "multiple of 4"]),
+        2,
+        "--tensor-model-parallel-size 4",
+        ["2 ranks", "--tensor-model-parallel-size 4", "multiple of 4"],
+    ),
     "weights that overflow, found by both pipeline stages": (
-        2, "--pipeline-model-parallel-size 2 --lr 1e30 --train-iters 9 --max-skipped-iterations 2",
-        ["2 steps in a row had a loss or gradient that is not finite", "the last at 4"]),
+        2,
+        "--pipeline-model-parallel-size 2 --lr 1e30 --train-iters 9 --max-skipped-iterations 2",
+        ["2 steps in a row had a loss or gradient that is not finite", "the last at 4"],
+    ),
     "a vocabulary too small, met by rank 0 while rank 1 waits for it": (
-        2, "--tensor-model-parallel-size 2 --vocab-size 100", ["outside the vocabulary of 100"]),
+        2,
+        "--tensor-model-parallel-size 2 --vocab-size 100",
+        ["outside the vocabulary of 100"],
+    ),
 }
 
 
@@ -216,14 +274,24 @@ def refusals(runs):
     folder, tied = runs.folder, runs.checkpoint(TIED)
     for ending in ("bin", "idx"):
         content = Path(f"{runs.corpus}.{ending}").read_bytes()
-        (folder / f"truncated.{ending}").write_bytes(content[:100 if ending == "idx" else None])
+        (folder / f"truncated.{ending}").write_bytes(content[: 100 if ending == "idx" else None])
     for shard in (shutil.copytree(tied, folder / "damaged") / "iter_0000004").glob("*.distcp"):
         shard.write_bytes(shard.read_bytes()[:1000])
 
     def start(mistake):
         ranks, words, _ = MISTAKES[mistake]
-        return launch(ranks, [*COMMON, *SHAPES[TIED], "--data-path", runs.corpus, "--train-iters",
-                              "2", *(w.format(folder=folder, tied=tied) for w in words.split())])
+        return launch(
+            ranks,
+            [
+                *COMMON,
+                *SHAPES[TIED],
+                "--data-path",
+                runs.corpus,
+                "--train-iters",
+                "2",
+                *(w.format(folder=folder, tied=tied) for w in words.split()),
+            ],
+        )
 
     with ThreadPoolExecutor(2) as pool:
         return dict(zip(MISTAKES, pool.map(start, MISTAKES), strict=True))
@@ -246,14 +314,22 @@ def test_a_mistake_is_answered_with_one_sentence(runs, refusals, mistake):
 
 def test_a_dry_run_needs_no_data_and_leaves_nothing(tmp_path):
     config = tmp_path / "run.yaml"
-    config.write_text("num-layers: 2\nhidden-size: 64\nnum-attention-heads: 4\nvocab-size: 257\n"
-                      "seq-length: 128\nmax-position-embeddings: 1024\nrope-scaling: yarn\n")
+    config.write_text(
+        "num-layers: 2\nhidden-size: 64\nnum-attention-heads: 4\nvocab-size: 257\n"
+        "seq-length: 128\nmax-position-embeddings: 1024\nrope-scaling: yarn\n"
+    )
     before = sorted(tmp_path.rglob("*"))
     run = launch(1, ["--config", str(config), "--dry-run", "--save", str(tmp_path / "out")])
     assert run.returncode == 0, run.stderr
     assert sorted(tmp_path.rglob("*")) == before
     # 2 layers of 4 h^2 attention, 3 h 128 feed-forward and two norms; one table; a last norm.
     count = 2 * (4 * 64 * 64 + 3 * 64 * 128 + 2 * 64) + 384 * 64 + 64
-    for words in (f"{count:,} parameters", "yarn x8", "window L = 128, target T = 1024",
-                  "tensor 1 x pipeline 1", "sample 0:", "sample 2:"):
+    for words in (
+        f"{count:,} parameters",
+        "yarn x8",
+        "window L = 128, target T = 1024",
+        "tensor 1 x pipeline 1",
+        "sample 0:",
+        "sample 2:",
+    ):
         assert words in run.stdout, run.stdout

@@ -28,16 +28,39 @@ class Job:
 
     def agent(self, *launch) -> subprocess.Popen:
         save = str(self.folder / "checkpoints")
-        words = [*WORDS, "--data-path", self.corpus, "--load", save, "--save", save,
-                 "--log-file", str(self.folder / "log.jsonl")]
+        words = [
+            *WORDS,
+            "--data-path",
+            self.corpus,
+            "--load",
+            save,
+            "--save",
+            save,
+            "--log-file",
+            str(self.folder / "log.jsonl"),
+        ]
         # Without the first, a node that joins later waits for an address that nobody sends (torch
         # 2.13). On CPU also where there are GPUs: two ranks would share one.
         env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-        env |= {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "OMP_NUM_THREADS": "1",
-                "CUDA_VISIBLE_DEVICES": ""}
+        env |= {
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+        }
         return subprocess.Popen(
-            [sys.executable, "-m", "torch.distributed.run", *launch, str(ROOT / "pretrain_pose.py"),
-             *words], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                *launch,
+                str(ROOT / "pretrain_pose.py"),
+                *words,
+            ],
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
 
     def losses(self) -> list[tuple]:
         log = self.folder / "log.jsonl"
@@ -64,8 +87,20 @@ def test_a_node_is_killed_and_replaced(one_node, tmp_path, stdlib_corpus):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    launch = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d",
-              "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "job", "--max-restarts", "2"]
+    launch = [
+        "--nnodes",
+        "2",
+        "--nproc-per-node",
+        "1",
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-endpoint",
+        f"127.0.0.1:{port}",
+        "--rdzv-id",
+        "job",
+        "--max-restarts",
+        "2",
+    ]
     job = Job(tmp_path, stdlib_corpus)
     host = job.agent(*launch)
     time.sleep(2)  # it keeps the rendezvous

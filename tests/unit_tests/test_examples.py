@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pose_megatron.arguments import parse
+from pose_megatron.config.arguments import parse
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
@@ -17,6 +17,7 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 @pytest.fixture
 def submitted(tmp_path):
     """Runs the batch script where a job would run; returns what srun and scontrol were told."""
+
     def stub(name, *lines):
         path = tmp_path / "bin" / name
         path.parent.mkdir(exist_ok=True)
@@ -24,18 +25,28 @@ def submitted(tmp_path):
         path.chmod(0o755)
 
     def run(iteration: int) -> tuple[list[str], str]:
-        stub("srun", 'printf "%q " "$@" > srun.txt', 'mkdir -p "$RUN"',
-             f'echo {iteration} > "$RUN/latest_checkpointed_iteration.txt"')
+        stub(
+            "srun",
+            'printf "%q " "$@" > srun.txt',
+            'mkdir -p "$RUN"',
+            f'echo {iteration} > "$RUN/latest_checkpointed_iteration.txt"',
+        )
         stub("scontrol", 'echo "$@" >> scontrol.txt', "echo node-7", "echo node-8")
         (tmp_path / ".venv/bin").mkdir(parents=True, exist_ok=True)
         (tmp_path / ".venv/bin/activate").write_text("")
         env = os.environ | {
-            "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": str(tmp_path),
-            "SLURM_JOB_NODELIST": "node-[7-8]", "SLURM_JOB_NUM_NODES": "4", "SLURM_JOB_ID": "31",
-            "RUN": "run"}
+            "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+            "SLURM_SUBMIT_DIR": str(tmp_path),
+            "SLURM_JOB_NODELIST": "node-[7-8]",
+            "SLURM_JOB_NUM_NODES": "4",
+            "SLURM_JOB_ID": "31",
+            "RUN": "run",
+        }
         subprocess.run(["bash", EXAMPLES / "llama_pose_slurm.sh"], env=env, check=True)
-        return (shlex.split((tmp_path / "srun.txt").read_text()),
-                (tmp_path / "scontrol.txt").read_text())
+        return (
+            shlex.split((tmp_path / "srun.txt").read_text()),
+            (tmp_path / "scontrol.txt").read_text(),
+        )
 
     return run
 
@@ -68,7 +79,7 @@ def test_the_kubernetes_job_starts_what_the_slurm_script_starts(submitted):
     program, script, *flags = pod["containers"][0]["command"]
     assert (program, script) == ("torchrun", "pretrain_pose.py")
     words = submitted(iteration=1000)[0]
-    theirs, ours = parse(words[words.index("pretrain_pose.py") + 1:]), parse(flags)
+    theirs, ours = parse(words[words.index("pretrain_pose.py") + 1 :]), parse(flags)
     assert ours.parallel == theirs.parallel and ours.model == theirs.model
     env = {e["name"]: e["value"] for e in pod["containers"][0]["env"]}
     assert int(env["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) < pod["terminationGracePeriodSeconds"]

@@ -1,4 +1,4 @@
-"""Who may import whom: maths <- words <- machine <- loop <- doors."""
+"""Who may import whom: every folder knows its own files and the folders before it in ROOMS."""
 
 import ast
 import subprocess
@@ -7,23 +7,37 @@ from pathlib import Path
 
 import pytest
 
-LAYERS = [
-    {"draws", "shuffle", "samplers", "positions", "coverage", "rope", "convert", "evaluation",
-     "passkey"},
-    {"arguments", "flags", "layout", "model_config", "sampler_flags", "rope_config",
-     "megatron_args"},
-    {"cpu", "distributed", "corpus", "index_cache", "blend", "materialized", "dataset", "batch",
-     "attention", "gptj", "head", "model", "optimizer", "checkpoint", "tokenizer", "fast_tokenizer",
-     "jsonl", "text_corpus", "token_files", "encoding", "unfinished", "preprocessing", "durable",
-     "lifetime", "program", "directory", "huggingface", "shards", "weights", "tensor_files", "meta",
-     "formats", "parity", "subject", "legacy", "origin", "index", "inspection", "rope_check"},
-    {"log", "training"},
-]
-LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
 ROOT = Path(__file__).resolve().parents[2]
-MODULES = sorted(p for p in (ROOT / "pose_megatron").rglob("*.py") if p.name != "__init__.py")
-DOORS = [ROOT / "pretrain_pose.py", *sorted((ROOT / "tools").rglob("*.py"))]
-FOREIGN = [{"numpy", "torch"}, {"yaml"}]  # for maths and words, beside the standard library
+PACKAGE = ROOT / "pose_megatron"
+# From the ground up; a room is a folder, or a file that lies beside the folders.
+ROOMS = [
+    "errors",
+    "positions",
+    "rope",
+    "runtime",
+    "models",
+    "config",
+    "preprocessing",
+    "data",
+    "checkpoints",
+    "training",
+    "evaluation",
+    "pretrain",
+]
+FLOOR = {room: floor for floor, room in enumerate(ROOMS)}
+# What the mathematics may import beside the standard library.
+FOREIGN = {"errors": set(), "positions": {"numpy"}, "rope": {"torch"}}
+MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
+PROGRAMS = [ROOT / "pretrain_pose.py", *sorted((ROOT / "tools").rglob("*.py"))]
+
+
+def dotted(path: Path) -> str:
+    """pose_megatron.data.blend of .../pose_megatron/data/blend.py."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+
+def room_of(module: str) -> str:
+    return module.split(".")[1]
 
 
 def imports(path: Path) -> set[str]:
@@ -40,49 +54,52 @@ def imports(path: Path) -> set[str]:
 
 def ours(path: Path) -> set[str]:
     """Modules of pose_megatron that the file imports."""
-    names = {name.split(".")[1] for name in imports(path) if name.startswith("pose_megatron.")}
-    return {name for name in names if (ROOT / "pose_megatron" / f"{name}.py").is_file()}
+    known = {dotted(module) for module in MODULES}
+    names = {name for name in imports(path) if name.startswith("pose_megatron.")}
+    return {end for name in names for end in (name, name.rpartition(".")[0]) if end in known}
 
 
 def test_this_file_reads_imports():
-    assert {"samplers", "model_config"} <= ours(ROOT / "pose_megatron/flags.py")
-    assert "checkpoint" in ours(ROOT / "pose_megatron/training.py")
+    assert {"pose_megatron.positions.laws", "pose_megatron.rope.scaling"} <= ours(
+        PACKAGE / "config/flags.py"
+    )
+    assert "pose_megatron.checkpoints.megatron.directory" in ours(
+        PACKAGE / "training/checkpointing.py"
+    )
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda p: p.stem)
-def test_a_module_imports_its_own_layer_and_below(path):
-    assert path.stem in LEVEL, f"{path.name}: say in LAYERS where it lives"
-    level = LEVEL[path.stem]
-    used = ours(path)
-    too_high = {name for name in used if LEVEL[name] > level}
-    assert not too_high, f"{path.name} imports {too_high} from above"
+@pytest.mark.parametrize("path", MODULES, ids=dotted)
+def test_a_file_imports_its_own_room_and_those_below(path):
+    room = room_of(dotted(path))
+    assert room in FLOOR, f"{path}: say in ROOMS where {room} stands"
+    above = {name for name in ours(path) if FLOOR[room_of(name)] > FLOOR[room]}
+    assert not above, f"{dotted(path)} imports {above} from above"
 
 
-@pytest.mark.parametrize(
-    "path", [p for p in MODULES if LEVEL.get(p.stem, 9) < len(FOREIGN)], ids=lambda p: p.stem)
-def test_maths_imports_numpy_and_torch_only_and_words_no_engine(path):
+@pytest.mark.parametrize("path", [p for p in MODULES if room_of(dotted(p)) in FOREIGN], ids=dotted)
+def test_mathematics_imports_numpy_or_torch_only(path):
     packages = {name.split(".")[0] for name in imports(path)}
     strangers = packages - set(sys.stdlib_module_names) - {"pose_megatron"}
-    assert not strangers - FOREIGN[LEVEL[path.stem]], f"{path.name} imports {strangers}"
+    assert not strangers - FOREIGN[room_of(dotted(path))], f"{dotted(path)} imports {strangers}"
 
 
-@pytest.mark.parametrize("path", DOORS, ids=lambda p: p.name)
-def test_doors_never_import_each_other(path):
-    doors = {door.stem for door in DOORS} | {"tools"}
-    opened = {name.split(".")[0] for name in imports(path)} & doors
+@pytest.mark.parametrize("path", PROGRAMS, ids=lambda p: p.name)
+def test_programs_never_import_each_other(path):
+    programs = {program.stem for program in PROGRAMS} | {"tools"}
+    opened = {name.split(".")[0] for name in imports(path)} & programs
     assert not opened, f"{path.name} imports {opened}"
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda p: p.stem)
-def test_the_package_never_imports_a_door(path):
+@pytest.mark.parametrize("path", MODULES, ids=dotted)
+def test_the_package_never_imports_a_program(path):
     assert not {name.split(".")[0] for name in imports(path)} & {"pretrain_pose", "tools"}
 
 
-def test_no_module_imports_itself_round_a_corner():
-    graph = {path.stem: ours(path) for path in MODULES}
+def test_no_file_imports_itself_round_a_corner():
+    graph = {dotted(path): ours(path) for path in MODULES}
 
     def visit(name, trail):
-        assert name not in trail, f"cycle: {' -> '.join([*trail, name])}"
+        assert name not in trail, f"circle: {' -> '.join([*trail, name])}"
         for child in graph[name]:
             visit(child, [*trail, name])
 
@@ -94,18 +111,38 @@ def test_no_drawer_for_left_overs():
     assert not {path.stem for path in MODULES} & {"utils", "common", "helpers", "misc"}
 
 
-@pytest.mark.parametrize("module, absent", [
-    ("positions", {"torch", "megatron"}),
-    ("rope", {"megatron", "transformers"}),
-    ("convert", {"megatron", "transformers"}),
-    ("arguments", {"megatron", "transformers"}),
-    ("preprocessing", {"torch", "megatron", "transformers", "tokenizers", "sentencepiece",
-                       "gigatoken", "pyarrow", "zstandard"}),
-    ("token_files", {"torch", "megatron"}),
-    ("program", {"numpy", "torch", "megatron"}),
-])
+@pytest.mark.parametrize("path", MODULES, ids=dotted)
+def test_no_file_outgrows_its_noun(path):
+    assert len(path.read_text().splitlines()) <= 450, f"{path}: split it along a noun"
+
+
+@pytest.mark.parametrize(
+    "module, absent",
+    [
+        ("positions.sampler", {"torch", "megatron"}),
+        ("rope.scaling", {"megatron", "transformers"}),
+        ("checkpoints.mapping", {"megatron", "transformers"}),
+        ("config.arguments", {"megatron", "transformers"}),
+        (
+            "preprocessing.preprocess",
+            {
+                "torch",
+                "megatron",
+                "transformers",
+                "tokenizers",
+                "sentencepiece",
+                "gigatoken",
+                "pyarrow",
+                "zstandard",
+            },
+        ),
+        ("preprocessing.indexed_writer", {"torch", "megatron"}),
+        ("runtime.cli", {"numpy", "torch", "megatron"}),
+    ],
+)
 def test_light_modules_stay_light(module, absent):
     code = f"import sys, pose_megatron.{module}; print(*sys.modules)"
-    loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True,
-                            text=True, check=True).stdout.split()
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
     assert f"pose_megatron.{module}" in loaded and not absent & set(loaded)

@@ -32,14 +32,17 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from pose_megatron import formats, huggingface, meta, rope_check, weights
-from pose_megatron.directory import TRACKER, find
-from pose_megatron.distributed import Team, one_sentence_errors
-from pose_megatron.durable import staged, write_atomically
-from pose_megatron.formats import FORMATS, Source, read_ahead
-from pose_megatron.lifetime import end_with_parent
-from pose_megatron.rope_config import notes
-from pose_megatron.tensor_files import size
+from pose_megatron.checkpoints import formats, meta
+from pose_megatron.checkpoints.formats import FORMATS, Source, read_ahead
+from pose_megatron.checkpoints.huggingface import config_json, rope_check
+from pose_megatron.checkpoints.megatron import torch_dist
+from pose_megatron.checkpoints.megatron.directory import TRACKER, find
+from pose_megatron.checkpoints.tensor_files import size
+from pose_megatron.rope.huggingface import notes
+from pose_megatron.runtime.atomic_files import staged, write_atomically
+from pose_megatron.runtime.cli import command
+from pose_megatron.runtime.distributed import Team
+from pose_megatron.runtime.processes import end_with_parent
 
 MARKS = ("config.json", "params.json", TRACKER)  # of a checkpoint in one of the formats
 SMALL = 100_000_000  # parameters up to which logits are compared unasked
@@ -130,7 +133,7 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-@one_sentence_errors
+@command
 def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and the temporary folder is removed
     convert(parser().parse_args())
@@ -142,8 +145,14 @@ def convert(args: argparse.Namespace) -> None:
     say = print if team.rank == 0 else lambda *_, **__: None
     load, save = args.load_dir.resolve(), args.save_dir.resolve()
     shard_bytes = _check(args, load, save)
-    source = Source(args.loader, load, args.iteration, args.max_position_embeddings,
-                    args.make_vocab_size_divisible_by, args.as_llama)
+    source = Source(
+        args.loader,
+        load,
+        args.iteration,
+        args.max_position_embeddings,
+        args.make_vocab_size_divisible_by,
+        args.as_llama,
+    )
     model, rows = source.model, source.rows
     problems = Problems(args.strict)
     for warning in source.warnings if team.rank == 0 else ():
@@ -152,14 +161,15 @@ def convert(args: argparse.Namespace) -> None:
     if args.dtype != "keep":
         dtypes = dict.fromkeys(dtypes, getattr(torch, args.dtype))
     total = _bytes({0: rows}, dtypes)
-    sidecars = huggingface.find_sidecars(args.tokenizer_model or source.tokenizer)
+    sidecars = config_json.find_sidecars(args.tokenizer_model or source.tokenizer)
     with _staged(team, save, args.overwrite) as folder:
         if team.rank == 0:
             _check_space(folder, total, save)
             _prepare(args, folder, model, dtypes[rows[0].name], sidecars)
         team.share(None)
-        with _rope_check([load] * (args.loader == "hf") + [folder] * (args.saver == "hf"), model,
-                         team.rank == 0) as rope:
+        with _rope_check(
+            [load] * (args.loader == "hf") + [folder] * (args.saver == "hf"), model, team.rank == 0
+        ) as rope:
             sink = _sink(args, folder, source, dtypes, shard_bytes, team.size)
             jobs = {n: sink.jobs[n] for n in range(team.rank, len(sink.jobs), team.size)}
             mine = {row.name: row for job in jobs.values() for row in job}
@@ -183,11 +193,22 @@ def convert(args: argparse.Namespace) -> None:
         for note in notes(model.rope_scaling, model.max_position_embeddings, args.rope_as_longrope):
             say(f"note: {note}")
     if args.json and team.rank == 0:
-        write_atomically(args.json, json.dumps({
-            "tensors": len(rows), "bytes": total, "processes": team.size,
-            "seconds": round(time.perf_counter() - start, 3), "phases": seconds,
-            "nonfinite": sum(problems.nonfinite.values()), "rope_errors": errors,
-            "logits_errors": {d.where: d.error for d in logits}}) + "\n")
+        write_atomically(
+            args.json,
+            json.dumps(
+                {
+                    "tensors": len(rows),
+                    "bytes": total,
+                    "processes": team.size,
+                    "seconds": round(time.perf_counter() - start, 3),
+                    "phases": seconds,
+                    "nonfinite": sum(problems.nonfinite.values()),
+                    "rope_errors": errors,
+                    "logits_errors": {d.where: d.error for d in logits},
+                }
+            )
+            + "\n",
+        )
     say(f"wrote {save}", flush=True)
 
 
@@ -199,19 +220,27 @@ def _check(args: argparse.Namespace, load: Path, save: Path) -> int:
         raise ValueError(f"--tokenizer-model {args.tokenizer_model} does not exist")
     for name, loader in (("iteration", "megatron"), ("max_position_embeddings", "meta")):
         if getattr(args, name) is not None and args.loader != loader:
-            raise ValueError(f"--{name.replace('_', '-')} has no meaning with --loader "
-                             f"{args.loader}, only with {loader}")
-    for name in ("make_vocab_size_divisible_by", "max_position_embeddings",
-                 "target_tensor_parallel_size"):
+            raise ValueError(
+                f"--{name.replace('_', '-')} has no meaning with --loader "
+                f"{args.loader}, only with {loader}"
+            )
+    for name in (
+        "make_vocab_size_divisible_by",
+        "max_position_embeddings",
+        "target_tensor_parallel_size",
+    ):
         if (value := getattr(args, name)) is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
     if args.target_tensor_parallel_size != 1 and args.saver != "meta":
-        raise ValueError("--target-tensor-parallel-size has no meaning with --saver "
-                         f"{args.saver}: what it writes every layout of ranks loads")
+        raise ValueError(
+            "--target-tensor-parallel-size has no meaning with --saver "
+            f"{args.saver}: what it writes every layout of ranks loads"
+        )
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)B", args.max_shard_size.strip().upper())
     if not match or float(match[1]) == 0:
-        raise ValueError(f"--max-shard-size {args.max_shard_size} is not a size such as 5GB or "
-                         "200MB")
+        raise ValueError(
+            f"--max-shard-size {args.max_shard_size} is not a size such as 5GB or 200MB"
+        )
     return int(float(match[1]) * 1000 ** ["", *"KMGT"].index(match[2]))
 
 
@@ -228,17 +257,19 @@ def _staged(team: Team, save: Path, overwrite: bool) -> Iterator[Path]:
 def _check_space(folder: Path, needed: int, save: Path) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
-        raise ValueError(f"--save-dir {save}: the weights take {needed / 1e9:.2f} GB, the disk has "
-                         f"{free / 1e9:.2f} GB free")
+        raise ValueError(
+            f"--save-dir {save}: the weights take {needed / 1e9:.2f} GB, the disk has "
+            f"{free / 1e9:.2f} GB free"
+        )
 
 
 def _prepare(args, folder, model, dtype, sidecars) -> None:
     """All that a folder holds beside the weights."""
     if args.saver == "hf":
-        huggingface.sizes(model)
-        huggingface.write_config(folder, model, dtype, sidecars, args.rope_as_longrope)
+        config_json.sizes(model)
+        config_json.write_config(folder, model, dtype, sidecars, args.rope_as_longrope)
     elif args.saver == "megatron":
-        weights.begin(folder, sidecars.values())
+        torch_dist.begin(folder, sidecars.values())
     else:
         meta.write_params(folder, model, args.target_tensor_parallel_size)
         if "tokenizer.model" in sidecars:
@@ -250,8 +281,9 @@ def _sink(args, folder, source, dtypes, shard_bytes, processes):
         return formats.HuggingFaceSink(folder, source.rows, dtypes, shard_bytes)
     if args.saver == "megatron":
         return formats.MegatronSink(folder, source.rows, dtypes, source.model, processes)
-    return formats.MetaSink(folder, source.rows, dtypes, source.model,
-                            args.target_tensor_parallel_size)
+    return formats.MetaSink(
+        folder, source.rows, dtypes, source.model, args.target_tensor_parallel_size
+    )
 
 
 def _transfer(team: Team, source: Source, sink, jobs: dict, dtypes, problems, advance) -> None:
@@ -298,8 +330,9 @@ class Problems:
         if self.nonfinite:
             names = sorted(self.nonfinite)
             more = f" and {len(names) - 1} more tensors" if len(names) > 1 else ""
-            self.add(f"{sum(self.nonfinite.values())} values are NaN or infinite, in {names[0]}"
-                     f"{more}")
+            self.add(
+                f"{sum(self.nonfinite.values())} values are NaN or infinite, in {names[0]}{more}"
+            )
 
 
 @contextlib.contextmanager
@@ -316,8 +349,9 @@ def _rope_check(folders: list[Path], model, wanted: bool) -> Iterator[Callable[[
     import multiprocessing
     from concurrent.futures import ProcessPoolExecutor
 
-    with ProcessPoolExecutor(1, multiprocessing.get_context("fork"), initializer=end_with_parent,
-                             initargs=(os.getpid(),)) as pool:
+    with ProcessPoolExecutor(
+        1, multiprocessing.get_context("fork"), initializer=end_with_parent, initargs=(os.getpid(),)
+    ) as pool:
         future = pool.submit(_rope_errors, folders, model)
         yield future.result
 
@@ -343,12 +377,16 @@ def _phase(say, seconds: dict, name: str, total: int) -> Iterator[Callable[[int]
         bar.update(count)
 
     disable = None if say is print else True  # rank 0's share stands for all
-    with tqdm(desc=name, total=total, unit="B", unit_scale=True, leave=False,
-              disable=disable) as bar:
+    with tqdm(
+        desc=name, total=total, unit="B", unit_scale=True, leave=False, disable=disable
+    ) as bar:
         yield advance
     seconds[name] = round(time.perf_counter() - start, 3)
-    say(f"{name:7} {done / 1e6:10,.1f} MB {seconds[name]:8.1f} s "
-        f"{done / 1e6 / max(seconds[name], 1e-3):8,.0f} MB/s", flush=True)
+    say(
+        f"{name:7} {done / 1e6:10,.1f} MB {seconds[name]:8.1f} s "
+        f"{done / 1e6 / max(seconds[name], 1e-3):8,.0f} MB/s",
+        flush=True,
+    )
 
 
 def _counted(tensors, advance: Callable[[int], None]):
@@ -368,26 +406,28 @@ def _check_hashes(source: Source, team: Team) -> None:
 
 
 def _check_logits(sides: dict[str, Path], model, args) -> list:
-    """Compared in Megatron and transformers; with --verify whatever the size, else of small models.
-    """
+    """Compared in Megatron and transformers: of small models, and with --verify of any."""
     comparable = {"hf", "megatron"} <= sides.keys() and model.family != "baichuan"
     if args.as_llama or not comparable or not (args.verify or model.num_parameters <= SMALL):
         return []
     found = find(sides["megatron"], args.iteration)
     if found.is_legacy and not args.verify:  # which no model loads
         return []
-    from pose_megatron import cpu  # only now: megatron-core takes seconds to import
+    from pose_megatron.runtime import cpu
 
     cpu.install()
-    from pose_megatron import parity
+    from pose_megatron.evaluation import parity
 
     return parity.check(found, sides["hf"])
 
 
 def _compare(source: Source, again: Source, rows, dtypes, advance: Callable[[int], None]) -> None:
     rows = list(rows)
-    pairs = zip(read_ahead(source, rows, dtypes, buffers=1),
-                read_ahead(again, rows, again.dtypes, buffers=1), strict=True)
+    pairs = zip(
+        read_ahead(source, rows, dtypes, buffers=1),
+        read_ahead(again, rows, again.dtypes, buffers=1),
+        strict=True,
+    )
     for (row, tensor), (_, other) in pairs:
         # Padding of the vocabulary, which training changes, leaves Megatron's format for none.
         kept = len(tensor) if again.by_row else sum(row.blocks)
@@ -397,4 +437,4 @@ def _compare(source: Source, again: Source, rows, dtypes, advance: Callable[[int
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -12,8 +12,8 @@ import argparse
 import json
 from pathlib import Path
 
-from pose_megatron.distributed import one_sentence_errors
-from pose_megatron.inspection import compare, summarise
+from pose_megatron.checkpoints.summary import compare, summarise
+from pose_megatron.runtime.cli import command
 
 EXAMPLES = """examples:
   # shape, parameters, dtype, rope and training progress
@@ -26,15 +26,29 @@ EXAMPLES = """examples:
 
 def parse() -> argparse.Namespace:
     p = argparse.ArgumentParser(
-        prog="inspect.py", description=__doc__, epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("checkpoints", nargs="+", type=Path, metavar="FOLDER",
-                   help="of a checkpoint, or of one iteration of it")
+        prog="inspect.py",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument(
+        "checkpoints",
+        nargs="+",
+        type=Path,
+        metavar="FOLDER",
+        help="of a checkpoint, or of one iteration of it",
+    )
     p.add_argument("--iteration", type=int, help="of a Megatron checkpoint [the latest]")
-    p.add_argument("--diff", action="store_true",
-                   help="compare two: config, and names, shapes and dtypes of tensors")
-    p.add_argument("--values", action="store_true",
-                   help="with --diff: read every tensor and give the largest absolute difference")
+    p.add_argument(
+        "--diff",
+        action="store_true",
+        help="compare two: config, and names, shapes and dtypes of tensors",
+    )
+    p.add_argument(
+        "--values",
+        action="store_true",
+        help="with --diff: read every tensor and give the largest absolute difference",
+    )
     p.add_argument("--json", action="store_true", help="print JSON instead")
     args = p.parse_args()
     if args.diff and len(args.checkpoints) != 2:
@@ -44,7 +58,7 @@ def parse() -> argparse.Namespace:
     return args
 
 
-@one_sentence_errors
+@command
 def main() -> None:
     args = parse()
     summaries = [summarise(path, args.iteration) for path in args.checkpoints]
@@ -70,8 +84,11 @@ def print_differences(differences: dict, paths: list[Path]) -> None:
     for what, names in differences.items():
         print(f"{what}: {len(names)}")
         for name, value in list(names.items())[:20]:
-            shown = f"{value:.3e}" if isinstance(value, float) else (
-                f"{value[0]} | {value[1]}" if isinstance(value, list) else value)
+            shown = (
+                f"{value:.3e}"
+                if isinstance(value, float)
+                else (f"{value[0]} | {value[1]}" if isinstance(value, list) else value)
+            )
             print(f"  {name}: {shown}")
         if len(names) > 20:
             print(f"  ... and {len(names) - 20} more")
@@ -80,4 +97,4 @@ def print_differences(differences: dict, paths: list[Path]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -12,12 +12,14 @@ sys.path[:] = [ROOT, *(path for path in sys.path if os.path.abspath(path) != HER
 import argparse
 from pathlib import Path
 
-from pose_megatron import cpu
+from pose_megatron.runtime.startup import prepare_megatron
 
-cpu.install()
+prepare_megatron()
 
-from pose_megatron import checkpoint, parity, rope_check
-from pose_megatron.distributed import one_sentence_errors
+from pose_megatron.checkpoints.huggingface import rope_check
+from pose_megatron.evaluation import parity
+from pose_megatron.runtime.cli import command
+from pose_megatron.training import checkpointing
 
 
 def parse() -> argparse.Namespace:
@@ -37,14 +39,14 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-@one_sentence_errors
+@command
 def main() -> None:
     flags = parse()
     if not (flags.hf / "config.json").is_file():
         raise ValueError(f"--hf {flags.hf} is not a Hugging Face model: it has no config.json")
     if flags.tokens < 2:
         raise ValueError(f"--tokens {flags.tokens} must be at least 2")
-    found = checkpoint.find(flags.megatron, flags.iteration)
+    found = checkpointing.find(flags.megatron, flags.iteration)
     bounds = rope_check.bounds(found.model.rope_scaling)
     for name, error in rope_check.rope_errors(flags.hf, found.model).items():
         print(f"rope {name}: relative error {error:.1e} (bound {bounds[name]:.0e})")
@@ -52,4 +54,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

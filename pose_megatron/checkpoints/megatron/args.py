@@ -1,0 +1,315 @@
+"""A model in Megatron's own words: Megatron-LM's `args` and Megatron-Bridge's run_config.yaml.
+
+    common_state     ModelConfig -> what Megatron-LM keeps in common.pt
+    to_args          ModelConfig -> the Namespace in it, with every name that
+                     load_args_from_checkpoint of Megatron-LM (core_v0.16.1) and the reader of
+                     Megatron-LM checkpoints in Megatron-Bridge look for
+    from_args        that of a checkpoint that Megatron-LM trained -> ModelConfig
+    from_run_config  Megatron-Bridge's `model` section -> ModelConfig
+
+Stock Megatron knows two scalings: llama3 with Llama 3.1's constants, and linear. The others are in
+our own key of common.pt, and are for stock Megatron a plain rope.
+"""
+
+import argparse
+import dataclasses
+import math
+from pathlib import Path
+
+from pose_megatron.errors import ConfigError
+from pose_megatron.models.shape import ModelConfig, family_of
+from pose_megatron.rope.scaling import RopeScaling, ntk_base
+
+LLAMA3 = {"original_max_position_embeddings": 8192, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+# What a LLaMA is; a field of ModelConfig by the same name takes the place of the fixed value.
+FIXED = {
+    "normalization": "RMSNorm",
+    "swiglu": True,
+    "squared_relu": False,
+    "add_bias_linear": False,
+    "add_qkv_bias": False,
+    "qk_layernorm": False,
+    "qk_l2_norm": False,
+    "rotary_interleaved": False,
+    "apply_layernorm_1p": False,
+    "multi_latent_attention": False,
+    "num_experts": None,
+    "mtp_num_layers": None,
+    "heterogeneous_layers_config_path": None,
+    "hybrid_override_pattern": None,
+    "is_hybrid_model": False,
+    "no_rope_freq": None,
+    "window_size": None,
+}
+# What says nothing of the weights, but is asked for.
+_ASKED = {
+    "add_position_embedding": True,
+    "use_rotary_position_embeddings": False,
+    "apply_query_key_layer_scaling": False,
+    "attention_dropout": 0.0,
+    "hidden_dropout": 0.0,
+    "moe_grouped_gemm": False,
+    "fp16_lm_cross_entropy": False,
+    "transformer_impl": "transformer_engine",
+    "no_persist_layer_norm": False,
+    "bias_swiglu_fusion": True,
+    "bias_gelu_fusion": True,
+    "overlap_p2p_comm": False,
+    "fp8_param_gather": False,
+    "init_method_xavier_uniform": False,
+    "config_logger_dir": "",
+    "cp_comm_type": ["p2p"],
+    "decoder_first_pipeline_num_layers": None,
+    "decoder_last_pipeline_num_layers": None,
+    "expert_model_parallel_size": 1,
+    "context_parallel_size": 1,
+    "virtual_pipeline_model_parallel_size": None,
+    "num_layers_per_virtual_pipeline_stage": None,
+    "spec": None,
+    "consumed_valid_samples": 0,
+    "skipped_train_samples": 0,
+    "data_parallel_random_init": False,
+    "ckpt_format": "torch_dist",
+    "ckpt_fully_parallel_save": False,
+}
+
+
+def to_args(model: ModelConfig, iteration: int, consumed_samples: int, **run) -> argparse.Namespace:
+    """Megatron-LM's arguments of a run: the model, how far it is, and `run` (layout, precision)."""
+    scaling, base = model.rope_scaling, model.rotary_base
+    alone = scaling.over is None
+    llama3 = (
+        alone
+        and scaling.method == "llama3"
+        and all(getattr(scaling, name) == value for name, value in LLAMA3.items())
+    )
+    if alone and scaling.method == "ntk":  # which is another base
+        base = ntk_base(model.rotary_dim, base, scaling.factor)
+    shape = {k: v for k, v in model.to_dict().items() if k != "rope_scaling"}
+    rope = {
+        "rotary_base": int(base) if base == int(base) else base,
+        "position_embedding_type": "rope",
+        "use_rope_scaling": llama3,
+        "rope_scaling_factor": scaling.factor if llama3 else 8.0,
+        "rotary_seq_len_interpolation_factor": (
+            scaling.factor if alone and scaling.method == "linear" else None
+        ),
+    }
+    layer = (
+        {
+            "normalization": "LayerNorm",
+            "swiglu": False,
+            "add_bias_linear": True,
+            "rotary_interleaved": True,
+        }
+        if model.is_gptj
+        else {}
+    )
+    return argparse.Namespace(
+        **FIXED
+        | _ASKED
+        | shape
+        | rope
+        | layer
+        | {
+            "padded_vocab_size": model.padded_vocab_size,
+            "group_query_attention": model.num_query_groups != model.num_attention_heads,
+            "layernorm_epsilon": model.norm_epsilon,
+            "seq_length": model.max_position_embeddings,
+            "iteration": iteration,
+            "consumed_train_samples": consumed_samples,
+        }
+        | run
+    )
+
+
+def common_state(model: ModelConfig, iteration: int, consumed_samples: int, **run) -> dict:
+    """What Megatron-LM keeps in common.pt, and our own key.
+
+    Args:
+        run: further arguments, by Megatron-LM's names: layout, precision.
+    """
+    return {
+        "args": to_args(model, iteration, consumed_samples, **run),
+        "checkpoint_version": 3.0,
+        "iteration": iteration,
+        "num_floating_point_operations_so_far": 0,
+        "pose_megatron": {"model": model.to_dict()},
+    }
+
+
+def from_args(args: dict, embedding_rows: int) -> ModelConfig:
+    """The model of a checkpoint that Megatron-LM wrote.
+
+    Args:
+        args: its Namespace, as a dict.
+        embedding_rows: of the stored word embedding, padding included.
+
+    Raises:
+        ConfigError: the model is no LLaMA; names the argument.
+    """
+    ours = {field.name for field in dataclasses.fields(ModelConfig)}
+    for name, only in FIXED.items():
+        if name not in ours and args.get(name, only) != only:
+            raise ConfigError(f"{name} {args[name]!r} is not supported, only {only!r} is")
+    if missing := [
+        name
+        for name in ("num_layers", "hidden_size", "num_attention_heads")
+        if args.get(name) is None
+    ]:
+        raise ConfigError(f"{missing[0]} is missing")
+    shape = {
+        name: args[name] for name in ours - {"rope_scaling", "family"} if args.get(name) is not None
+    }
+    heads = args["num_attention_heads"]
+    shape.setdefault("kv_channels", args["hidden_size"] // heads)
+    # Megatron-LM pads the vocabulary to a multiple that grows with the tensor ranks.
+    vocab_size = min(shape.get("vocab_size", embedding_rows), embedding_rows)
+    divisor = shape.get("make_vocab_size_divisible_by", 128)
+    divisors = (divisor, divisor * args.get("tensor_model_parallel_size", 1), embedding_rows)
+    shape["make_vocab_size_divisible_by"] = next(
+        d for d in divisors if -(-vocab_size // d) * d == embedding_rows
+    )
+    return ModelConfig(
+        **shape
+        | {
+            "vocab_size": vocab_size,
+            "num_query_groups": (
+                args["num_query_groups"] if args.get("group_query_attention") else heads
+            ),
+            "max_position_embeddings": args.get("max_position_embeddings") or args["seq_length"],
+            "rotary_base": float(args.get("rotary_base") or 10000),
+            "rope_scaling": _scaling(args),
+            "family": family_of(bool(args.get("add_qkv_bias")), bool(args.get("qk_layernorm"))),
+        }
+    )
+
+
+def read_run_config(path: Path, embedding_rows: int) -> tuple[ModelConfig, dict]:
+    """Model of Megatron-Bridge's run_config.yaml, and its run's arguments; errors as from_args."""
+    import yaml
+
+    try:
+        config = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path.name} is no YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(config, dict):
+        raise ConfigError(f"{path.name} is no mapping")
+    model = _flat(config)
+    run = {
+        name: model.get(name, 1)
+        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size")
+    }
+    run["use_distributed_optimizer"] = bool(
+        (config.get("optimizer") or {}).get("use_distributed_optimizer")
+    )
+    return from_run_config(config, embedding_rows), run
+
+
+def from_run_config(config: dict, embedding_rows: int) -> ModelConfig:
+    """The model of a checkpoint that Megatron-Bridge wrote.
+
+    Raises:
+        ConfigError: as from_args.
+    """
+    model = _flat(config)
+    activation = model.get("activation_func")
+    if isinstance(activation, dict):
+        activation = activation.get("_target_")
+    names = {
+        "num_layers",
+        "hidden_size",
+        "ffn_hidden_size",
+        "num_attention_heads",
+        "num_query_groups",
+        "kv_channels",
+        "vocab_size",
+        "make_vocab_size_divisible_by",
+        "seq_length",
+        "normalization",
+        "add_bias_linear",
+        "add_qkv_bias",
+        "qk_layernorm",
+        "rotary_base",
+        "rotary_percent",
+        "rotary_interleaved",
+        "multi_latent_attention",
+        "mtp_num_layers",
+        "window_size",
+        "position_embedding_type",
+        "tensor_model_parallel_size",
+        "yarn_rotary_scaling_factor",
+        "yarn_original_max_position_embeddings",
+        "yarn_beta_fast",
+        "yarn_beta_slow",
+        "yarn_mscale",
+        "yarn_mscale_all_dim",
+        "yarn_correction_range_round_to_int",
+        "rope_scaling_factor",
+    }
+    args = {name: model[name] for name in names if model.get(name) is not None}
+    return from_args(
+        args
+        | {
+            "swiglu": bool(model.get("gated_linear_unit")) and "silu" in str(activation),
+            "norm_epsilon": model.get("layernorm_epsilon", 1e-5),
+            "untie_embeddings_and_output_weights": not model.get(
+                "share_embeddings_and_output_weights", True
+            ),
+            "group_query_attention": model.get("num_query_groups") is not None,
+            "use_rope_scaling": bool(model.get("rope_scaling")),
+            "rotary_seq_len_interpolation_factor": model.get("seq_len_interpolation_factor"),
+            "num_experts": model.get("num_moe_experts"),
+        },
+        embedding_rows,
+    )
+
+
+def _flat(config: dict) -> dict:
+    model = config.get("model")
+    if not isinstance(model, dict):
+        raise ConfigError("run_config.yaml has no model section")
+    return {**model, **(model.get("transformer") or {})}  # a section of its own in later releases
+
+
+def _scaling(args: dict) -> RopeScaling:
+    """As megatron-core computes it: both scalings act when both are asked for."""
+    kind = args.get("position_embedding_type")
+    if kind not in ("rope", "yarn"):
+        raise ConfigError(f"position_embedding_type {kind!r} is not supported, only rope and yarn")
+    window = args.get("max_position_embeddings") or args["seq_length"]
+    scaling = _yarn(args) if kind == "yarn" else RopeScaling()
+    if kind == "rope" and args.get("use_rope_scaling"):
+        scaling = RopeScaling("llama3", float(args.get("rope_scaling_factor") or 8.0), **LLAMA3)
+    linear = args.get("rotary_seq_len_interpolation_factor")
+    if linear in (None, 1) or kind == "yarn":  # megatron-core's yarn leaves it out
+        return scaling
+    over = None if scaling.method == "none" else scaling
+    return RopeScaling("linear", float(linear), max(int(window / linear), 1), over=over)
+
+
+def _yarn(args: dict) -> RopeScaling:
+    def value(name: str, default):
+        found = args.get(f"yarn_{name}")
+        return default if found is None else found
+
+    factor = args.get("yarn_rotary_scaling_factor") or args.get("rotary_scaling_factor")
+    original = args.get("yarn_original_max_position_embeddings")
+    if factor is None or original is None:
+        raise ConfigError(
+            "position_embedding_type 'yarn' needs yarn_rotary_scaling_factor and "
+            f"yarn_original_max_position_embeddings, which are {factor} and {original}"
+        )
+    plain = RopeScaling(
+        "yarn",
+        float(factor),
+        original,
+        beta_fast=float(value("beta_fast", 32.0)),
+        beta_slow=float(value("beta_slow", 1.0)),
+        truncate=bool(value("correction_range_round_to_int", True)),
+    )
+    top, bottom = value("mscale", None), value("mscale_all_dim", None)
+    if top is None or bottom is None or (top, bottom) == (1.0, 0.0):
+        return plain
+    step = 0.1 * math.log(factor)
+    return dataclasses.replace(plain, attention_factor=(step * top + 1) / (step * bottom + 1))

@@ -1,0 +1,200 @@
+"""Megatron-LM's layout from before distributed checkpoints, for reading.
+
+    <dir>/iter_0000100/mp_rank_TT/model_optim_rng.pt         TT of the tensor ranks
+    <dir>/iter_0000100/mp_rank_TT_PPP/model_optim_rng.pt     and PPP of the pipeline ranks
+
+Each file holds its rank's part of the model under `model`, or `model0`, `model1`, ... of an
+interleaved pipeline. Here the parts are whole again, one tensor at a time, under the names of an
+undivided model; files are mapped into memory, not read. Both generations of names are understood:
+megatron-core's, and the `language_model` tree of the models before it.
+"""
+
+import argparse
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pose_megatron.checkpoints.megatron.args import from_args
+from pose_megatron.errors import ConfigError, DamagedCheckpoint
+from pose_megatron.models.shape import ModelConfig
+
+_FOLDER = re.compile(r"mp_rank_(\d{2})(?:_(\d{3}))?")
+_LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
+_EMBEDDING = "embedding.word_embeddings.weight"
+_RENAMED = [  # what both generations call a tensor, and what a checkpoint calls it today
+    (r"^language_model\.", ""),
+    (r"^(encoder|transformer)\.", "decoder."),
+    (r"^decoder\.final_norm\.", "decoder.final_layernorm."),
+    (r"\.attention\.", ".self_attention."),
+    (r"\.query_key_value\.", ".linear_qkv."),
+    (r"\.self_attention\.dense\.", ".self_attention.linear_proj."),
+    (r"\.dense_h_to_4h\.", ".linear_fc1."),
+    (r"\.dense_4h_to_h\.", ".linear_fc2."),
+    (r"\.input_(layer)?norm\.", ".self_attention.linear_qkv.layer_norm_"),
+    (r"\.(post_attention|pre_mlp)_(layer)?norm\.", ".mlp.linear_fc1.layer_norm_"),
+]
+_ROWS = ("linear_qkv.weight", "linear_qkv.bias", _EMBEDDING, "output_layer.weight")
+_COLUMNS = ("linear_proj.weight", "linear_fc2.weight")
+
+
+def is_legacy(path: Path) -> bool:
+    """Whether an iteration's folder is in this layout."""
+    return any(path.glob("mp_rank_*"))
+
+
+class Legacy(Mapping):
+    """The weights of one iteration by their names in an undivided model.
+
+    Attributes:
+        shapes, dtypes: by name.
+        args: Megatron-LM's, of the run that wrote it.
+        iteration: steps trained.
+        model: shape and rope.
+
+    Raises:
+        ConfigError: a rank's file is missing or damaged, or the model is no LLaMA.
+    """
+
+    def __init__(self, path: Path):
+        files = _files(path)
+        states = {rank: _read(file) for rank, file in files.items()}
+        first = states[0, 0]
+        self.args, version = first.get("args"), first.get("checkpoint_version", 0)
+        self.iteration = first.get("iteration", 0)
+        if not isinstance(self.args, argparse.Namespace):
+            raise ConfigError(f"{files[0, 0]} holds no 'args' to take the model from")
+        if version < 2.0:
+            raise ConfigError(
+                f"{files[0, 0]} has checkpoint_version {version}, which orders queries, keys and "
+                "values otherwise than 2.0; save it anew with a later Megatron-LM first"
+            )
+        self._tensor_ranks = 1 + max(tensor for tensor, _ in files)
+        self._gated = bool(getattr(self.args, "swiglu", False))
+        self._parts = self._whole_model(states)
+        if _EMBEDDING not in self._parts:
+            raise ConfigError(f"{files[0, 0]} holds no {_EMBEDDING}")
+        rows = sum(len(part) for part in self._parts[_EMBEDDING])
+        try:
+            self.model: ModelConfig = from_args(vars(self.args), rows)
+        except ValueError as error:
+            raise ConfigError(f"checkpoint {path}: {error}") from None
+        if not self.model.untie_embeddings_and_output_weights:
+            self._parts.pop("output_layer.weight", None)  # the last stage's copy
+        self.dtypes = {name: parts[0].dtype for name, parts in self._parts.items()}
+        self.shapes = {
+            name: tuple(self._joined(name, [_meta(part) for part in parts]).shape)
+            for name, parts in self._parts.items()
+        }
+        layers = {int(match[1]) for name in self._parts if (match := _LAYER.match(name))}
+        if layers != set(range(self.model.num_layers)):
+            raise DamagedCheckpoint(
+                f"checkpoint {path} holds {len(layers)} layers, its args say "
+                f"{self.model.num_layers}: a pipeline rank is missing"
+            )
+
+    def read(self, name: str, out: Tensor) -> Tensor:
+        """Fills `out`, of the tensor's shape and dtype."""
+        return out.copy_(self[name])
+
+    def _whole_model(self, states: dict[tuple[int, int], dict]) -> dict[str, list[Tensor]]:
+        """Each tensor's parts, in the order of the tensor ranks."""
+        stages = 1 + max(stage for _, stage in states)
+        chunks = sum(bool(re.fullmatch(r"model\d*", key)) for key in states[0, 0])
+        result, layers_before = {}, 0
+        for chunk in range(chunks):  # the first chunk of every stage, then the second, ...
+            key = "model" if chunks == 1 else f"model{chunk}"
+            for stage in range(stages):
+                here = [
+                    dict(_named(states[rank, stage][key])) for rank in range(self._tensor_ranks)
+                ]
+                deepest = -1
+                for name in here[0]:
+                    whole = name
+                    if match := _LAYER.match(name):
+                        deepest = max(deepest, int(match[1]))
+                        layer = layers_before + int(match[1])
+                        whole = _LAYER.sub(f"decoder.layers.{layer}.", name)
+                    result.setdefault(whole, [part[name] for part in here])
+                layers_before += deepest + 1
+        return result
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._joined(name, self._parts[name])
+
+    def _joined(self, name: str, parts: list[Tensor]) -> Tensor:
+        if len(parts) == 1:
+            return parts[0]
+        if name.endswith(_ROWS):
+            return torch.cat(parts)
+        if name.endswith(_COLUMNS):
+            return torch.cat(parts, dim=1)
+        if name.endswith(("linear_fc1.weight", "linear_fc1.bias")):
+            if not self._gated:
+                return torch.cat(parts)
+            halves = [part.chunk(2) for part in parts]  # a rank holds [its gate; its up]
+            return torch.cat([gate for gate, _ in halves] + [up for _, up in halves])
+        return parts[0]  # norms, and biases of what is split by columns, are the same everywhere
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parts)
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+
+def _meta(tensor: Tensor) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+
+
+def _files(path: Path) -> dict[tuple[int, int], Path]:
+    """By (tensor rank, pipeline rank), none missing."""
+    files = {}
+    for folder in sorted(path.glob("mp_rank_*")):
+        match = _FOLDER.fullmatch(folder.name)
+        if not match:
+            raise ConfigError(f"checkpoint {path}: {folder.name} is of a mixture of experts")
+        files[int(match[1]), int(match[2] or 0)] = folder / "model_optim_rng.pt"
+    tensor, pipeline = (1 + max(ranks) for ranks in zip(*files, strict=True))
+    suffix = "_{1:03d}" if any(file.parent.name.count("_") > 2 for file in files.values()) else ""
+    for rank in range(tensor * pipeline):
+        place = rank % tensor, rank // tensor
+        name = ("mp_rank_{0:02d}" + suffix).format(*place)
+        if place not in files or not files[place].is_file():
+            raise DamagedCheckpoint(
+                f"checkpoint {path} is incomplete: {name}/model_optim_rng.pt is missing"
+            )
+    return files
+
+
+def _read(file: Path) -> dict:
+    from megatron.core.safe_globals import register_safe_globals  # imports much
+
+    register_safe_globals()
+    for mapped in (True, False):  # files of torch before 1.6 cannot be mapped
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+            break
+        except Exception as error:  # unpickling fails in many ways on damaged bytes
+            failure = " ".join(str(error).split())[:300]
+    else:
+        raise DamagedCheckpoint(f"{file} cannot be read: {failure}")
+    if not isinstance(state, dict):
+        raise DamagedCheckpoint(f"{file} holds a {type(state).__name__}, no state dict")
+    return state
+
+
+def _named(tree: Mapping, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Tensors under today's names; the tree before megatron-core is one of dicts in dicts."""
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            yield from _named(value, f"{name}.")
+        elif isinstance(value, Tensor) and not name.endswith(("_extra_state", "inv_freq")):
+            if "word_embeddings_for_head" in name:  # a tied head, again
+                continue
+            for old, new in _RENAMED:
+                name = re.sub(old, new, name)
+            yield name, value

@@ -1,0 +1,206 @@
+"""Tensors inside files: where each lies, and how its bytes come and go.
+
+Headers are read at once, bytes on demand with pread into the caller's buffer and with pwrite out of
+it. No file is mapped: memory is what the caller allocates, however large the file, and a damaged
+disk is an error message instead of SIGBUS. torch.save's files are unpickled with
+`weights_only=True` and onto no device.
+"""
+
+import json
+import os
+import struct
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pose_megatron.errors import ConfigError
+from pose_megatron.runtime.atomic_files import gist
+
+_DTYPES = {  # of safetensors
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_MOST_VIEWS = 1024  # that one call takes, on Linux and others
+_LARGEST_HEADER = 100_000_000  # bytes, safetensors' own limit
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A contiguous tensor at `offset` bytes in a file."""
+
+    path: Path
+    offset: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return size(self.dtype, self.shape)
+
+    def read(self, *out: Tensor) -> None:
+        """Fills contiguous tensors of this dtype, one after the other.
+
+        Raises:
+            ConfigError: the file ends too early.
+        """
+        with open(self.path, "rb", buffering=0) as file:
+            if not _transfer(os.preadv, file.fileno(), out, self.offset):
+                size = os.fstat(file.fileno()).st_size
+                raise ConfigError(f"{self.path} is cut off: it ends at byte {size}")
+
+
+def size(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
+    """Bytes."""
+    return torch.Size(shape).numel() * dtype.itemsize
+
+
+def data(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor on the CPU."""
+    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())
+
+
+def read_safetensors(path: Path) -> dict[str, Stored]:
+    """The tensors of a safetensors file by name.
+
+    Raises:
+        ConfigError: its header is damaged, or it is not as long as the header says.
+    """
+    length = path.stat().st_size
+    with open(path, "rb") as file:
+        (header,) = struct.unpack("<Q", file.read(8).ljust(8, b"\xff"))
+        if header > min(_LARGEST_HEADER, length - 8):
+            raise ConfigError(f"{path} is damaged or cut off: its header does not fit into it")
+        try:
+            entries = json.loads(file.read(header))
+            entries.pop("__metadata__", None)
+            found = {
+                name: Stored(
+                    path,
+                    8 + header + entry["data_offsets"][0],
+                    _DTYPES[entry["dtype"]],
+                    tuple(entry["shape"]),
+                )
+                for name, entry in entries.items()
+            }
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(f"{path} is damaged: header unreadable ({gist(error)})") from None
+    end = 8 + header
+    for stored in sorted(found.values(), key=lambda stored: stored.offset):
+        if stored.offset != end:
+            raise ConfigError(f"{path} is damaged: a gap or an overlap at byte {end}")
+        end += stored.nbytes
+    if end != length:
+        raise ConfigError(f"{path} is damaged or cut off: {length} bytes, its header says {end}")
+    return found
+
+
+def read_torch(path: Path) -> dict[str, Stored]:
+    """The tensors of a dict that torch.save wrote, by name.
+
+    Raises:
+        ConfigError: the file is damaged, holds more than tensors, or is of before torch 1.6.
+    """
+    try:
+        tensors = torch.load(path, map_location="meta", weights_only=True)
+    except Exception as error:  # of many classes, for damaged bytes
+        raise ConfigError(f"{path} is damaged, or holds more than tensors: {gist(error)}") from None
+    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
+        raise ConfigError(f"{path} does not hold tensors by name")
+    return {name: locate(path, name, tensor) for name, tensor in tensors.items()}
+
+
+def locate(path: Path, name: str, tensor: Tensor, base: int = 0) -> Stored:
+    """Where a tensor that was loaded onto the meta device lies."""
+    offset = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
+    if offset is None:
+        raise ConfigError(f"{path} is in torch's format of before 1.6; load and save it anew first")
+    if not tensor.is_contiguous():
+        raise ConfigError(
+            f"{path}: {name} is not stored contiguously; save a contiguous copy first"
+        )
+    offset += base + tensor.storage_offset() * tensor.dtype.itemsize
+    return Stored(path, offset, tensor.dtype, tuple(tensor.shape))
+
+
+class Written:
+    """A file that is being written: closed where an error ends its `with`, else by close()."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        self._file.close() if kind else self.close()
+
+
+class SafetensorsWriter(Written):
+    """A safetensors file whose tensors are put one by one, in any order.
+
+    Args:
+        tensors: dtype and shape of every tensor, by name.
+    """
+
+    def __init__(self, path: Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]):
+        header, begin = {"__metadata__": {"format": "pt"}}, 0
+        for name, (dtype, shape) in tensors.items():
+            end = begin + size(dtype, shape)
+            header[name] = {
+                "dtype": _NAMES[dtype],
+                "shape": list(shape),
+                "data_offsets": [begin, end],
+            }
+            begin = end
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        base = 8 + len(text)
+        self._places = {
+            name: (base + header[name]["data_offsets"][0], *tensors[name]) for name in tensors
+        }
+        self._file = open(path, "xb", buffering=0)
+        header = torch.frombuffer(bytearray(struct.pack("<Q", len(text)) + text), dtype=torch.uint8)
+        write_at(self._file.fileno(), 0, header)
+
+    def put(self, name: str, *pieces: Tensor) -> None:
+        """`pieces`: contiguous, of rows that follow each other."""
+        offset, dtype, shape = self._places.pop(name)
+        assert {(piece.dtype, piece.shape[1:]) for piece in pieces} == {(dtype, shape[1:])}, name
+        assert sum(piece.numel() for piece in pieces) == torch.Size(shape).numel(), name
+        write_at(self._file.fileno(), offset, *pieces)
+
+    def close(self) -> None:
+        """Puts it on disk; every tensor must have been put."""
+        assert not self._places, f"never put: {', '.join(self._places)}"
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+
+def write_at(handle: int, offset: int, *tensors: Tensor) -> None:
+    """Writes contiguous tensors one after the other."""
+    _transfer(os.pwritev, handle, tensors, offset)
+
+
+def _transfer(call: Callable, handle: int, tensors: Iterable[Tensor], offset: int) -> bool:
+    """Between a file and tensors with preadv or pwritev; False where the file ends too early."""
+    views = [view for view in map(data, tensors) if view]
+    while views:
+        if not (count := call(handle, views[:_MOST_VIEWS], offset)):
+            return False
+        offset += count
+        while views and count >= len(views[0]):
+            count -= len(views.pop(0))
+        if count:
+            views[0] = views[0][count:]
+    return True

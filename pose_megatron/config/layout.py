@@ -1,0 +1,176 @@
+"""How the ranks of a job divide a model and its batches: sizes that follow from flags and shape.
+
+`lay_out` holds a run to what tensor, pipeline, context and data parallelism demand, once, before
+anything is built.
+"""
+
+import math
+from dataclasses import dataclass
+
+from pose_megatron.config.flags import Arguments, ParallelFlags, TrainingFlags
+from pose_megatron.errors import ConfigError
+from pose_megatron.models.shape import ModelConfig
+from pose_megatron.rope.scaling import inverse_frequencies
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Attributes:
+    data_parallel_size: ranks that hold the same part of the model and of a sequence.
+    micro_batch_size: samples of one forward pass.
+    global_batch_size: samples of a step, once it is ramped up.
+    rampup: (first batch, increment, samples until the last increment), or None.
+    """
+
+    data_parallel_size: int
+    micro_batch_size: int
+    global_batch_size: int
+    rampup: tuple[int, int, int] | None = None
+
+    def batch_size(self, consumed: int) -> int:
+        """Samples of the step that begins after `consumed` samples; as megatron-core ramps."""
+        if self.rampup is None or consumed > self.rampup[2]:
+            return self.global_batch_size
+        first, increment, samples = self.rampup
+        increments = (self.global_batch_size - first) // increment
+        return first + int(consumed / (samples / increments)) * increment
+
+    def num_microbatches(self, batch_size: int) -> int:
+        """Forward passes of a rank in a step of so many samples."""
+        return batch_size // (self.micro_batch_size * self.data_parallel_size)
+
+    def end(self, t: TrainingFlags, iteration: int = 0, consumed: int = 0) -> tuple[int, int]:
+        """(steps, samples) of the whole run, from where it stands; never above --train-samples."""
+        if t.train_samples is None:
+            left = max(t.train_iters - iteration, 0)
+            return iteration + left, consumed + left * self.global_batch_size
+        while self.rampup and consumed <= min(self.rampup[2], t.train_samples):
+            if consumed + self.batch_size(consumed) > t.train_samples:
+                return iteration, consumed
+            consumed += self.batch_size(consumed)
+            iteration += 1
+        left = max(t.train_samples - consumed, 0) // self.global_batch_size
+        return iteration + left, consumed + left * self.global_batch_size
+
+
+def lay_out(args: Arguments, model: ModelConfig, world_size: int) -> Layout:
+    """Hold the run to its layout.
+
+    Args:
+        args: the flags.
+        model: the resolved shape.
+        world_size: ranks of the job.
+
+    Returns:
+        The sizes that follow.
+
+    Raises:
+        ConfigError: naming the flag, its value and the way out.
+    """
+    p, t = args.parallel, args.training
+    tp, pp, cp = (
+        p.tensor_model_parallel_size,
+        p.pipeline_model_parallel_size,
+        p.context_parallel_size,
+    )
+    if world_size % (tp * pp * cp):
+        raise ConfigError(
+            f"{world_size} ranks do not divide into --tensor-model-parallel-size {tp} x "
+            f"--pipeline-model-parallel-size {pp} x --context-parallel-size {cp}; start a "
+            f"multiple of {tp * pp * cp} ranks"
+        )
+    dp = world_size // (tp * pp * cp)
+    batch = t.global_batch_size or t.micro_batch_size * dp
+    batches = [("--global-batch-size", batch)]
+    if t.rampup_batch_size:
+        first, increment, _ = t.rampup_batch_size
+        if not 0 < first < batch or (batch - first) % increment:
+            raise ConfigError(
+                f"--rampup-batch-size {first} {increment} ...: steps of {increment} do not lead "
+                f"from {first} to --global-batch-size {batch}"
+            )
+        batches += [("--rampup-batch-size", first), ("--rampup-batch-size increment", increment)]
+    for name, samples in batches:
+        if samples % (t.micro_batch_size * dp):
+            raise ConfigError(
+                f"{name} {samples} is not a multiple of --micro-batch-size "
+                f"{t.micro_batch_size} x {dp} data-parallel ranks"
+            )
+    layout = Layout(dp, t.micro_batch_size, batch, tuple(t.rampup_batch_size) or None)
+    _check_shape(p, model)
+    _check_interleaving(p, model.num_layers // pp, layout, [samples for _, samples in batches])
+    _check_window(args, model)
+    return layout
+
+
+def _check_shape(p: ParallelFlags, model: ModelConfig) -> None:
+    tp, pp = p.tensor_model_parallel_size, p.pipeline_model_parallel_size
+    for name in ("num_attention_heads", "ffn_hidden_size", "padded_vocab_size"):
+        if getattr(model, name) % tp:
+            raise ConfigError(
+                f"{name} {getattr(model, name)} is not a multiple of "
+                f"--tensor-model-parallel-size {tp}"
+            )
+    if model.num_query_groups % tp and tp % model.num_query_groups:
+        raise ConfigError(
+            f"--num-query-groups {model.num_query_groups} and --tensor-model-parallel-size "
+            f"{tp}: one must divide the other"
+        )
+    if model.num_layers % pp:
+        raise ConfigError(
+            f"--num-layers {model.num_layers} is not a multiple of "
+            f"--pipeline-model-parallel-size {pp}"
+        )
+
+
+def _check_interleaving(p: ParallelFlags, layers: int, layout: Layout, batches: list[int]) -> None:
+    """`layers` of a pipeline rank; every one of `batches` must fill its schedule."""
+    pp, chunk = p.pipeline_model_parallel_size, p.num_layers_per_virtual_pipeline_stage
+    if chunk is None:
+        return
+    if pp == 1 or layers % chunk or layers == chunk:
+        raise ConfigError(
+            f"--num-layers-per-virtual-pipeline-stage {chunk} must divide the {layers} layers "
+            f"of a rank into at least two chunks, with --pipeline-model-parallel-size {pp} "
+            "above 1"
+        )
+    for batch in batches:
+        if layout.num_microbatches(batch) % pp:
+            raise ConfigError(
+                f"an interleaved pipeline needs the {layout.num_microbatches(batch)} "
+                f"micro-batches of a step of {batch} samples to be a multiple of "
+                f"--pipeline-model-parallel-size {pp}; change --global-batch-size"
+            )
+
+
+def _check_window(args: Arguments, model: ModelConfig) -> None:
+    p, window = args.parallel, args.data.seq_length
+    tp, cp = p.tensor_model_parallel_size, p.context_parallel_size
+    if cp > 1 and window % (2 * cp):
+        raise ConfigError(
+            f"--context-parallel-size {cp} needs --seq-length {window} to be a multiple "
+            f"of {2 * cp}: each rank holds two chunks"
+        )
+    if p.sequence_parallel and window // cp % tp:
+        raise ConfigError(
+            f"--sequence-parallel needs --seq-length {window} / --context-parallel-size "
+            f"{cp} to be a multiple of --tensor-model-parallel-size {tp}"
+        )
+    if window > model.max_position_embeddings:
+        raise ConfigError(
+            f"--seq-length {window} (the window L) is greater than "
+            f"--max-position-embeddings {model.max_position_embeddings} (the target T); "
+            "raise the latter or shorten the former"
+        )
+    scaling = model.rope_scaling
+    reach = scaling.factor * (scaling.original_max_position_embeddings or math.inf)
+    if scaling.method in ("linear", "ntk", "yarn", "yarn_revised") and (
+        model.max_position_embeddings > reach
+    ):
+        raise ConfigError(
+            f"--rope-scaling {scaling} reaches {reach:g} positions, not the "
+            f"{model.max_position_embeddings} of --max-position-embeddings; leave "
+            "--rope-scaling-factor out, or raise it"
+        )
+    if model.rope_scaling.method == "dynamic":  # says why not
+        inverse_frequencies(model.rotary_dim, model.rotary_base, model.rope_scaling)

@@ -1,0 +1,174 @@
+"""The model that flags, checkpoint and tokenizer agree on."""
+
+import dataclasses
+
+from pose_megatron.config.flags import ModelFlags
+from pose_megatron.errors import ConfigError, spell
+from pose_megatron.models.shape import ModelConfig, family_of
+from pose_megatron.rope import huggingface
+from pose_megatron.rope.scaling import RopeScaling
+
+
+def resolve_model(
+    flags: ModelFlags, seq_length: int, loaded: ModelConfig | None, tokenizer_vocab: int | None
+) -> ModelConfig:
+    """The model that flags, checkpoint and tokenizer agree on.
+
+    Args:
+        flags: what the user wrote; None where nothing was written.
+        seq_length: the window L, in tokens.
+        loaded: the shape in the checkpoint, None without `--load`.
+        tokenizer_vocab: size of the tokenizer, None without one.
+
+    Raises:
+        ConfigError: a needed flag is missing, or a flag contradicts the checkpoint.
+    """
+    shape = _shape_of_flags(flags) if loaded is None else _shape_of_checkpoint(flags, loaded)
+    shape.setdefault("vocab_size", tokenizer_vocab)
+    if shape["vocab_size"] is None:
+        raise ConfigError("--vocab-size is missing: give it, or --tokenizer-model")
+    if tokenizer_vocab and tokenizer_vocab > shape["vocab_size"]:
+        raise ConfigError(
+            f"--tokenizer-model has {tokenizer_vocab} tokens, the model only "
+            f"{shape['vocab_size']}: they do not belong together"
+        )
+    target = flags.max_position_embeddings
+    if target is None:
+        target = loaded.max_position_embeddings if loaded else seq_length
+    shape["max_position_embeddings"] = target
+    shape["rope_scaling"] = _resolve_scaling(flags, target, seq_length, loaded)
+    return ModelConfig(**shape)
+
+
+def _shape_of_flags(flags: ModelFlags) -> dict:
+    for name in ("num_layers", "hidden_size", "num_attention_heads"):
+        if getattr(flags, name) is None:
+            raise ConfigError(f"{spell(name)} is missing: give it, or --load a checkpoint")
+    hidden, heads = flags.hidden_size, flags.num_attention_heads
+    if flags.kv_channels is None and hidden % heads:
+        raise ConfigError(
+            f"--hidden-size {hidden} is not a multiple of --num-attention-heads {heads}; "
+            "give --kv-channels"
+        )
+    if flags.num_query_groups and not flags.group_query_attention:
+        raise ConfigError("--num-query-groups has no effect without --group-query-attention")
+    shape = {
+        "num_layers": flags.num_layers,
+        "hidden_size": hidden,
+        # Megatron-LM's width for SwiGLU: 2/3 of 4h, in whole multiples of 64.
+        "ffn_hidden_size": flags.ffn_hidden_size or max(int(hidden * 4 * 2 / 3) // 64, 1) * 64,
+        "num_attention_heads": heads,
+        "num_query_groups": flags.num_query_groups if flags.group_query_attention else heads,
+        "kv_channels": flags.kv_channels or hidden // heads,
+        "untie_embeddings_and_output_weights": flags.untie_embeddings_and_output_weights,
+        "add_qkv_bias": flags.add_qkv_bias,
+        "qk_layernorm": flags.qk_layernorm,
+        "family": family_of(flags.add_qkv_bias, flags.qk_layernorm),
+    }
+    if shape["num_query_groups"] is None:
+        raise ConfigError("--group-query-attention needs --num-query-groups")
+    for name in (
+        "vocab_size",
+        "make_vocab_size_divisible_by",
+        "norm_epsilon",
+        "rotary_base",
+        "rotary_percent",
+    ):
+        if getattr(flags, name) is not None:
+            shape[name] = getattr(flags, name)
+    return shape
+
+
+def _shape_of_checkpoint(flags: ModelFlags, loaded: ModelConfig) -> dict:
+    shape = {f.name: getattr(loaded, f.name) for f in dataclasses.fields(loaded)}
+    for name, value in shape.items():
+        if name in ("max_position_embeddings", "rope_scaling", "family"):
+            continue
+        wanted = getattr(flags, name)
+        if wanted not in (None, False) and wanted != value:
+            raise ConfigError(
+                f"{spell(name)} {wanted} contradicts the checkpoint, which has {value}; "
+                "leave the flag out"
+            )
+    return shape
+
+
+def _resolve_scaling(
+    flags: ModelFlags, target: int, seq_length: int, loaded: ModelConfig | None
+) -> RopeScaling:
+    """The scaling for the target window: the checkpoint's, a new one, or a new one over it."""
+    before = loaded.rope_scaling if loaded else RopeScaling()
+    asked = _asked_scaling(flags)
+    if before.method == "none":
+        if (
+            loaded
+            and target > loaded.max_position_embeddings
+            and not (asked or flags.rotary_base is not None)
+        ):
+            raise ConfigError(
+                f"--max-position-embeddings {target} is beyond the checkpoint's "
+                f"{loaded.max_position_embeddings}: choose a --rope-scaling, such as yarn, or say "
+                "--rope-scaling none to train on angles that it has never seen"
+            )
+        original = loaded.max_position_embeddings if loaded else seq_length
+        return _new_scaling(asked, original, target)
+    if all(getattr(before, name) == value for name, value in asked.items()):
+        if target == loaded.max_position_embeddings:
+            return before  # trained further, or resumed
+    if target <= loaded.max_position_embeddings or not asked.get("method"):
+        raise ConfigError(
+            f"the checkpoint is interpolated already, to {loaded.max_position_embeddings} "
+            f"positions (--rope-scaling {before.method} --rope-scaling-factor {before.factor:g}); "
+            "leave the rope flags out to train it further, or give --rope-scaling and a greater "
+            "--max-position-embeddings to extend it once more"
+        )
+    further = target / loaded.max_position_embeddings
+    if asked["method"] != before.method:
+        return _new_scaling(asked, loaded.max_position_embeddings, target, over=before)
+    # The same method again is one extension from the first window, by the product of both factors.
+    again = {"factor": before.factor * further} | asked
+    if again["factor"] < before.factor:
+        raise ConfigError(
+            f"--rope-scaling-factor {again['factor']:g} is less than {before.factor:g}, the "
+            f"checkpoint's: of the same method give the whole factor, from the first window to "
+            f"{target}"
+        )
+    return dataclasses.replace(before, **again)
+
+
+def _asked_scaling(flags: ModelFlags) -> dict:
+    """Fields of RopeScaling that the flags name."""
+    named = {
+        "method": flags.rope_scaling,
+        "factor": flags.rope_scaling_factor,
+        "original_max_position_embeddings": flags.original_max_position_embeddings,
+    }
+    asked = huggingface.options(flags.rope_scaling_config) if flags.rope_scaling_config else {}
+    for name, value in named.items():
+        if value is not None and asked.setdefault(name, value) != value:
+            raise ConfigError(
+                f"--rope-scaling-config says {name} {asked[name]!r}, another flag {value!r}"
+            )
+    for name in ("short_factor", "long_factor"):
+        if isinstance(asked.get(name), list):
+            asked[name] = tuple(asked[name])
+    return asked
+
+
+def _new_scaling(
+    asked: dict, original: int, target: int, over: RopeScaling | None = None
+) -> RopeScaling:
+    if asked.get("method", "none") == "none":
+        factor = asked.get("factor")
+        if factor not in (None, 1.0):
+            raise ConfigError(f"--rope-scaling-factor {factor} needs a --rope-scaling method")
+        if options := asked.keys() - {"method", "factor", "original_max_position_embeddings"}:
+            raise ConfigError(f"--rope-scaling-config {min(options)} needs a --rope-scaling method")
+        if over is not None:
+            raise ConfigError(
+                f"--rope-scaling none contradicts the checkpoint, which has {over.method}"
+            )
+        return RopeScaling()
+    asked = {"original_max_position_embeddings": original} | asked
+    factor = max(target / asked["original_max_position_embeddings"], 1.0)
+    return RopeScaling(**{"factor": factor, "over": over} | asked)

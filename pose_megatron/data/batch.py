@@ -1,0 +1,101 @@
+"""One micro-batch on every rank.
+
+Tensor-parallel rank 0 of each pipeline stage loads; one broadcast hands the micro-batch to the rest
+of its group, so that all of them hold the same numbers; then the sequence is sliced once for
+context parallelism. Position ids go to every stage: each one rotates.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.utils import get_batch_on_this_cp_rank
+
+from pose_megatron.data.dataset import PoseDataset
+from pose_megatron.errors import ConfigError
+from pose_megatron.runtime.distributed import device
+
+FIELDS = ("tokens", "labels", "loss_mask", "position_ids")
+
+
+def fields_here() -> tuple[str, ...]:
+    """What this pipeline stage needs: a middle one only position ids."""
+    ends = parallel_state.is_pipeline_first_stage() or parallel_state.is_pipeline_last_stage()
+    return FIELDS if ends else ("position_ids",)
+
+
+class MicroBatchSampler:
+    """Indices of this data-parallel rank's micro-batches, in order, from `consumed` on.
+
+    Step i trains on samples [i * global, (i+1) * global): the same set for any number of ranks and
+    any micro-batch size.
+    """
+
+    def __init__(self, total: int, consumed: int, micro: int, rank: int, ranks: int):
+        self.total, self.consumed, self.micro = total, consumed, micro
+        self.rank, self.ranks = rank, ranks
+
+    def __iter__(self) -> Iterator[list[int]]:
+        block = self.micro * self.ranks
+        first = self.consumed + self.rank * self.micro
+        for start in range(first, self.total - (block - self.rank * self.micro) + 1, block):
+            yield list(range(start, start + self.micro))
+
+
+def _collate(samples: list[dict[str, np.ndarray]]) -> torch.Tensor:
+    """b samples of f fields of L values -> int64 [f, b, L], fields in the order of FIELDS."""
+    fields = [name for name in FIELDS if name in samples[0]]
+    return torch.from_numpy(np.stack([[s[name] for s in samples] for name in fields]))
+
+
+def batches(
+    dataset: PoseDataset | None, consumed: int, micro_batch_size: int, num_workers: int
+) -> Iterator[torch.Tensor] | None:
+    """Micro-batches [f, b, L] of this data-parallel rank; None where the rank does not load."""
+    if dataset is None:
+        return None
+    sampler = MicroBatchSampler(
+        len(dataset),
+        consumed,
+        micro_batch_size,
+        parallel_state.get_data_parallel_rank(),
+        parallel_state.get_data_parallel_world_size(),
+    )
+    loader = torch.utils.data.DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        collate_fn=_collate,
+        num_workers=num_workers,
+        pin_memory=torch.cuda.is_available(),
+    )
+    return iter(loader)
+
+
+def get_batch(
+    iterator: Iterator[torch.Tensor] | None, micro_batch_size: int, seq_length: int
+) -> dict[str, torch.Tensor | None]:
+    """The next micro-batch of this rank: each of FIELDS as int64 [b, L / cp], or None.
+
+    Raises:
+        ConfigError: the dataset ended.
+    """
+    fields = fields_here()
+    shape = (len(fields), micro_batch_size, seq_length)
+    if iterator is not None:
+        packed = next(iterator, None)
+        if packed is None:
+            raise ConfigError("the dataset ended before --train-iters: it has too few samples")
+        assert packed.shape == shape, f"{tuple(packed.shape)} loaded, {shape} expected"
+        packed = packed.to(device(), non_blocking=True)
+    else:
+        packed = torch.empty(shape, dtype=torch.int64, device=device())
+    if parallel_state.get_tensor_model_parallel_world_size() > 1:
+        dist.broadcast(
+            packed,
+            parallel_state.get_tensor_model_parallel_src_rank(),
+            group=parallel_state.get_tensor_model_parallel_group(),
+        )
+    batch = get_batch_on_this_cp_rank(dict(zip(fields, packed, strict=True)))
+    return {name: batch.get(name) for name in FIELDS}

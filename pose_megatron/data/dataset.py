@@ -1,0 +1,200 @@
+"""Skip-wise samples over Megatron's indexed, memory-mapped corpora.
+
+    prefix.bin/.idx ─► Spans: which document, from which token on (a Source; nothing read)
+                    ─► Blend, when there are several corpora (megatron-core's order)
+                    ─► PoseDataset: plan of the sample, then exactly the tokens that it names
+
+`--data-mode document`: a document of n tokens gives (n - 1) // L samples, so that tokens, not
+documents, are drawn evenly. Sample w has the document from token w*L on as its source: with
+contiguous content each token is seen once per epoch, and with the others the later chunks come from
+anywhere further on in the same document.
+
+`--data-mode packed`: Megatron's stream, all documents of the split end to end in an order of their
+own every epoch, and a window every L tokens. A text skip never crosses a document: a window that
+lies in one document has its rest as source, a window over several is taken as it is, and only
+positions skip. `--packed-skips stream` lets the text skip up to T tokens along the stream.
+
+Order and plans depend on the seed and the sample's index alone: not on ranks, workers, restarts or
+the number of samples asked for. Cost: 12 bytes per document, shared where --data-cache-path is
+given, no table per sample but a blend's; a sample reads L + N tokens.
+"""
+
+import logging
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from pose_megatron.config.flags import DataFlags
+from pose_megatron.data.blend import SPLITS, BlendBuilder, blends
+from pose_megatron.data.materialized import MaterializedDataset
+from pose_megatron.data.source import Source
+from pose_megatron.data.spans import DocumentSpans, PackedSpans, PoseDatasetConfig
+from pose_megatron.errors import ConfigError
+from pose_megatron.positions.sampler import PoseSampler
+
+logger = logging.getLogger(__name__)
+
+
+class PoseDataset(torch.utils.data.Dataset):
+    """Samples with skip-wise positions: wraps a dataset of sources.
+
+    `dataset[i]` holds int64 arrays of L values: `tokens`, `labels` (each token's true next one),
+    `loss_mask` (ones) and `position_ids` in [0, T); only the last where `positions_only`, as a
+    middle pipeline stage wants it, and then no token is read unless the sampler cuts at tokens.
+
+    Args:
+        sources: items {"source": Source}; the index is the sample's identity, so the plan of sample
+            i is that of (sampler.seed, i) in every blend.
+        sampler: of the positions.
+        vocab_size: token ids must lie below it.
+
+    Raises:
+        ConfigError: on a token id outside the vocabulary, naming corpus and document.
+    """
+
+    def __init__(
+        self, sources, sampler: PoseSampler, vocab_size: int, positions_only: bool = False
+    ):
+        self.sources = sources
+        self.sampler = sampler
+        self.vocab_size = vocab_size
+        self.positions_only = positions_only
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        source: Source = self.sources[index]["source"]
+        window = source.tokens(0, self.sampler.window) if self.sampler.reads_tokens else None
+        plan = self.sampler.plan(index, source.length, tokens=window)
+        positions = plan.positions()
+        if self.positions_only:
+            return {"position_ids": positions}
+        rows = source.read(plan)
+        lowest, highest = int(rows.min()), int(rows.max())
+        if lowest < 0 or highest >= self.vocab_size:
+            documents = sorted({document for document, _, _ in source.pieces})
+            wrong = lowest if lowest < 0 else highest
+            raise ConfigError(
+                f"--data-path {source.corpus.prefix}: token id {wrong} in document "
+                f"{documents[0]} is outside the vocabulary of {self.vocab_size}; the corpus was "
+                "made with another tokenizer"
+            )
+        return {
+            "tokens": rows[0],
+            "labels": rows[1],
+            "loss_mask": np.ones_like(positions),
+            "position_ids": positions,
+        }
+
+    def name(self, index: int) -> str:
+        """Where a sample comes from, in words for a person."""
+        source = self.sources[index]["source"]
+        document, first, _ = source.pieces[0]
+        return f"sample {index}: {source.corpus.prefix}, document {document} from token {first}"
+
+
+class Datasets(NamedTuple):
+    """None where no samples were asked for, or where the rank does not load."""
+
+    train: PoseDataset | MaterializedDataset | None
+    valid: PoseDataset | None
+    test: PoseDataset | None
+
+
+def build_datasets(
+    data: DataFlags,
+    sampler: PoseSampler,
+    vocab_size: int,
+    train_samples: int,
+    valid_samples: int,
+    positions_only: bool = False,
+    test_samples: int = 0,
+    materialized_as: dict | None = None,
+) -> Datasets:
+    """Training samples by `sampler`, validation and test samples with plain positions.
+
+    With --materialized the training samples are those on disk; `materialized_as` is what the run
+    says of their positions.
+
+    Every rank calls it (megatron-core's builder has barriers); only tensor-parallel rank 0 of a
+    stage gets datasets, the others None.
+
+    Raises:
+        ConfigError: naming flag, file and way out.
+    """
+    reads = not dist.is_initialized() or parallel_state.get_tensor_model_parallel_rank() == 0
+    train = None
+    if data.materialized and reads:
+        train = MaterializedDataset(
+            data.materialized,
+            sampler.window,
+            sampler.target,
+            train_samples,
+            vocab_size,
+            materialized_as or {},
+            positions_only,
+        )
+    sizes = [0 if data.materialized else train_samples, valid_samples, test_samples]
+    if not any(sizes):
+        return Datasets(train, None, None)
+    built = BlendBuilder(
+        DocumentSpans if data.data_mode == "document" else PackedSpans,
+        sizes,
+        lambda: reads,
+        _config(data, sampler, sizes),
+    ).build()
+    if not reads:
+        return Datasets(None, None, None)
+    for name, sources in zip(SPLITS, built, strict=True):
+        for part in getattr(sources, "datasets", [sources]) if sources is not None else []:
+            logger.info("%s, %s: %s", part.dataset_path, name, part.report())
+    plain = PoseSampler(sampler.window, sampler.window, "full", seed=sampler.seed)
+    drawn = Datasets(
+        *(
+            None if sources is None else PoseDataset(sources, law, vocab_size, positions_only)
+            for sources, law in zip(built, (sampler, plain, plain), strict=True)
+        )
+    )
+    return drawn._replace(train=train) if data.materialized else drawn
+
+
+def _config(data: DataFlags, sampler: PoseSampler, sizes: list[int]) -> PoseDatasetConfig:
+    """megatron-core's description of the splits; those without samples are left out."""
+    blend, per_split = blends(data)
+    share = _split("969,30,1" if data.split is None else data.split)
+    config = PoseDatasetConfig(
+        random_seed=sampler.seed,
+        sequence_length=data.seq_length,
+        blend=blend,
+        blend_per_split=per_split,
+        split=share if blend else None,
+        path_to_cache=data.data_cache_path,
+        short_documents=data.short_documents,
+        packed_reach=sampler.target if data.packed_skips == "stream" else 0,
+    )
+    parts = config.split_matrix if blend else config.blend_per_split
+    for i, (name, size) in enumerate(zip(SPLITS, sizes, strict=True)):
+        if size and parts[i] is None:
+            raise ConfigError(
+                f"--split {share} leaves no {name} documents"
+                if blend
+                else f"--{name}-data-path is missing: {size} {name} samples are wanted"
+            )
+        if not size:
+            parts[i] = None
+    return config
+
+
+def _split(text: str) -> str:
+    try:
+        shares = [float(share) for share in text.split(",")]
+    except ValueError:
+        shares = []
+    if len(shares) != 3 or not all(0 <= s < math.inf for s in shares) or not sum(shares):
+        raise ConfigError(f"--split {text} must be three shares, such as 969,30,1")
+    return text

@@ -1,0 +1,52 @@
+"""A stretch of an indexed corpus that a sample may be cut from."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from pose_megatron.data.indexed_corpus import Corpus
+from pose_megatron.positions.laws import SkipPlan
+
+
+@dataclass(frozen=True)
+class Source:
+    """A stretch of tokens that a sample may be cut from: one piece of a document, or several packed
+    end to end. Its last token is only ever a label.
+
+    Attributes:
+        corpus: where the tokens lie.
+        pieces: (document, first token, tokens) in order.
+    """
+
+    corpus: Corpus
+    pieces: tuple[tuple[int, int, int], ...]
+
+    @property
+    def length(self) -> int:
+        """Lx: tokens that can be inputs."""
+        return sum([n for _, _, n in self.pieces]) - 1
+
+    def read(self, plan: SkipPlan) -> np.ndarray:
+        """Inputs and their true next tokens, int64 [2, L], also at the end of a chunk."""
+        runs = plan.runs()
+        rows = np.empty((2, sum([length for _, length in runs])), dtype=np.int64)
+        at = 0
+        for start, length in runs:
+            run = self.tokens(start, length + 1)
+            rows[0, at : at + length] = run[:-1]
+            rows[1, at : at + length] = run[1:]
+            at += length
+        return rows
+
+    def tokens(self, start: int, length: int) -> np.ndarray:
+        """Tokens start to start + length - 1 of the stretch, as the corpus stores them."""
+        parts = []
+        for document, first, tokens in self.pieces:
+            take = min(length, tokens - start)
+            if take > 0:
+                parts.append(self.corpus.tokens.get(document, first + start, take))
+                length -= take
+            start = max(start - tokens, 0)
+            if not length:
+                break
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)

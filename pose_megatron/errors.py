@@ -1,0 +1,15 @@
+"""What goes wrong that a user can mend, and how a message names a flag."""
+
+
+class ConfigError(ValueError):
+    """A flag, a value or a file cannot be used; the message names it and says the way out."""
+
+
+class DamagedCheckpoint(ValueError):
+    """A checkpoint is missing, incomplete or unreadable: with --load-fallback an earlier one is
+    taken. A checkpoint that is whole and does not fit the run is a ConfigError."""
+
+
+def spell(name: str) -> str:
+    """The flag of a name: --seq-length of seq_length."""
+    return "--" + name.replace("_", "-")

@@ -1,0 +1,66 @@
+"""The logits of a checkpoint, from one process."""
+
+import torch
+from megatron.core import parallel_state
+
+from pose_megatron.checkpoints.megatron.directory import Checkpoint
+from pose_megatron.models.build import build_model, transformer_config
+from pose_megatron.models.gpt import PoseGPTModel
+from pose_megatron.models.shape import ModelConfig
+from pose_megatron.runtime import distributed
+from pose_megatron.training import checkpointing
+
+
+def logits_function(stage: PoseGPTModel, vocab_size: int):
+    """`logits(tokens [b, s], last, position_ids [b, s]) -> float32 [b, last, vocab_size]`.
+
+    Positions are plain when not given. Only the last ones pass the output layer, so memory stays
+    small at long contexts. For an undivided model (one pipeline stage, one tensor rank). Where
+    frequencies depend on the length, they are those of the largest position, as in transformers.
+    """
+    rotary = stage.rotary_pos_emb
+
+    @torch.no_grad()
+    def logits(tokens, last: int, position_ids=None):
+        if position_ids is None:
+            position_ids = torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)
+        if rotary.scaling.depends_on_length:
+            rotary.set_length(int(position_ids.max()) + 1)
+        hook = stage.output_layer.register_forward_pre_hook(
+            lambda _, args: (args[0][-last:], *args[1:])  # hidden states are [s, b, h]
+        )
+        try:
+            return stage(tokens, position_ids, None)[..., :vocab_size].float()
+        finally:
+            hook.remove()
+
+    return logits
+
+
+def load_logits(
+    found: Checkpoint,
+    model: ModelConfig | None = None,
+    bf16: bool = False,
+    rounded_to: torch.dtype | None = None,
+):
+    """`logits_function` of a checkpoint's weights in one process, in float32 or bfloat16.
+
+    Args:
+        model: its shape and rope, where they differ from the checkpoint's own.
+        rounded_to: gives the weights the values that they have in another precision.
+    """
+    model = model or found.model
+    if not parallel_state.model_parallel_is_initialized():
+        distributed.initialize()
+    stage = build_model(transformer_config(model, bf16=bf16), model)
+    checkpointing.load(found, [stage])
+    if rounded_to is not None:
+        round_to(rounded_to, stage)
+    return logits_function(stage.eval(), model.vocab_size)
+
+
+@torch.no_grad()
+def round_to(dtype: torch.dtype, model: torch.nn.Module) -> None:
+    """Gives weights the values that they have in another precision; their own stays."""
+    for parameter in model.parameters():
+        parameter.copy_(parameter.to(dtype))

@@ -1,0 +1,102 @@
+"""How well a model uses its window: sliding-window perplexity over any logits function."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pose_megatron.errors import ConfigError
+
+Logits = Callable[[Tensor, int], Tensor]  # (tokens [b, s], last) -> float32 [b, last, vocabulary]
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """exp of the token-weighted mean loss at one context length.
+
+    Attributes:
+        context_length: tokens that the model sees at once, C.
+        perplexity: infinite when the loss overflows exp.
+        loss: nats per scored token.
+        standard_error: of `loss`, from the spread of its means per document; NaN for one document.
+        tokens: scored tokens, the same ones at every context length.
+        documents: documents they come from.
+    """
+
+    context_length: int
+    perplexity: float
+    loss: float
+    standard_error: float
+    tokens: int
+    documents: int
+
+
+def perplexities(
+    logits: Logits,
+    documents: Sequence[Tensor],
+    context_lengths: Sequence[int],
+    stride: int,
+    batch_tokens: int = 16384,
+    progress: Callable[[int], None] = lambda tokens: None,
+) -> Iterator[Perplexity]:
+    """Perplexity at each context length, over the same scored tokens.
+
+    Windows of C inputs end at longest, longest + stride, ... of each document, and each scores its
+    last `stride` tokens: a scored token is preceded by C - stride + 1 to C tokens. Where a window
+    ends does not depend on C, so the row over C compares like with like.
+
+    Args:
+        logits: of the model; positions are 0 to C - 1 in every window.
+        documents: int64 [n], each with n > longest context length.
+        context_lengths: C in tokens, each at least `stride`.
+        stride: tokens scored per window.
+        batch_tokens: about how many input tokens go into one call.
+        progress: told of the input tokens just done.
+
+    Raises:
+        ConfigError: no documents, one too short, or a stride above a context length.
+    """
+    longest = max(context_lengths)
+    if not 1 <= stride <= min(context_lengths):
+        raise ConfigError(
+            f"--stride {stride} must lie between 1 and the shortest context length, "
+            f"{min(context_lengths)}"
+        )
+    if not documents:
+        raise ConfigError(f"no document has more than {longest} tokens to evaluate on")
+    for i, document in enumerate(documents):
+        if len(document) <= longest:
+            raise ConfigError(
+                f"document {i} has {len(document)} tokens, not more than the longest context "
+                f"length, {longest}"
+            )
+    ends = [
+        (i, end)
+        for i, document in enumerate(documents)
+        for end in range(longest, len(document), stride)
+    ]
+    for length in context_lengths:
+        sums, counts = [0.0] * len(documents), [0] * len(documents)
+        size = max(batch_tokens // length, 1)
+        for batch in (ends[k : k + size] for k in range(0, len(ends), size)):
+            windows = torch.stack([documents[i][end - length : end + 1] for i, end in batch])
+            scored = logits(windows[:, :-1], stride)
+            losses = F.cross_entropy(scored.transpose(1, 2), windows[:, -stride:], reduction="none")
+            for (i, _), loss in zip(batch, losses.double().sum(1).tolist(), strict=True):
+                sums[i] += loss
+                counts[i] += stride
+            progress(len(batch) * length)
+        yield _summary(length, sums, counts)
+
+
+def _summary(length: int, sums: list[float], counts: list[int]) -> Perplexity:
+    tokens, n = sum(counts), len(sums)
+    loss = sum(sums) / tokens
+    # Spread of a ratio of sums over documents (Cochran, "Sampling Techniques", section 2.11).
+    spread = sum((s - loss * c) ** 2 for s, c in zip(sums, counts, strict=True))
+    error = math.sqrt(spread * n / (n - 1)) / tokens if n > 1 else math.nan
+    perplexity = math.exp(loss) if loss < 700 else math.inf
+    return Perplexity(length, perplexity, loss, error, tokens, n)

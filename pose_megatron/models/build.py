@@ -1,0 +1,172 @@
+"""A model as megatron-core builds it: its configuration, this rank's stage, fresh weights."""
+
+import hashlib
+import math
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from pose_megatron.models import output_layer
+from pose_megatron.models.attention import layer_spec
+from pose_megatron.models.gpt import PoseGPTModel, softmax_scale
+from pose_megatron.models.gptj import gptj_spec
+from pose_megatron.models.shape import ModelConfig
+from pose_megatron.runtime.distributed import device
+
+
+def transformer_config(
+    model: ModelConfig,
+    *,
+    bf16: bool = False,
+    transformer_impl: str = "torch",
+    tensor_model_parallel_size: int = 1,
+    pipeline_model_parallel_size: int = 1,
+    virtual_pipeline_model_parallel_size: int | None = None,
+    context_parallel_size: int = 1,
+    sequence_parallel: bool = False,
+    **recompute,
+) -> TransformerConfig:
+    """megatron-core's description of a model, of its layout and of its precision.
+
+    Args:
+        model: shape and rope.
+        transformer_impl: `torch` or `transformer_engine`.
+        sequence_parallel: has no effect on one tensor rank.
+        recompute: recompute_granularity, _method, _num_layers and _modules, as megatron-core's.
+    """
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    interleaved = virtual_pipeline_model_parallel_size is not None
+    fusions = transformer_impl == "transformer_engine"
+    gptj = model.is_gptj
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_query_groups,
+        kv_channels=model.kv_channels,
+        layernorm_epsilon=model.norm_epsilon,
+        normalization="LayerNorm" if gptj else "RMSNorm",
+        gated_linear_unit=not gptj,
+        activation_func=_gelu_new if gptj else F.silu,
+        add_bias_linear=gptj,
+        add_qkv_bias=model.add_qkv_bias,
+        qk_layernorm=model.qk_layernorm,
+        rotary_interleaved=gptj,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        softmax_scale=softmax_scale(model.kv_channels, model.rotary_percent, model.rope_scaling),
+        tensor_model_parallel_size=tensor_model_parallel_size,
+        pipeline_model_parallel_size=pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=virtual_pipeline_model_parallel_size,
+        context_parallel_size=context_parallel_size,
+        # Interleaved stages without overlapped sends give wrong numbers, silently.
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
+        sequence_parallel=sequence_parallel and tensor_model_parallel_size > 1,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=bf16,
+        use_cpu_initialization=not torch.cuda.is_available(),
+        **recompute,
+        # Sum over tokens, divided once by the tokens of the whole batch: the only form in which
+        # every layout has the same gradient.
+        calculate_per_token_loss=True,
+        finalize_model_grads_func=finalize_model_grads,
+        bias_activation_fusion=fusions,
+        masked_softmax_fusion=False,
+        bias_dropout_fusion=False,
+        persist_layer_norm=False,
+        apply_rope_fusion=False,
+        gradient_accumulation_fusion=False,
+    )
+
+
+def build_model(
+    config: TransformerConfig,
+    model: ModelConfig,
+    transformer_impl: str = "torch",
+    vp_stage: int | None = None,
+) -> PoseGPTModel:
+    """This rank's pipeline stage, on its device; `initialize` or a checkpoint sets its weights.
+
+    Args:
+        config: of `transformer_config`, for the same model.
+        vp_stage: model chunk of the stage in an interleaved pipeline, else None.
+    """
+    spec = gptj_spec if model.is_gptj else layer_spec
+    stage = PoseGPTModel(
+        config,
+        spec(config, transformer_impl, vp_stage),
+        vocab_size=model.padded_vocab_size,
+        max_sequence_length=model.max_position_embeddings,
+        pre_process=parallel_state.is_pipeline_first_stage(
+            ignore_virtual=vp_stage is None, vp_stage=vp_stage
+        ),
+        post_process=parallel_state.is_pipeline_last_stage(
+            ignore_virtual=vp_stage is None, vp_stage=vp_stage
+        ),
+        vp_stage=vp_stage,
+        share_embeddings_and_output_weights=not model.untie_embeddings_and_output_weights,
+        rotary_percent=model.rotary_percent,
+        rotary_base=model.rotary_base,
+        rope_scaling=model.rope_scaling,
+    )
+    if stage.post_process and model.is_gptj:
+        output_layer.add_bias(stage.output_layer)
+    if stage.post_process and model.family == "baichuan":
+        output_layer.normalize(stage.output_layer)
+    return stage.to(device())
+
+
+def _gelu_new(x):
+    return F.gelu(x, approximate="tanh")
+
+
+@torch.no_grad()
+def initialize(stage: GPTModel, seed: int, std: float, num_layers: int) -> None:
+    """Fresh weights that do not depend on the layout of ranks.
+
+    Each weight is drawn whole from a generator keyed by (seed, name, layer) and every rank keeps
+    its shard. Normal with `std`; projections into the residual stream with std / sqrt(2 * layers)
+    (Radford et al., 2019), as Megatron-LM does; norms are one, biases zero.
+    """
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    sharded = stage.sharded_state_dict(metadata={"dp_cp_group": group})
+    found, _ = extract_sharded_tensors_and_factories(sharded)
+    for entry in _flat(found):
+        parts = entry.build() if isinstance(entry, ShardedTensorFactory) else [entry]
+        for part in parts:
+            _fill(part, seed, std, num_layers)
+
+
+def _flat(tree):
+    if isinstance(tree, dict | list):
+        for value in tree.values() if isinstance(tree, dict) else tree:
+            yield from _flat(value)
+    else:
+        yield tree
+
+
+def _fill(part: ShardedTensor, seed: int, std: float, num_layers: int) -> None:
+    if "norm" in part.key:
+        return
+    if part.key.endswith(".bias"):
+        part.data.zero_()
+        return
+    axes = part.prepend_axis_num
+    layer, offset = part.global_offset[:axes], part.global_offset[axes:]
+    if part.key.endswith(("linear_proj.weight", "linear_fc2.weight")):
+        std /= math.sqrt(2 * num_layers)
+    name = f"{seed} {part.key} {layer}".encode()
+    generator = torch.Generator()
+    generator.manual_seed(int.from_bytes(hashlib.blake2b(name, digest_size=7).digest()))
+    whole = torch.empty(part.global_shape[axes:]).normal_(0, std, generator=generator)
+    shard = tuple(slice(o, o + n) for o, n in zip(offset, part.local_shape, strict=True))
+    part.data.copy_(whole[shard])

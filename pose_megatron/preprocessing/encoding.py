@@ -1,0 +1,174 @@
+"""Parts of a corpus to ids, by several processes, in order.
+
+A worker reads its part, tokenizes it and leaves the ids in a small file: what goes between the
+processes is only names and lengths.
+"""
+
+import contextlib
+import ctypes
+import os
+import signal
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from multiprocessing import get_context, parent_process
+from pathlib import Path
+from threading import Thread
+
+import numpy as np
+
+from pose_megatron.errors import ConfigError
+from pose_megatron.preprocessing.fast_tokenizer import FastTokenizer, difference
+from pose_megatron.preprocessing.indexed_writer import token_dtype
+from pose_megatron.preprocessing.jsonl import LineError
+from pose_megatron.preprocessing.readers import Part
+from pose_megatron.preprocessing.tokenizer import Tokenizer
+
+PARTS_AHEAD = 8  # per worker: they wait as files, and a slow part holds nobody up
+SPOT = 512  # characters of every part on which gigatoken is held to the tokenizer's own library
+FIRST_SKIPPED = 10  # skipped lines that are named
+
+
+@dataclass
+class Encoded:
+    """One part as ids.
+
+    Attributes:
+        ids: by key, the file that holds them.
+        lengths: by key, tokens of each document, 0 of one without.
+        skipped: lines that hold no document, by reason; `first_skipped` with their numbers.
+        replaced: texts in which lone surrogates were replaced.
+    """
+
+    ids: dict[str, Path]
+    lengths: dict[str, np.ndarray]
+    lines: int = 0
+    newlines: int = 0
+    bytes: int = 0
+    replaced: int = 0
+    skipped: Counter = field(default_factory=Counter)
+    first_skipped: list[tuple[int, LineError]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Parts to ids: what a worker does.
+
+    Attributes:
+        fast: in place of the tokenizer, if its ids are the same.
+        eod: ends each document that is not empty.
+        stop_at_error: the first line without a document ends the part.
+        stem: beginning of the names of the files of ids.
+        stopped: shared by all processes; they end early when it is true.
+    """
+
+    tokenizer: Tokenizer
+    fast: FastTokenizer | None
+    keys: Sequence[str]
+    eod: int | None
+    stop_at_error: bool
+    stem: str
+    stopped: ctypes.c_bool
+
+    def __call__(self, part: Part, number: int) -> Encoded:
+        paths = {key: Path(f"{self.stem}-{number}-{i}.ids") for i, key in enumerate(self.keys)}
+        encoded, lengths = Encoded(paths, {}), {key: [] for key in self.keys}
+        with contextlib.ExitStack() as stack:
+            files = {key: stack.enter_context(open(paths[key], "wb")) for key in self.keys}
+            for batch in part.batches(self.keys):
+                if self.stopped.value:
+                    raise InterruptedError
+                for line, error in batch.skipped:
+                    encoded.skipped[error.reason] += 1
+                    if len(encoded.first_skipped) < FIRST_SKIPPED:
+                        encoded.first_skipped.append((encoded.newlines + line, error))
+                if batch.skipped and self.stop_at_error:
+                    break
+                for key, texts in batch.texts.items():
+                    ids, counts = self._flat(self._tokenize(part, number, texts))
+                    files[key].write(memoryview(ids).cast("B"))
+                    lengths[key].append(counts)
+                encoded.lines += batch.lines
+                encoded.newlines += batch.newlines
+                encoded.bytes += batch.bytes
+                encoded.replaced += batch.replaced
+        encoded.lengths = {
+            key: np.concatenate([np.empty(0, np.int64), *counts]) for key, counts in lengths.items()
+        }
+        return encoded
+
+    def _flat(self, documents: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of all documents end to end, each with its end, and how many each has."""
+        end = np.array([] if self.eod is None else [self.eod], np.uint32)
+        pieces = [np.empty(0, np.uint32)]
+        for ids in documents:
+            if len(ids):
+                pieces += [np.asarray(ids, np.uint32), end]
+        flat = np.concatenate(pieces)
+        if flat.size and flat.max() >= self.tokenizer.vocab_size:
+            raise ConfigError(
+                f"--tokenizer-model: gave id {flat.max()}, and its vocabulary has "
+                f"{self.tokenizer.vocab_size} entries; its files do not belong together"
+            )
+        counts = np.fromiter(map(len, documents), np.int64, len(documents))
+        return flat.astype(token_dtype(self.tokenizer.vocab_size)), counts + (counts > 0) * end.size
+
+    def _tokenize(self, part: Part, number: int, texts: Sequence[str]) -> Sequence[Sequence[int]]:
+        if not self.fast or not texts:
+            return self.tokenizer.tokenize_batch(texts)
+        text = texts[number % len(texts)]
+        start = len(text) // 2 if len(text) > SPOT else 0
+        wrong = difference(self.fast, self.tokenizer, [text[start : start + SPOT]])
+        try:
+            documents = self.fast.tokenize_batch(texts)
+        except ValueError as error:
+            wrong = str(error)
+        if wrong:
+            raise ConfigError(
+                f"{part.path}: {wrong}; start over with --tokenizer-library own --overwrite"
+            )
+        return documents
+
+
+def encode_in_order(
+    encoder: Encoder, parts: Iterator[Part], workers: int
+) -> Iterator[tuple[Part, Encoded]]:
+    """The parts encoded, in their order; one worker is this process."""
+    if workers == 1:
+        yield from ((part, encoder(part, number)) for number, part in enumerate(parts))
+        return
+    # Workers are forked at the first submit: they share the tokenizer and what it has cached.
+    pool = ProcessPoolExecutor(workers, get_context("fork"), _start_worker, (encoder,))
+    pending = deque()
+    try:
+        for number, part in enumerate(parts):
+            pending.append((part, pool.submit(_encode, part, number)))
+            if len(pending) > workers * PARTS_AHEAD:
+                part, future = pending.popleft()
+                yield part, future.result()
+        while pending:
+            part, future = pending.popleft()
+            yield part, future.result()
+    except BrokenProcessPool:
+        raise ConfigError(
+            f"--workers {workers}: a worker was killed, most likely for memory; use fewer and run "
+            "again to go on"
+        ) from None
+    finally:
+        encoder.stopped.value = True
+        pool.shutdown(cancel_futures=True)
+
+
+def _start_worker(encoder: Encoder) -> None:
+    global _encoder
+    _encoder = encoder
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # a parent that was killed tells nobody: end with it
+    Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
+
+
+def _encode(part: Part, number: int) -> Encoded:
+    return _encoder(part, number)

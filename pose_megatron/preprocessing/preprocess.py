@@ -1,0 +1,241 @@
+"""Text to token files: the whole job of tools/preprocess_data.py.
+
+    parts ──workers──► ids in small files ──in order──► Unfinished ──► PREFIX_KEY_document.bin/.idx
+
+The bytes are those that Megatron-LM's tool of this name writes.
+"""
+
+import contextlib
+import ctypes
+import errno
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+
+from pose_megatron.errors import ConfigError
+from pose_megatron.preprocessing import readers
+from pose_megatron.preprocessing.encoding import Encoder, encode_in_order
+from pose_megatron.preprocessing.fast_tokenizer import prove
+from pose_megatron.preprocessing.indexed_writer import publish
+from pose_megatron.preprocessing.readers import Part
+from pose_megatron.preprocessing.resume import State, Unfinished
+from pose_megatron.preprocessing.tokenizer import Tokenizer, build_tokenizer
+from pose_megatron.runtime.atomic_files import write_atomically
+
+SAMPLE = 1 << 19  # characters of the corpus on which gigatoken is proven
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to do, in the words of tools/preprocess_data.py."""
+
+    input: Sequence[str]
+    output_prefix: str
+    tokenizer_type: str
+    tokenizer_model: str
+    json_keys: Sequence[str] = ("text",)
+    append_eod: bool = False
+    workers: int = 1
+    on_error: str = "stop"
+    tokenizer_library: str = "auto"
+    log_interval: int = 1000
+    overwrite: bool = False
+
+
+def preprocess(job: Job) -> dict:
+    """Does the job; returns the summary, which is also written.
+
+    Raises:
+        ConfigError: an input, the tokenizer, a line or the outputs are not as they must be.
+        KeyboardInterrupt: stopped; its argument says what is kept.
+    """
+    files = readers.corpus_files(job.input)
+    tokenizer = build_tokenizer(job.tokenizer_type, job.tokenizer_model)
+    eod = tokenizer.eod if job.append_eod else None  # if there is none: say so now
+    run = Unfinished(job.output_prefix, _made_from(job, files, tokenizer), job.overwrite)
+    try:
+        if not run.state.complete:
+            if not job.overwrite:
+                _refuse_existing(job)
+            _tokenize(job, files, tokenizer, eod, run)
+        for i, key in enumerate(job.json_keys):
+            publish(run.folder, str(i), _prefix(job, key))
+        summary = _summary(job, tokenizer, run.state)
+        write_atomically(_summary_path(job), json.dumps(summary, indent=2) + "\n")
+        run.remove()
+        return summary
+    finally:
+        run.close()
+
+
+def _tokenize(
+    job: Job, files: Sequence[Path], tokenizer: Tokenizer, eod: int | None, run: Unfinished
+) -> None:
+    fast = None
+    if job.tokenizer_library == "auto":
+        fast, why = prove(tokenizer, readers.sample(files, job.json_keys, SAMPLE))
+        print(why, file=sys.stderr, flush=True)
+    if run.state != State():
+        print(
+            f"going on after {run.state.tokens:,} tokens, which are in {run.folder}",
+            file=sys.stderr,
+            flush=True,
+        )
+    run.open(tokenizer.vocab_size, job.json_keys)
+    encoder = Encoder(
+        tokenizer,
+        fast,
+        job.json_keys,
+        eod,
+        job.on_error == "stop",
+        f"{run.folder}/{os.getpid()}",
+        get_context("fork").RawValue(ctypes.c_bool, False),
+    )
+    parts = readers.parts(files, job.workers, run.state.place)
+    progress = Progress(files, job.log_interval, run.state)
+    try:
+        with contextlib.closing(encode_in_order(encoder, parts, job.workers)) as results:
+            for part, encoded in results:
+                if encoded.skipped and encoder.stop_at_error:
+                    raise readers.line_error(
+                        part.path, run.state.lines_before(part), *encoded.first_skipped[0]
+                    )
+                run.add(part, encoded)
+                progress.show(part, run.state)
+        _require_tokens(job, run.state)
+        run.finish()
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            run.save()
+        if isinstance(error, KeyboardInterrupt) and run.state != State():
+            raise KeyboardInterrupt(
+                f"run it again to go on after {run.state.tokens:,} tokens"
+            ) from None
+        if isinstance(error, OSError) and error.errno in FULL:
+            raise ConfigError(
+                f"--output-prefix {job.output_prefix}: {error.strerror}; make room and run it "
+                "again to go on"
+            ) from error
+        raise
+    finally:
+        progress.close()
+
+
+def _require_tokens(job: Job, state: State) -> None:
+    for key in job.json_keys:
+        if key not in state.sizes or not state.sizes[key].tokens:
+            raise ConfigError(
+                f"--input {' '.join(map(str, job.input))}: no document with tokens under key "
+                f"{key!r} ({state.lines} lines, {state.empty[key]} of them empty texts, "
+                f"{state.skipped.total()} skipped)"
+            )
+
+
+def _made_from(job: Job, files: Sequence[Path], tokenizer: Tokenizer) -> dict:
+    """What the bytes depend on, by flag."""
+    return {
+        "--input": [
+            [str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in files
+        ],
+        "--json-keys": list(job.json_keys),
+        "--tokenizer-model": [
+            job.tokenizer_type,
+            *(hashlib.sha256(path.read_bytes()).hexdigest() for path in tokenizer.files),
+        ],
+        "--append-eod": job.append_eod,
+        "--tokenizer-library": job.tokenizer_library,
+    }
+
+
+def _summary(job: Job, tokenizer: Tokenizer, state: State) -> dict:
+    outputs = {
+        key: {
+            "prefix": _prefix(job, key),
+            "documents": size.documents - state.empty[key],
+            "empty_documents": state.empty[key],
+            "tokens": size.tokens,
+            "lengths": {
+                f"{1 << i}-{(2 << i) - 1}": n for i, n in sorted(state.histogram[key].items())
+            },
+        }
+        for key, size in state.sizes.items()
+    }
+    totals = {
+        name: sum(output[name] for output in outputs.values())
+        for name in ("documents", "empty_documents", "tokens")
+    }
+    return totals | {
+        "lines": state.lines,
+        "bytes": state.bytes,
+        "seconds": round(state.seconds, 3),
+        "skipped": dict(state.skipped),
+        "first_skipped": list(state.first_skipped),
+        "texts_with_replaced_surrogates": state.replaced,
+        "outputs": outputs,
+        "tokenizer": tokenizer.unique_identifiers,
+        "vocab_size": tokenizer.vocab_size,
+        "append_eod": job.append_eod,
+    }
+
+
+def _refuse_existing(job: Job) -> None:
+    outputs = [
+        Path(_prefix(job, key) + suffix) for key in job.json_keys for suffix in (".bin", ".idx")
+    ]
+    for path in [_summary_path(job), *outputs]:
+        if path.exists():
+            raise ConfigError(
+                f"--output-prefix: {path} exists; choose another prefix, or replace it with "
+                "--overwrite"
+            )
+
+
+def _prefix(job: Job, key: str) -> str:
+    return f"{job.output_prefix}_{key}_document"
+
+
+def _summary_path(job: Job) -> Path:
+    return Path(f"{job.output_prefix}_summary.json")
+
+
+class Progress:
+    """A line on stderr after every `interval` input lines, once a second at most."""
+
+    def __init__(self, files: Sequence[Path], interval: int, state: State):
+        self._sizes = np.cumsum([0, *(path.stat().st_size for path in files)]).tolist()
+        self._interval, self._first = interval, state
+        self._started = time.monotonic()
+        self._next, self._shown = state.lines + interval, float("-inf")
+        self._begun = None  # share of the corpus that earlier runs had done
+
+    def show(self, part: Part, state: State) -> None:
+        done = (self._sizes[part.file] + part.position) / max(self._sizes[-1], 1)
+        if self._begun is None:
+            self._begun = done
+        seconds = max(time.monotonic() - self._started, 1e-9)
+        if state.lines < self._next or seconds - self._shown < 1:
+            return
+        self._next, self._shown = state.lines + self._interval, seconds
+        share = max(done - self._begun, 1e-9)
+        left = round(seconds * (1 - done) / share) if done > self._begun else 0
+        text = (
+            f"{state.lines:,} documents, {done:.0%}, "
+            f"{(state.bytes - self._first.bytes) / seconds / 1e6:.1f} MB/s, "
+            f"{(state.tokens - self._first.tokens) / seconds:,.0f} tokens/s, "
+            f"{left // 60}:{left % 60:02d} left"
+        )
+        start, end = ("\r\033[K", "") if sys.stderr.isatty() else ("", "\n")
+        print(start + text, end=end, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if sys.stderr.isatty() and self._shown > 0:
+            print(file=sys.stderr)

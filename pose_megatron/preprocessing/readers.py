@@ -1,0 +1,275 @@
+"""A corpus: JSONL (plain, gzip, zstd) and Parquet files, cut into parts that workers read.
+
+    patterns ──corpus_files──► files ──parts──► Part ──batches──► Batch: texts by key
+
+Parts are in the order of the documents. Plain files are cut into ranges of bytes, Parquet files
+into row groups; compressed files can only be read from their start, so they are parts as they are
+where there are enough of them, and else decompressed here and handed out in runs of lines.
+"""
+
+import glob
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+
+from pose_megatron.errors import ConfigError
+from pose_megatron.preprocessing.jsonl import LineError, Lines, read_lines, read_range
+from pose_megatron.preprocessing.tokenizer import replace_surrogates
+
+SUFFIXES = (
+    *(f".{kind}{packed}" for kind in ("jsonl", "json") for packed in ("", ".gz", ".zst")),
+    ".parquet",
+)
+PART_BYTES = 1 << 20  # of text: a few milliseconds of gigatoken, 200 of a Hugging Face tokenizer
+PARQUET_ROWS = 1024  # read at a time
+PLACES = 32  # that a sample is taken from
+
+
+@dataclass
+class Batch:
+    """Some consecutive lines or rows as texts.
+
+    Attributes:
+        texts: by key.
+        lines: how many there were that were not blank, and `newlines` with the blank ones.
+        bytes: their size, decompressed.
+        skipped: (number, error) of those without a document, counted from 1 within the batch.
+        replaced: texts in which lone surrogates became U+FFFD.
+    """
+
+    texts: dict[str, list[str]]
+    lines: int = 0
+    newlines: int = 0
+    bytes: int = 0
+    skipped: list[tuple[int, LineError]] = field(default_factory=list)
+    replaced: int = 0
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a part ends: what a run that was interrupted goes on from.
+
+    Attributes:
+        file: index in the corpus.
+        offset: what comes next in that file, in bytes (decompressed) or row groups.
+    """
+
+    file: int = 0
+    offset: int = 0
+
+
+@dataclass(frozen=True)
+class Part:
+    """Consecutive documents of one file.
+
+    Attributes:
+        file: index in the corpus.
+        span: bytes of a plain file, or row groups of a Parquet file, [start, end); None: all.
+        lines: what was read already.
+        end: where the next part begins.
+        position: bytes of the file, as it lies on disk, that end with this part.
+    """
+
+    path: Path
+    file: int
+    end: Place
+    position: int
+    span: tuple[int, int] | None = None
+    lines: Lines | None = None
+
+    def batches(self, keys: Sequence[str]) -> Iterator[Batch]:
+        """Its documents, a few at a time.
+
+        Raises:
+            ConfigError: the file is damaged, or lacks a key throughout.
+        """
+        if self.path.suffix == ".parquet":
+            yield from _rows(self.path, self.span, keys)
+        elif self.lines:
+            yield _batch(self.lines, keys)
+        elif self.span:
+            yield _batch(read_range(self.path, *self.span), keys)
+        else:
+            for lines in read_lines(self.path, PART_BYTES):
+                yield _batch(lines, keys)
+
+
+def corpus_files(patterns: Sequence[str | Path]) -> list[Path]:
+    """The files that the patterns name, in their order, those of one pattern sorted.
+
+    Raises:
+        ConfigError: naming the first that is missing or of an unknown kind.
+    """
+    files = []
+    for pattern in map(str, patterns):
+        if Path(pattern).is_dir():
+            raise ConfigError(
+                f"--input {pattern}: is a folder, name its files: '{pattern}/*.jsonl'"
+            )
+        found = (
+            [Path(pattern)]
+            if Path(pattern).is_file()
+            else sorted(
+                path for path in map(Path, glob.glob(pattern, recursive=True)) if path.is_file()
+            )
+        )
+        if not found:
+            raise ConfigError(f"--input {pattern}: no such file")
+        for path in found:
+            if not path.name.endswith(SUFFIXES):
+                raise ConfigError(
+                    f"--input {path}: unknown extension, use one of {', '.join(SUFFIXES)}"
+                )
+        files += found
+    return files
+
+
+def parts(files: Sequence[Path], workers: int = 1, start: Place = Place()) -> Iterator[Part]:
+    """The corpus from `start` on, for so many workers."""
+    whole = sum(_compressed(path) for path in files) >= workers > 1
+    for index, path in enumerate(files[start.file :], start.file):
+        offset, next_file = start.offset if index == start.file else 0, Place(index + 1)
+        size = path.stat().st_size
+        if path.suffix == ".parquet":
+            groups = _parquet(path).metadata.num_row_groups
+            for group in range(offset, groups):
+                end = Place(index, group + 1) if group + 1 < groups else next_file
+                yield Part(path, index, end, size * (group + 1) // groups, (group, group + 1))
+        elif not _compressed(path):
+            for begin in range(offset, size, PART_BYTES):
+                stop = min(begin + PART_BYTES, size)
+                end = Place(index, stop) if stop < size else next_file
+                yield Part(path, index, end, stop, (begin, stop))
+        elif whole and not offset:
+            yield Part(path, index, next_file, size)
+        else:
+            done = 0
+            for lines in read_lines(path, PART_BYTES):
+                done += len(lines.content)
+                if done > offset:
+                    yield Part(path, index, Place(index, done), lines.position, lines=lines)
+
+
+def texts(files: Sequence[Path], keys: Sequence[str], on_error: str) -> Iterator[str]:
+    """All texts, one after the other.
+
+    Raises:
+        ConfigError: a line holds no document and `on_error` is "stop".
+    """
+    for path in files:
+        before = 0
+        for part in parts([path]):
+            for batch in part.batches(keys):
+                if batch.skipped and on_error == "stop":
+                    raise line_error(path, before, *batch.skipped[0])
+                before += batch.newlines
+                for row in zip(*batch.texts.values(), strict=True):
+                    yield from row
+
+
+def sample(files: Sequence[Path], keys: Sequence[str], size: int) -> list[str]:
+    """About `size` characters of text from places all over the corpus; long texts are cut."""
+    if len(files) > PLACES:
+        files = [files[i * len(files) // PLACES] for i in range(PLACES)]
+    places = [part for path in files for part in _spread(path, PLACES // len(files))]
+    kept = []
+    for part in places:
+        left = size // len(places)
+        batches = (batch.texts.values() for batch in part.batches(keys))
+        for text in chain.from_iterable(chain.from_iterable(batches)):
+            kept.append(text[:left])
+            left -= len(kept[-1])
+            if left <= 0:
+                break
+    return kept
+
+
+def line_error(path: Path, before: int, number: int, error: LineError) -> ValueError:
+    return ValueError(
+        f"{path}:{before + number}: {error}; mend the line, or skip such lines with --on-error skip"
+    )
+
+
+def _spread(path: Path, count: int) -> list[Part]:
+    """A few parts from all over one file; of a compressed one, its beginning."""
+    if _compressed(path):
+        return [Part(path, 0, Place(), 0)]
+    if path.suffix == ".parquet":
+        groups = _parquet(path).metadata.num_row_groups
+        return [
+            Part(path, 0, Place(), 0, (i, i + 1))
+            for i in sorted({n * groups // count for n in range(count)})
+            if groups
+        ]
+    size = path.stat().st_size
+    step = max(size // count, 1)
+    return [
+        Part(path, 0, Place(), 0, (begin, min(begin + (1 << 16), size)))
+        for begin in range(0, size, max(step, 1 << 16))
+    ]
+
+
+def _compressed(path: Path) -> bool:
+    return path.suffix in (".gz", ".zst")
+
+
+def _batch(lines: Lines, keys: Sequence[str]) -> Batch:
+    batch = Batch(
+        {key: [] for key in keys}, bytes=len(lines.content), newlines=len(lines.split) - 1
+    )
+    for number, row in lines.texts(keys):
+        batch.lines += 1
+        if isinstance(row, LineError):
+            batch.skipped.append((number, row))
+            continue
+        for key, text in zip(keys, row, strict=True):
+            clean = replace_surrogates(text)
+            batch.replaced += clean is not text
+            batch.texts[key].append(clean)
+    return batch
+
+
+def _parquet(path: Path):
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError:
+        raise ConfigError(f"--input {path}: needs the package pyarrow, install it") from None
+    try:
+        return parquet.ParquetFile(path)
+    except (ArrowException, OSError) as error:
+        raise ConfigError(f"--input {path}: not a Parquet file ({error})") from error
+
+
+def _rows(path: Path, groups: tuple[int, int], keys: Sequence[str]) -> Iterator[Batch]:
+    from pyarrow import ArrowException
+
+    file = _parquet(path)
+    for key in keys:
+        if key not in file.schema_arrow.names:
+            raise ConfigError(
+                f"--input {path}: has no column {key!r}, only {', '.join(file.schema_arrow.names)}"
+            )
+    try:
+        for table in file.iter_batches(PARQUET_ROWS, list(range(*groups)), list(keys)):
+            columns = [table.column(key).to_pylist() for key in keys]
+            batch = Batch({key: [] for key in keys}, table.num_rows, table.num_rows, table.nbytes)
+            for number, row in enumerate(zip(*columns, strict=True), 1):
+                wrong = [(k, v) for k, v in zip(keys, row, strict=True) if type(v) is not str]
+                if wrong:
+                    key, value = wrong[0]
+                    batch.skipped.append(
+                        (
+                            number,
+                            LineError(
+                                f"value of {key!r} is not a string",
+                                f"its type is {type(value).__name__}",
+                            ),
+                        )
+                    )
+                    continue
+                for key, text in zip(keys, row, strict=True):
+                    batch.texts[key].append(text)
+            yield batch
+    except (ArrowException, OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--input {path}: broken Parquet file ({error})") from error

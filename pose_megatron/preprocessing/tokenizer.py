@@ -1,0 +1,260 @@
+"""Text to token ids and back.
+
+Ids are those of Megatron's own preprocessing: the bare text's, no token added at either end
+(SentencePiece `encode_as_ids`, Hugging Face `add_special_tokens=False`).
+
+Tokenizer libraries are imported when a tokenizer is built, so this module loads at once.
+"""
+
+import json
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+
+from pose_megatron.errors import ConfigError
+
+TOKENIZER_TYPES = ("SentencePieceTokenizer", "HuggingFaceTokenizer")
+# What texts rarely hold, and what other implementations of a tokenizer get wrong.
+PROBES = (
+    *("", " ", "  x", "x  ", "\n\n\n", "\t\tx\r\n", "</s> <s> <unk>", "naïve 日本 😀\0", "1234567"),
+    *("▁a ▁▁b", "<0x0A>", "\ufffd\u200b\ufeff", "e\u0301 ﬁ ½ Ⅷ", "don't I'LL we'Ve"),
+    "\x85\u2028\xa0\u3000x",
+    *(character * n for character in " -=#\n" for n in range(2, 67)),
+)
+# What may lie beside a tokenizer in a Hugging Face folder and belongs to it.
+FOLDER_FILES = (
+    *("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja"),
+)
+
+
+def build_tokenizer(tokenizer_type: str, tokenizer_model: str | Path) -> "Tokenizer":
+    """A tokenizer from local files; nothing is downloaded and no foreign code runs.
+
+    Args:
+        tokenizer_type: one of TOKENIZER_TYPES.
+        tokenizer_model: SentencePiece: a .model file, or a folder that holds tokenizer.model.
+            Hugging Face: a folder that holds tokenizer.json, or that file itself.
+
+    Raises:
+        ConfigError: unknown type, missing or unreadable files.
+    """
+    classes = {
+        "SentencePieceTokenizer": SentencePieceTokenizer,
+        "HuggingFaceTokenizer": HuggingFaceTokenizer,
+    }
+    if tokenizer_type not in classes:
+        raise ConfigError(
+            f"--tokenizer-type {tokenizer_type}: unknown, use one of {', '.join(TOKENIZER_TYPES)}"
+        )
+    return classes[tokenizer_type](Path(tokenizer_model))
+
+
+class Tokenizer(ABC):
+    """What datasets, tools and megatron-core's GPTDatasetConfig ask of a tokenizer.
+
+    Lone surrogates, which UTF-8 cannot hold, become U+FFFD before tokenizing.
+
+    Attributes:
+        vocab_size: number of ids, without padding: every id is in [0, vocab_size).
+        bos, pad: ids, None where the tokenizer has none.
+        files: what belongs beside an exported Hugging Face checkpoint.
+    """
+
+    vocab_size: int
+    bos: int | None
+    pad: int | None
+    files: list[Path]
+    _path: Path
+    _eos: int | None
+
+    @abstractmethod
+    def tokenize_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text."""
+
+    @abstractmethod
+    def detokenize(self, ids: Sequence[int]) -> str:
+        """Text of the ids; special tokens are left out."""
+
+    @abstractmethod
+    def text_of(self, token_id: int) -> str:
+        """Text of one id, special tokens included."""
+
+    def ids_ending(self, text: str) -> list[int]:
+        """Every id whose text is `text` or ends with it."""
+        return [i for i in range(self.vocab_size) if self.text_of(i).endswith(text)]
+
+    @abstractmethod
+    def as_json(self) -> dict:
+        """This tokenizer in the form of Hugging Face's tokenizer.json, for other implementations.
+
+        Special tokens that this one does not look for in texts are left out.
+
+        Raises:
+            ConfigError: it has no such form.
+        """
+
+    def tokenize(self, text: str) -> list[int]:
+        return self.tokenize_batch([text])[0]
+
+    @property
+    def eod(self) -> int:
+        """Id that ends a document: the tokenizer's end-of-sequence token.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        if self._eos is None:
+            raise ConfigError(
+                f"--tokenizer-model {self._path}: has no end-of-sequence token; name one that is "
+                'in its vocabulary (Hugging Face: "eos_token" in tokenizer_config.json)'
+            )
+        return self._eos
+
+    @property
+    def unique_identifiers(self) -> OrderedDict:
+        """Names this tokenizer in megatron-core's dataset cache."""
+        return OrderedDict(
+            {
+                "class": f"{type(self).__module__}.{type(self).__qualname__}",
+                "tokenizer_path": str(self._path),
+            }
+        )
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A sentencepiece model, one thread."""
+
+    def __init__(self, path: Path):
+        self._path = _file(path, "tokenizer.model", "use --tokenizer-type HuggingFaceTokenizer")
+        from sentencepiece import SentencePieceProcessor
+
+        try:
+            self._tokenizer = SentencePieceProcessor(model_file=str(self._path))
+        except (RuntimeError, OSError) as error:
+            raise ConfigError(
+                f"--tokenizer-model {self._path}: not a sentencepiece model ({error})"
+            ) from error
+        self.vocab_size = self._tokenizer.get_piece_size()
+        # sentencepiece says -1 for "none"
+        self.bos, self.pad, self._eos = (
+            None if i < 0 else i
+            for i in (self._tokenizer.bos_id(), self._tokenizer.pad_id(), self._tokenizer.eos_id())
+        )
+        self.files = _files(self._path)
+
+    def tokenize_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return self._tokenizer.encode(list(map(replace_surrogates, texts)), num_threads=1)
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode([int(i) for i in ids])
+
+    def text_of(self, token_id: int) -> str:
+        # A control piece such as </s> decodes to nothing.
+        return self._tokenizer.decode([token_id]) or self._tokenizer.id_to_piece(token_id)
+
+    def as_json(self) -> dict:
+        from gigatoken._load.sentencepiece import sentencepiece_to_tokenizer_json
+
+        form = sentencepiece_to_tokenizer_json(self._path.read_bytes())
+        return _without_special(json.loads(form))
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """A Hugging Face tokenizer.json, threads as TOKENIZERS_PARALLELISM says."""
+
+    def __init__(self, path: Path):
+        self._path = _file(
+            path,
+            "tokenizer.json",
+            "make one with transformers' AutoTokenizer.from_pretrained(...).save_pretrained(...), "
+            "or use --tokenizer-type SentencePieceTokenizer",
+        )
+        from tokenizers import Tokenizer as Backend
+
+        try:
+            self._tokenizer = Backend.from_file(str(self._path))
+        except Exception as error:  # tokenizers raises plain Exception
+            raise ConfigError(
+                f"--tokenizer-model {self._path}: not a Hugging Face tokenizer ({error})"
+            ) from error
+        # tokenizer.json may carry the settings of someone's last call
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        config = _json(self._path.with_name("tokenizer_config.json"))
+        names = _json(self._path.with_name("special_tokens_map.json")) | config
+        # True: "</s>" written in a text is text, not the end of it
+        self._tokenizer.encode_special_tokens = bool(config.get("split_special_tokens"))
+        for token_id, token in config.get("added_tokens_decoder", {}).items():
+            if self._tokenizer.token_to_id(token["content"]) != int(token_id):
+                raise ConfigError(
+                    f"--tokenizer-model {self._path}: lacks token {token['content']!r} with id "
+                    f"{token_id}, which tokenizer_config.json adds; load the folder with "
+                    "transformers' AutoTokenizer and save_pretrained it to bring the two together"
+                )
+        self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
+        self.bos, self.pad, self._eos = (
+            self._id(names.get(name)) for name in ("bos_token", "pad_token", "eos_token")
+        )
+        self.files = _files(self._path)
+
+    def tokenize_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        encodings = self._tokenizer.encode_batch_fast(
+            list(map(replace_surrogates, texts)), add_special_tokens=False
+        )
+        return [encoding.ids for encoding in encodings]
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def text_of(self, token_id: int) -> str:
+        return self._tokenizer.decode([token_id], skip_special_tokens=False)
+
+    def as_json(self) -> dict:
+        form = json.loads(self._tokenizer.to_str())
+        return _without_special(form) if self._tokenizer.encode_special_tokens else form
+
+    def _id(self, token: str | dict | None) -> int | None:
+        if isinstance(token, dict):  # an AddedToken, written out
+            token = token.get("content")
+        return None if token is None else self._tokenizer.token_to_id(token)
+
+
+def replace_surrogates(text: str) -> str:
+    """The text, with U+FFFD for each lone surrogate (JSON's "\\ud800" makes them)."""
+    if text.isascii():  # known without looking
+        return text
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+def _without_special(form: dict) -> dict:
+    return form | {"added_tokens": [t for t in form["added_tokens"] if not t["special"]]}
+
+
+def _file(path: Path, name: str, way_out: str) -> Path:
+    if path.is_dir() and not (path / name).is_file():
+        raise ConfigError(f"--tokenizer-model {path}: the folder has no {name}; {way_out}")
+    if not path.exists():
+        raise ConfigError(f"--tokenizer-model {path}: no such file or folder")
+    return path / name if path.is_dir() else path
+
+
+def _files(path: Path) -> list[Path]:
+    """The tokenizer's own file, with what a Hugging Face folder keeps beside it."""
+    if path.name not in FOLDER_FILES:
+        return [path]
+    return [file for name in FOLDER_FILES if (file := path.with_name(name)).is_file()]
+
+
+def _json(path: Path) -> dict:
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"--tokenizer-model {path}: not JSON ({error})") from error

@@ -1,0 +1,91 @@
+"""Trains a RoPE language model on L tokens at a time, with positions up to T.
+
+torchrun --nproc-per-node 2 -m pose_megatron.pretrain --help
+"""
+
+import logging
+import sys
+
+from pose_megatron.runtime.startup import prepare_megatron
+
+prepare_megatron()
+
+from pose_megatron.config.arguments import parse
+from pose_megatron.config.layout import Layout, lay_out
+from pose_megatron.data.batch import fields_here
+from pose_megatron.data.materialized import read_description
+from pose_megatron.runtime import distributed
+from pose_megatron.runtime.cli import command
+from pose_megatron.runtime.ranks import print_rank_0, rank, world_size
+from pose_megatron.training.run import Run, assemble, train_valid_test_datasets_provider
+from pose_megatron.training.train import train
+from pose_megatron.training.trainer import setup
+
+
+@command
+def main() -> None:
+    args = parse()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    if rank() == 0:
+        logging.getLogger("pose_megatron").setLevel(logging.INFO)
+
+    # What is trained, and how the ranks divide it.
+    run = assemble(args)
+    layout = lay_out(args, run.model, world_size())
+    describe(run, layout)
+    if args.logging.dry_run:
+        return
+
+    distributed.initialize(
+        args.training.seed,
+        **args.parallel.sizes(run.model.num_layers),
+        timeout_minutes=args.parallel.distributed_timeout_minutes,
+    )
+
+    # The corpus: skip-wise positions for training, plain ones for validation.
+    positions_only = "tokens" not in fields_here()
+    datasets = train_valid_test_datasets_provider(run, layout, positions_only)
+
+    trainer = setup(run, layout)
+    train(trainer, *datasets)
+
+
+def describe(run: Run, layout: Layout) -> None:
+    """What this run is, in one look."""
+    args, model, sampler = run.args, run.model, run.sampler
+    p, t = args.parallel, args.training
+    positions = sampler.describe()
+    if args.data.materialized:
+        law = read_description(args.data.materialized)["law"]
+        positions = f"of {args.data.materialized}: {law}"
+    steps, samples = layout.end(t) if t.train_iters or t.train_samples else (0, 0)
+    batch = layout.global_batch_size
+    print_rank_0(
+        f"model      {model.num_parameters:,} parameters: {model.num_layers} layers, hidden "
+        f"{model.hidden_size}, ffn {model.ffn_hidden_size}, {model.num_attention_heads} heads, "
+        f"{model.num_query_groups} groups, vocabulary {model.vocab_size} "
+        f"(padded {model.padded_vocab_size}), {'bf16' if t.bf16 else 'float32'}\n"
+        f"rope       theta {model.rotary_base:g}, {model.rope_scaling}\n"
+        f"positions  {positions}\n"
+        f"layout     tensor {p.tensor_model_parallel_size} x pipeline "
+        f"{p.pipeline_model_parallel_size} x context {p.context_parallel_size} x data "
+        f"{layout.data_parallel_size}, batch {batch} = {t.micro_batch_size} x "
+        f"{layout.num_microbatches(batch)} micro-batches x {layout.data_parallel_size}"
+        f"{f', from {layout.batch_size(0)} up' if layout.rampup else ''}\n"
+        f"training   {steps} steps, {samples * sampler.window:,} tokens, seed {t.seed}"
+    )
+    if args.data.materialized:
+        return
+    if args.logging.dry_run and sampler.reads_tokens:
+        print_rank_0("plans      depend on the text")
+    elif args.logging.dry_run:
+        print_rank_0("plans, over a source of 4 L tokens (length @ position <- text):")
+        for index in range(3):
+            plan = sampler.plan(index, 4 * sampler.window)
+            chunks = list(zip(plan.lengths, plan.position_starts, plan.text_starts, strict=True))
+            shown = ", ".join(f"{n} @ {u} <- {v}" for n, u, v in chunks[:8])
+            print_rank_0(f"  sample {index}: {shown}{', ...' if len(chunks) > 8 else ''}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

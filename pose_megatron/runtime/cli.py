@@ -1,0 +1,87 @@
+"""A command-line program: numbers among its flags, and how it ends."""
+
+import argparse
+import functools
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+
+from pose_megatron.runtime.ranks import rank, world_size
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1, as argparse's `type`."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
+    return int(text)
+
+
+def print_error(error: Exception | str) -> None:
+    """One sentence on stderr, after the program's name."""
+    print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr, flush=True)
+
+
+def command(main: Callable[[], None]) -> Callable[[], int]:
+    """Gives a program its exit code: 0, 1 after a user's mistake, 130 when it was stopped.
+
+    A user's mistake (ValueError, OSError) ends in one sentence, of several ranks from the first
+    that failed; POSE_TRACEBACK=1 shows its traceback. Every other exception keeps its own, unless
+    another rank failed before: then it is only an echo, such as a collective cut short. SIGTERM
+    stops as Ctrl-C does, so that `finally` runs; KeyboardInterrupt's argument says what is left.
+    """
+
+    @functools.wraps(main)
+    def guarded() -> int:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            main()
+        except KeyboardInterrupt as stop:
+            left = f", {stop}" if str(stop) else ""
+            print(f"{os.path.basename(sys.argv[0])}: interrupted{left}", file=sys.stderr)
+            return 130
+        except Exception as error:
+            first = _first_to_fail()
+            mistake = isinstance(error, ValueError | OSError)
+            if os.environ.get("POSE_TRACEBACK") or (first and not mistake):
+                raise
+            if first:
+                print_error(_sentence(error))
+            else:
+                time.sleep(2)  # let the sentence out before torchrun ends the job
+            if _process_group() or world_size() > 1:
+                sys.stdout.flush()
+                os._exit(1)  # the other ranks may be inside a collective: nothing to wait for
+            return 1
+        finally:
+            if distributed := _process_group():
+                distributed.destroy_process_group()
+        return 0
+
+    return guarded
+
+
+def _process_group():
+    """torch.distributed, where this process has imported it and joined a group."""
+    distributed = sys.modules.get("torch.distributed")
+    return distributed if distributed and distributed.is_initialized() else None
+
+
+def _first_to_fail() -> bool:
+    if world_size() == 1:
+        return True
+    distributed = _process_group()
+    if distributed is None:  # before the ranks have met all of them see the same mistake
+        return rank() == 0
+    try:
+        store = distributed.distributed_c10d._get_default_store()
+        return store.add("pose_megatron/failed", 1) == 1
+    except RuntimeError:  # the rank that keeps the store is gone already
+        return False
+
+
+def _sentence(error: Exception) -> str:
+    """The message; of one that a loader process raised, what it said and not its traceback."""
+    text = str(error).strip()
+    return text.splitlines()[-1].partition(": ")[2] if text.startswith("Caught ") else text

@@ -1,0 +1,79 @@
+"""Ranks that work together: process groups, device, seeds."""
+
+import datetime
+import os
+
+import torch
+import torch.distributed as dist
+
+from pose_megatron.runtime.processes import end_with_parent
+from pose_megatron.runtime.ranks import rank, world_size
+
+
+def initialize(
+    seed: int = 1234,
+    *,
+    tensor_model_parallel_size: int = 1,
+    pipeline_model_parallel_size: int = 1,
+    virtual_pipeline_model_parallel_size: int | None = None,
+    context_parallel_size: int = 1,
+    timeout_minutes: int = 10,
+) -> None:
+    """Joins the job that torchrun started, or makes one of a single rank.
+
+    Args:
+        seed: of megatron-core's generators.
+        timeout_minutes: of a collective.
+
+    Raises:
+        ValueError: the environment names a rank without an address to meet at.
+    """
+    from megatron.core import parallel_state, tensor_parallel  # seconds: tools do without
+
+    timeout = datetime.timedelta(minutes=timeout_minutes)
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun is the parent
+        end_with_parent(os.getppid())
+    if dist.is_initialized():  # by a reader of checkpoints, in a job of one rank
+        pass
+    elif "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tensor_model_parallel_size,
+        pipeline_model_parallel_size=pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=virtual_pipeline_model_parallel_size,
+        context_parallel_size=context_parallel_size,
+        distributed_timeout_minutes=timeout_minutes,
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+class Team:
+    """Processes that share a piece of work on the CPU: torchrun's, or this one alone."""
+
+    def __init__(self):
+        self.rank, self.size = rank(), world_size()
+        if self.size > 1:
+            dist.init_process_group("gloo")
+
+    def share(self, value):
+        """Rank 0's value, on every rank; they wait for each other."""
+        values = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(values, src=0)
+        return values[0]
+
+    def gather(self, value) -> list:
+        """The values of all ranks, on every rank."""
+        values = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value)
+        return values

@@ -1,0 +1,285 @@
+"""Saves and loads a training state in Megatron-LM's directory layout, for any layout of ranks.
+
+Weights are stored under layout-free names with the layer as a leading axis, so what was saved by
+one layout loads under any other.
+"""
+
+import multiprocessing
+import random
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.safe_globals import register_safe_globals
+from torch.distributed.checkpoint.api import CheckpointException
+
+from pose_megatron.checkpoints.megatron.args import common_state
+from pose_megatron.checkpoints.megatron.directory import (
+    TRACKER,
+    Checkpoint,
+    content_metadata,
+    copy_tokenizer,
+    exists,
+    fall_back,
+    find,
+    forget,
+    path_of,
+    publish,
+    whole_iterations,
+)
+from pose_megatron.errors import ConfigError, DamagedCheckpoint
+from pose_megatron.models.shape import ModelConfig
+from pose_megatron.runtime.atomic_files import gist
+from pose_megatron.runtime.processes import children_end_with_this
+from pose_megatron.training.optimizer import init_optimizer_state
+
+__all__ = [
+    "TRACKER",
+    "Checkpoint",
+    "exists",
+    "fall_back",
+    "find",
+    "load",
+    "save",
+    "whole_iterations",
+    "write",
+]
+
+# The library has no error of its own for damaged files, and torch's is no Exception.
+ANY_FAILURE = (Exception, CheckpointException)
+
+register_safe_globals()
+
+
+def save(
+    root: str | Path,
+    iteration: int,
+    consumed_samples: int,
+    model: ModelConfig,
+    stages: list,
+    optimizer,
+    scheduler,
+    tokenizer_files: Iterable[Path] = (),
+    retain: int | None = None,
+    queue: AsyncCallsQueue | None = None,
+    done: Callable[[Path], None] = lambda path: None,
+) -> Path:
+    """Writes a whole training state; every rank calls it.
+
+    Args:
+        iteration: steps done.
+        stages: this rank's unwrapped GPTModel, or its chunks of an interleaved pipeline.
+        tokenizer_files: copied to <root>/tokenizer.
+        retain: checkpoints to keep, this one included; older ones are removed after it is whole.
+        queue: writes in the background and finishes in the queue's maybe_finalize_async_calls.
+        done: told of the checkpoint's folder when it is whole.
+    """
+    p = parallel_state
+    state = common_state(
+        model,
+        iteration,
+        consumed_samples,
+        world_size=dist.get_world_size(),
+        tensor_model_parallel_size=p.get_tensor_model_parallel_world_size(),
+        pipeline_model_parallel_size=p.get_pipeline_model_parallel_world_size(),
+        data_parallel_size=p.get_data_parallel_world_size(),
+        no_save_optim=False,
+        no_save_rng=False,
+        params_dtype=next(stages[0].parameters()).dtype,
+        use_distributed_optimizer=_is_distributed(optimizer),
+    )
+    metadata = content_metadata()
+    with_group = metadata | {"dp_cp_group": p.get_data_parallel_group(with_context_parallel=True)}
+    models = _sharded_models(stages, with_group)
+    state |= models
+    state["optimizer"] = optimizer.sharded_state_dict(_of_optimizer(models), metadata=with_group)
+    state["opt_param_scheduler"] = scheduler.state_dict()
+    state["rng_state"] = _random_state()
+    root = Path(root)
+
+    def finish(path: Path) -> None:
+        if dist.get_rank() == 0:
+            publish(root, path, iteration)
+            for older in [i for i in whole_iterations(root) if i <= iteration][retain or 1 << 62 :]:
+                shutil.rmtree(path_of(root, older))
+        done(path)
+
+    return write(root, iteration, state, metadata, tokenizer_files, finish, queue)
+
+
+def write(
+    root: Path,
+    word,
+    state: dict,
+    metadata: dict,
+    tokenizer_files,
+    finish: Callable[[Path], None],
+    queue: AsyncCallsQueue | None = None,
+) -> Path:
+    """Writes a state dict as <root>/iter_... or <root>/release, then calls `finish`."""
+    path = path_of(root, word)
+    if dist.get_rank() == 0:
+        root.mkdir(parents=True, exist_ok=True)
+        if path.exists():  # what a killed save left, or what this run overwrites
+            forget(root, word)
+            shutil.rmtree(path)
+        path.mkdir()
+        copy_tokenizer(root, tokenizer_files)
+    dist.barrier()
+    _quick_results_queue()
+    request = dist_checkpointing.save(
+        state, str(path), content_metadata=metadata, async_sharded_save=queue is not None
+    )
+    if queue is None:
+        finish(path)
+        dist.barrier()
+    else:
+        request.add_finalize_fn(lambda: finish(path))
+        queue.schedule_async_request(request)
+    return path
+
+
+def _quick_results_queue() -> None:
+    """The writer reports through a manager process that it would spawn, importing everything anew
+    (seconds, and the memory of a whole rank); a forked one is there at once."""
+    if filesystem_async._results_queue is None:
+        children_end_with_this()
+        manager = multiprocessing.get_context("fork").Manager()
+        filesystem_async._results_queue = manager.Queue()
+
+
+def load(checkpoint: Checkpoint, stages: list, optimizer=None, scheduler=None) -> None:
+    """Reads weights into this rank's stages and, when given, the rest of the training state.
+
+    Raises:
+        ConfigError: the checkpoint is damaged or holds other tensors than the model.
+    """
+    if checkpoint.is_legacy:
+        raise ConfigError(
+            f"checkpoint {checkpoint.path} is in Megatron-LM's legacy layout; convert it first: "
+            "tools/checkpoint/convert.py --loader megatron --saver megatron"
+        )
+    p = parallel_state
+    group = p.get_data_parallel_group(with_context_parallel=True)
+    metadata = content_metadata() | {"dp_cp_group": group}
+    padded = getattr(checkpoint.common["args"], "padded_vocab_size", stages[0].vocab_size)
+    if padded != stages[0].vocab_size:  # megatron-core would cut or fill the tables silently
+        raise ConfigError(
+            f"checkpoint {checkpoint.path} has a vocabulary padded to {padded}, the model one "
+            f"padded to {stages[0].vocab_size}; see --make-vocab-size-divisible-by"
+        )
+    models = {
+        name: _without_extra_state(model)
+        for name, model in _sharded_models(stages, metadata).items()
+    }
+    sharded = dict(models)
+    if optimizer is not None:
+        if checkpoint.is_release:
+            raise ConfigError(
+                f"checkpoint {checkpoint.path} holds weights only: add --finetune to start "
+                "training from them"
+            )
+        was = checkpoint.common["args"].use_distributed_optimizer
+        if was != _is_distributed(optimizer):
+            raise ConfigError(
+                f"checkpoint {checkpoint.path} was saved {'with' if was else 'without'} "
+                "--use-distributed-optimizer: resume the same way, or start anew with --finetune"
+            )
+        ours = metadata["distrib_optim_sharding_type"]
+        theirs = checkpoint.common.get("content_metadata") or {}
+        form = theirs.get("distrib_optim_sharding_type", ours)
+        if was and form != ours:
+            raise ConfigError(
+                f"checkpoint {checkpoint.path} keeps its optimizer in the form {form}, which only "
+                "its own program resumes from; add --finetune to start from its weights, or save "
+                "it there with --dist-ckpt-optim-fully-reshardable"
+            )
+        init_optimizer_state(optimizer)
+        sharded["optimizer"] = optimizer.sharded_state_dict(
+            _of_optimizer(models), is_loading=True, metadata=metadata
+        )
+        saved = checkpoint.common["args"]
+        if (saved.tensor_model_parallel_size, saved.pipeline_model_parallel_size) == (
+            p.get_tensor_model_parallel_world_size(),
+            p.get_pipeline_model_parallel_world_size(),
+        ):
+            sharded["rng_state"] = _random_state()
+    try:
+        state = dist_checkpointing.load(sharded, str(checkpoint.path))
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except ANY_FAILURE as error:
+        raise DamagedCheckpoint(
+            f"checkpoint {checkpoint.path} cannot be loaded: {gist(error)}"
+        ) from error
+    for stage, name in zip(stages, models, strict=True):
+        missing, _ = stage.load_state_dict(state[name], strict=False)
+        missing = [key for key in missing if not key.endswith("_extra_state")]
+        assert not missing, missing
+    if optimizer is not None:
+        optimizer.load_state_dict(state["optimizer"])
+        scheduler.load_state_dict(state["opt_param_scheduler"])
+        if "rng_state" in state:
+            _restore_random_state(state["rng_state"])
+
+
+def _is_distributed(optimizer) -> bool:
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    return isinstance(parts[0], DistributedOptimizer)
+
+
+def _sharded_models(stages: list, metadata: dict) -> dict[str, dict]:
+    """By Megatron-LM's names: `model`, or `model0`, `model1`, ... of an interleaved pipeline."""
+    names = ["model"] if len(stages) == 1 else [f"model{i}" for i in range(len(stages))]
+    return {
+        name: stage.sharded_state_dict(metadata=metadata)
+        for name, stage in zip(names, stages, strict=True)
+    }
+
+
+def _of_optimizer(models: dict[str, dict]) -> dict:
+    """The optimizer looks parameters up by identity and takes one level or two."""
+    return models["model"] if len(models) == 1 else models
+
+
+def _without_extra_state(sharded: dict) -> dict:
+    """Transformer Engine's FP8 state: absent from converted and from `torch` checkpoints."""
+    return {name: v for name, v in sharded.items() if not name.endswith("_extra_state")}
+
+
+def _random_state() -> ShardedObject:
+    """Generators of this tensor and pipeline rank, under Megatron-LM's names."""
+    p = parallel_state
+    state = [
+        {
+            "random_rng_state": random.getstate(),
+            "np_rng_state": np.random.get_state(),
+            "torch_rng_state": torch.get_rng_state(),
+            "cuda_rng_state": torch.cuda.get_rng_state(),
+            "rng_tracker_states": tensor_parallel.get_cuda_rng_tracker().get_states(),
+        }
+    ]
+    return ShardedObject(
+        "rng_state",
+        state,
+        (p.get_pipeline_model_parallel_world_size(), p.get_tensor_model_parallel_world_size()),
+        (p.get_pipeline_model_parallel_rank(), p.get_tensor_model_parallel_rank()),
+        replica_id=p.get_data_parallel_rank(with_context_parallel=True),
+    )
+
+
+def _restore_random_state(states: list[dict]) -> None:
+    state = states[0]
+    random.setstate(state["random_rng_state"])
+    np.random.set_state(state["np_rng_state"])
+    torch.set_rng_state(state["torch_rng_state"])
+    torch.cuda.set_rng_state(state["cuda_rng_state"])
+    tensor_parallel.get_cuda_rng_tracker().set_states(state["rng_tracker_states"])

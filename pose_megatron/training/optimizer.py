@@ -1,0 +1,152 @@
+"""Adam and its schedule, resumed exactly.
+
+megatron-core builds the optimizer: FusedAdam from Transformer Engine or NVIDIA's apex where one is
+installed, torch's AdamW elsewhere.
+"""
+
+import functools
+import math
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import (
+    MegatronOptimizer,
+    OptimizerConfig,
+    distrib_optimizer,
+    get_megatron_optimizer,
+)
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from pose_megatron.config.flags import ParallelFlags, TrainingFlags
+from pose_megatron.config.layout import Layout
+
+
+def build_optimizer(
+    t: TrainingFlags, p: ParallelFlags, chunks: list[DistributedDataParallel]
+) -> MegatronOptimizer:
+    """Adam over float32 main parameters; norms are not decayed."""
+    _mend_torch_adam()
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=t.lr,
+        min_lr=t.min_lr,
+        weight_decay=t.weight_decay,
+        clip_grad=t.clip_grad,
+        adam_beta1=t.adam_beta1,
+        adam_beta2=t.adam_beta2,
+        adam_eps=t.adam_eps,
+        bf16=t.bf16,
+        params_dtype=torch.bfloat16 if t.bf16 else torch.float32,
+        use_distributed_optimizer=p.use_distributed_optimizer,
+        overlap_param_gather=p.overlap_param_gather,
+    )
+    return get_megatron_optimizer(config, chunks)
+
+
+def build_scheduler(
+    t: TrainingFlags, layout: Layout, optimizer: MegatronOptimizer
+) -> OptimizerParamScheduler:
+    """Learning rate as a function of consumed samples (megatron-core counts samples)."""
+    length, warmup, decay, final = (
+        (t.train_samples, t.lr_warmup_samples, t.lr_decay_samples, t.lr_wsd_decay_samples)
+        if t.train_samples
+        else (
+            layout.global_batch_size * (count or 0)
+            for count in (t.train_iters, t.lr_warmup_iters, t.lr_decay_iters, t.lr_wsd_decay_iters)
+        )
+    )
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=t.lr,
+        min_lr=t.min_lr,
+        lr_warmup_steps=warmup,
+        lr_decay_steps=decay or length,
+        lr_decay_style=t.lr_decay_style,
+        wsd_decay_steps=final or None,
+        lr_wsd_decay_style=t.lr_wsd_decay_style,
+        start_wd=t.weight_decay,
+        end_wd=t.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+        # The flags of the run that resumes win over what the checkpoint holds.
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
+    )
+
+
+@torch.no_grad()
+def update(optimizer: MegatronOptimizer, clip_grad: float, finite: bool) -> tuple[float, bool]:
+    """One step of the optimizer; none where the loss (not `finite`) or the gradient is not finite.
+
+    Every rank comes to the same decision: the norm is that of the whole gradient.
+
+    Returns:
+        (gradient norm before clipping, whether the weights changed).
+    """
+    optimizer.prepare_grads()
+    norm = optimizer.get_grad_norm()
+    if not (finite and math.isfinite(norm)):
+        return norm, False
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if clip_grad > 0 and (parameters := part.get_parameters()):
+            clip_grad_by_total_norm_fp32(parameters, clip_grad, norm)
+    return norm, optimizer.step_with_ready_grads()
+
+
+def init_optimizer_state(optimizer: MegatronOptimizer) -> None:
+    """Gives torch's AdamW its whole state before a checkpoint is loaded into it.
+
+    megatron-core 0.16.1 makes exp_avg and exp_avg_sq but not `step`, and then fails on its absence.
+    """
+    if distrib_optimizer.HAVE_APEX_OR_TE:
+        return
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        inner = part.optimizer
+        for parameter in (p for group in inner.param_groups for p in group["params"]):
+            if not inner.state[parameter]:
+                inner.state[parameter] = {
+                    "step": torch.zeros((), dtype=torch.float32),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
+
+
+@functools.cache
+def _mend_torch_adam() -> None:
+    """Three defects of megatron-core 0.16.1 when torch's AdamW is in the distributed optimizer.
+
+    Loading a parameter's state looks for a 'step' that was left out; it writes into leaf tensors
+    with gradients on; and all parameters are given one shared `step` tensor, which every one of
+    them then increments.
+    """
+    if distrib_optimizer.HAVE_APEX_OR_TE:
+        return
+    set_state = DistributedOptimizer._set_main_param_and_optimizer_states
+    load = DistributedOptimizer.load_state_dict
+
+    @torch.no_grad()
+    def set_state_keeping_step(self, model_param, tensors):
+        group, order = self.model_param_group_index_map[model_param]
+        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
+        tensors = {name: value for name, value in tensors.items() if name != "step"}
+        if "step" in state:
+            tensors["step"] = state["step"].clone()
+        return set_state(self, model_param, tensors)
+
+    def load_with_own_steps(self, state_dict):
+        result = load(self, state_dict)
+        step = float(state_dict["optimizer"]["param_groups"][0]["step"])
+        for state in self.optimizer.state.values():
+            if "step" in state:
+                state["step"] = torch.tensor(step, dtype=torch.float32)
+        return result
+
+    DistributedOptimizer._set_main_param_and_optimizer_states = set_state_keeping_step
+    DistributedOptimizer.load_state_dict = load_with_own_steps
+
+
+def learning_rate(optimizer: MegatronOptimizer) -> float:
+    return next(g["lr"] for g in optimizer.param_groups if g["default_config"])

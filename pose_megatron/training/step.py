@@ -1,0 +1,176 @@
+"""One step: all micro-batches of a batch forward and backward, then one update.
+
+megatron-core's schedules call `forward_step` for each micro-batch and its `loss_func` on the last
+pipeline stage.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from pose_megatron.data.batch import get_batch
+from pose_megatron.data.dataset import PoseDataset
+from pose_megatron.runtime.distributed import device
+from pose_megatron.training.optimizer import update
+from pose_megatron.training.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step came to; the same on every rank, but for `rows`.
+
+    Attributes:
+        loss: per token of the whole batch.
+        grad_norm: before clipping.
+        updated: whether the weights changed; not where a value was not finite.
+        first, samples: the batch is samples [first, first + samples) of the run.
+        rows: [b, 2] of each micro-batch here: loss sum and tokens of each sample, or of this
+            context-parallel rank's part of it. Only on the last pipeline stage.
+        stop_votes: those of `train_step`, summed over the ranks.
+    """
+
+    loss: float
+    grad_norm: float
+    updated: bool
+    first: int
+    samples: int
+    rows: list[torch.Tensor]
+    stop_votes: list[float]
+
+
+def train_step(trainer: Trainer, data, stop_votes: Sequence[float] = ()) -> Step:
+    """One step: all micro-batches forward and backward, then one update.
+
+    Args:
+        data: this rank's micro-batches, of `Trainer.data_iterator`.
+        stop_votes: this rank's; they are all-reduced with the loss.
+    """
+    first = trainer.consumed_samples
+    samples = trainer.layout.batch_size(first)
+    for model in trainer.models:
+        model.zero_grad_buffer()
+    trainer.optimizer.zero_grad()
+    rows = _forward_backward(trainer, data, samples, forward_only=False)
+    loss, votes = _over_ranks(rows, stop_votes)
+    grad_norm, updated = update(
+        trainer.optimizer, trainer.args.training.clip_grad, math.isfinite(loss)
+    )
+    if updated:
+        trainer.scheduler.step(increment=samples)
+    trainer.iteration += 1
+    trainer.consumed_samples += samples
+    return Step(loss, grad_norm, updated, first, samples, rows, votes)
+
+
+@torch.no_grad()
+def evaluate(trainer: Trainer, valid_set: PoseDataset | None) -> float:
+    """Mean loss per token over --eval-iters batches of plain positions; on every rank."""
+    data = trainer.data_iterator(valid_set, 0, num_workers=0)
+    for model in trainer.models:
+        model.eval()
+    with trainer.whole_weights():
+        rows = [
+            row
+            for _ in range(trainer.args.logging.eval_iters)
+            for row in _forward_backward(
+                trainer, data, trainer.layout.global_batch_size, forward_only=True
+            )
+        ]
+    for model in trainer.models:
+        model.train()
+    return _over_ranks(rows)[0]
+
+
+def sample_losses(trainer: Trainer, step: Step) -> list[float]:
+    """Mean loss of each sample of a step, in order; all ranks call it and get all."""
+    micro = trainer.layout.micro_batch_size
+    total = torch.zeros(step.samples, 2, dtype=torch.float64, device=device())
+    ranks, own = (
+        parallel_state.get_data_parallel_world_size(),
+        parallel_state.get_data_parallel_rank(),
+    )
+    for i, rows in enumerate(step.rows):
+        start = (i * ranks + own) * micro
+        total[start : start + micro] += rows
+    dist.all_reduce(total)  # once for each tensor-parallel rank: the mean does not change
+    return (total[:, 0] / total[:, 1]).tolist()
+
+
+def worst_samples(
+    losses: list[float], first: int, dataset: PoseDataset | None, count: int = 4
+) -> list[tuple[str, float]]:
+    """Names and losses of the samples that stand out, where this rank has the dataset."""
+    if dataset is None:
+        return []
+    worst = sorted(range(len(losses)), key=lambda i: _badness(losses[i]), reverse=True)[:count]
+    return [(dataset.name(first + i), losses[i]) for i in worst]
+
+
+def _badness(loss: float) -> float:
+    return loss if math.isfinite(loss) else math.inf
+
+
+def _forward_backward(
+    trainer: Trainer, data, samples: int, forward_only: bool
+) -> list[torch.Tensor]:
+    """All micro-batches of a batch; returns the rows of `Step`."""
+    t, length = trainer.args.training, trainer.args.data.seq_length
+    reports = get_forward_backward_func()(
+        forward_step_func=partial(
+            forward_step, micro_batch_size=t.micro_batch_size, seq_length=length
+        ),
+        data_iterator=data,
+        model=trainer.models if len(trainer.models) > 1 else trainer.models[0],
+        num_microbatches=trainer.layout.num_microbatches(samples),
+        seq_length=length,
+        micro_batch_size=t.micro_batch_size,
+        forward_only=forward_only,
+    )
+    return [report["rows"] for report in reports]
+
+
+def forward_step(data_iterator, model, micro_batch_size: int, seq_length: int):
+    """The forward pass of one micro-batch, as megatron-core's schedules call it (`partial` fixes
+    the last two).
+
+    Returns:
+        (output of this pipeline stage, loss function of the last stage's losses [b, L / cp]).
+    """
+    batch = get_batch(data_iterator, micro_batch_size, seq_length)
+    # No attention mask: causal by token index is what the kernels do without one.
+    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+    return output, partial(loss_func, batch["loss_mask"])
+
+
+def loss_func(loss_mask: torch.Tensor, losses: torch.Tensor):
+    """(loss sum, tokens, {"rows": [b, 2], both of each sample}) of losses [b, L / cp].
+
+    Three values: megatron-core sums the first two over micro-batches and ranks, and divides once,
+    by the tokens of the whole batch.
+    """
+    mask = loss_mask.to(losses.dtype)
+    rows = torch.stack([(losses.float() * mask).sum(1), mask.sum(1)], dim=1)
+    loss, tokens = rows.sum(0)
+    return loss, tokens.int(), {"rows": rows.detach()}
+
+
+def _over_ranks(
+    rows: list[torch.Tensor], stop_votes: Sequence[float] = ()
+) -> tuple[float, list[float]]:
+    """Loss per token of the rows of all ranks, and the sums of their votes; the same on every rank.
+
+    Only the last pipeline stage has rows, each tensor-parallel rank the same: the mean is theirs.
+    """
+    own = torch.zeros(2 + len(stop_votes), dtype=torch.float64, device=device())
+    for row in rows:
+        own[:2] += row.sum(0, dtype=torch.float64)
+    own[2:] = torch.tensor(stop_votes, dtype=torch.float64)
+    dist.all_reduce(own)
+    loss, tokens, *votes = own.tolist()
+    return loss / tokens, votes

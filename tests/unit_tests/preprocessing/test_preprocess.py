@@ -1,0 +1,247 @@
+"""Preprocessing that is killed anywhere ends with the same bytes; what it refuses, and says."""
+
+import dataclasses
+import gzip
+import json
+import os
+import signal
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+import sentencepiece
+
+from pose_megatron.preprocessing import fast_tokenizer, readers, resume
+from pose_megatron.preprocessing import preprocess as preprocess_module
+from pose_megatron.preprocessing.encoding import Encoder
+from pose_megatron.preprocessing.preprocess import Job, preprocess
+from pose_megatron.preprocessing.tokenizer import build_tokenizer
+
+STDLIB = Path(sysconfig.get_path("stdlib"))
+TEXTS = [
+    (STDLIB / f"{name}.py").read_text("utf-8")[:9000]
+    for name in ("argparse", "ast", "bisect", "heapq", "inspect", "shlex", "stat", "typing")
+]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    prefix = tmp_path_factory.mktemp("spm") / "tokenizer"
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS),
+        model_prefix=str(prefix),
+        model_type="bpe",
+        vocab_size=500,
+        byte_fallback=True,
+        max_sentence_length=1 << 20,
+        minloglevel=2,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+    )
+    return f"{prefix}.model"
+
+
+@pytest.fixture
+def job(tmp_path, model, monkeypatch):
+    """Several parts of each of two files, saved after each part."""
+    monkeypatch.setattr(readers, "PART_BYTES", 6000)
+    monkeypatch.setattr(resume, "COMMIT_SECONDS", 0.0)
+    paths = [tmp_path / name for name in ("a.jsonl", "b.jsonl")]
+    rows = [{"text": text, "title": str(i)} for i, text in enumerate([*TEXTS[:4], "", *TEXTS[4:]])]
+    for path in paths:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return Job(
+        list(map(str, paths)),
+        str(tmp_path / "out" / "c"),
+        "SentencePieceTokenizer",
+        model,
+        json_keys=("text", "title"),
+        append_eod=True,
+    )
+
+
+def outputs(job):
+    folder = Path(job.output_prefix).parent
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".json"}
+
+
+def counts(summary):
+    return {name: value for name, value in summary.items() if name != "seconds"}
+
+
+POINTS = [  # the call at whose beginning or end the run is killed
+    (resume.TokenWriter, "append", 5, "end"),  # between the two keys of a part
+    (resume.TokenWriter, "append", 14, "begin"),
+    (resume.Unfinished, "add", 1, "end"),
+    (resume.Unfinished, "add", 11, "end"),
+    (resume, "write_atomically", 2, "begin"),
+    (resume.TokenWriter, "finish", 1, "end"),
+    (resume.TokenWriter, "finish", 2, "end"),
+    (preprocess_module, "publish", 1, "begin"),
+    (preprocess_module, "publish", 1, "end"),
+    (preprocess_module, "publish", 2, "end"),
+    (preprocess_module, "write_atomically", 1, "end"),
+]
+
+
+@pytest.mark.parametrize(
+    "owner, name, call, where",
+    POINTS,
+    ids=lambda x: getattr(x, "__name__", str(x)).rpartition(".")[2],
+)
+def test_killed_anywhere_the_same_command_ends_with_the_same_bytes(
+    job, tmp_path, owner, name, call, where
+):
+    expected = counts(preprocess(job))
+    whole = outputs(job)
+    again = dataclasses.replace(job, output_prefix=str(tmp_path / "killed" / "c"))
+    if not (child := os.fork()):
+        real, calls = getattr(owner, name), []
+
+        def last(*arguments):
+            calls.append(1)
+            if where == "end":
+                result = real(*arguments)
+            if len(calls) == call:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result if where == "end" else real(*arguments)
+
+        setattr(owner, name, last)
+        sys.stderr = open(os.devnull, "w")
+        preprocess(again)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    summary = counts(preprocess(again))
+    assert outputs(again) == whole
+    assert not Path(f"{again.output_prefix}.partial").exists()
+    for key, output in summary["outputs"].items():
+        assert output.pop("prefix") != expected["outputs"][key].pop("prefix")
+    assert summary == expected
+
+
+@pytest.fixture
+def half(job):
+    """A job whose second file stopped it, and half of which is done."""
+    path = Path(job.input[1])
+    whole = path.read_text()
+    path.write_text(whole + "{oops\n")
+    with pytest.raises(ValueError, match=r"b\.jsonl:10: not JSON"):
+        preprocess(job)
+    assert [path.name for path in Path(job.output_prefix).parent.iterdir()] == ["c.partial"]
+    return job, whole
+
+
+def test_on_error_skip_goes_on_after_the_line_that_stopped_it(half, capsys):
+    job, _ = half
+    with pytest.raises(ValueError, match=r"b\.jsonl:10: not JSON"):
+        preprocess(job)
+    summary = preprocess(dataclasses.replace(job, on_error="skip", workers=2))
+    assert "going on after" in capsys.readouterr().err
+    assert summary["skipped"] == {"not JSON": 1} and summary["lines"] == 19
+    assert summary["first_skipped"][0].startswith(f"{job.input[1]}:10: not JSON")
+
+
+def test_lines_are_counted_by_file_whatever_its_kind(job, tmp_path):
+    good = (json.dumps({"text": TEXTS[0], "title": "x"}) + "\n").encode() * 2
+    names = ("a.jsonl.gz", "b.jsonl", "c.jsonl", "d.jsonl.gz")
+    for name in names:
+        content = good + (b"{bad\n" + good if name[0] in "bd" else b"")
+        (tmp_path / name).write_bytes(gzip.compress(content) if name[-1] == "z" else content)
+    files = [str(tmp_path / name) for name in names]
+    summary = preprocess(dataclasses.replace(job, input=files, on_error="skip"))
+    assert [line.split(": ")[0] for line in summary["first_skipped"]] == [
+        f"{tmp_path}/b.jsonl:3",
+        f"{tmp_path}/d.jsonl.gz:3",
+    ]
+    with pytest.raises(ValueError, match=r"d\.jsonl\.gz:3: not JSON"):
+        preprocess(dataclasses.replace(job, input=[files[0], files[3]], overwrite=True))
+
+
+@pytest.mark.parametrize(
+    "change, flag",
+    [
+        ({"append_eod": False}, "--append-eod"),
+        ({"json_keys": ("title", "text")}, "--json-keys"),
+        ({"input": "a only"}, "--input"),
+        ({"input": "b mended"}, "--input"),
+        ({"tokenizer_library": "own"}, "--tokenizer-library"),
+        ({"tokenizer_model": "other"}, "--tokenizer-model"),
+    ],
+)
+def test_an_unfinished_run_of_something_else_is_noticed(half, tmp_path, change, flag):
+    job, mended = half
+    if change == {"input": "b mended"}:
+        change = {}
+        Path(job.input[1]).write_text(mended)
+    elif "input" in change:
+        change = {"input": job.input[:1]}
+    elif "tokenizer_model" in change:
+        other = tmp_path / "other.model"
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(TEXTS),
+            model_prefix=str(other)[:-6],
+            vocab_size=300,
+            model_type="bpe",
+            hard_vocab_limit=False,
+            minloglevel=2,
+        )
+        change = {"tokenizer_model": str(other)}
+    changed = dataclasses.replace(job, on_error="skip", **change)
+    with pytest.raises(ValueError, match=rf"c\.partial holds an unfinished run with other {flag} "):
+        preprocess(changed)
+    preprocess(dataclasses.replace(changed, overwrite=True))
+    ours = outputs(job)
+    preprocess(dataclasses.replace(changed, overwrite=True, output_prefix=f"{tmp_path}/new/c"))
+    assert outputs(dataclasses.replace(job, output_prefix=f"{tmp_path}/new/c")) == ours
+
+
+def test_gigatoken_that_goes_wrong_later_is_caught(job, monkeypatch):
+    real = fast_tokenizer.FastTokenizer.tokenize_batch
+
+    def wrong(self, texts):  # on what no sample has seen
+        return [
+            ids[::-1] if "zzlate" in text else ids
+            for text, ids in zip(texts, real(self, texts), strict=True)
+        ]
+
+    monkeypatch.setattr(fast_tokenizer.FastTokenizer, "tokenize_batch", wrong)
+    row = json.dumps({"text": "too zzlate " * 20, "title": "x"}) + "\n"
+    with open(job.input[1], "a") as file:
+        file.write(json.dumps({"text": "x" * 200_000, "title": "x"}) + "\n" + row * 400)
+    monkeypatch.setattr(readers, "sample", lambda *_: TEXTS)
+    for workers in (1, 2):
+        with pytest.raises(ValueError, match=r"b\.jsonl: gigatoken's ids differ on '.*late"):
+            preprocess(dataclasses.replace(job, workers=workers))
+    monkeypatch.undo()
+
+
+def test_two_runs_of_one_output_are_refused(job):
+    run = resume.Unfinished(job.output_prefix, {}, False)
+    if not (child := os.fork()):
+        try:
+            preprocess(job)
+        except ValueError as error:
+            os._exit(7 if "another run is at work on it" in str(error) else 1)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    run.close()
+
+
+def test_ids_beyond_the_vocabulary_are_refused(job, tmp_path):
+    tokenizer = build_tokenizer(job.tokenizer_type, job.tokenizer_model)
+    tokenizer.vocab_size = 10
+    encoder = Encoder(
+        tokenizer, None, ["text"], None, True, f"{tmp_path}/x", type("Never", (), {"value": False})
+    )
+    [part, *_] = readers.parts([Path(job.input[0])])
+    with pytest.raises(ValueError, match="gave id .*, and its vocabulary has 10 entries"):
+        encoder(part, 0)
+
+
+def test_a_killed_worker_is_said(job, monkeypatch):
+    monkeypatch.setattr(readers.Part, "batches", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(readers, "sample", lambda *_: TEXTS)
+    with pytest.raises(ValueError, match="--workers 2: a worker was killed, most likely for mem"):
+        preprocess(dataclasses.replace(job, workers=2))
+    assert not list(Path(job.output_prefix).parent.iterdir())

@@ -1,0 +1,247 @@
+"""Corpora on disk: every line once, whatever its file and wherever it is cut; bad files."""
+
+import gzip
+import io
+import itertools
+import json
+import sysconfig
+from pathlib import Path
+
+import pyarrow
+import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pyarrow import parquet
+
+from pose_megatron.preprocessing import readers
+from pose_megatron.preprocessing.jsonl import LineError, Lines, parse_line, read_lines, read_range
+from pose_megatron.preprocessing.readers import Place, corpus_files, parts, sample, texts
+
+TEXTS = [
+    (Path(sysconfig.get_path("stdlib")) / name).read_text("utf-8")
+    for name in ("argparse.py", "heapq.py", "textwrap.py")
+]
+
+
+def _compress(name: str, content: bytes) -> bytes:
+    if name.endswith(".gz"):
+        return gzip.compress(content)
+    if name.endswith(".zst"):  # two frames, as parallel compressors write
+        frame = zstandard.ZstdCompressor().compress
+        return frame(content[:7]) + frame(content[7:])
+    return content
+
+
+BYTES = st.binary(max_size=200).map(lambda content: content.replace(b"a", b"\n"))
+
+
+@pytest.mark.parametrize("name", ["c.jsonl", "c.jsonl.gz", "c.jsonl.zst"])
+def test_read_lines_gives_whole_lines_in_order(tmp_path, name):
+    @settings(max_examples=60, deadline=None)
+    @given(BYTES, st.integers(1, 50))
+    def holds(content, size):
+        path = tmp_path / name
+        path.write_bytes(_compress(name, content))
+        runs = list(read_lines(path, size))
+        assert b"".join(run.content for run in runs) == content
+        assert all(run.content.endswith(b"\n") for run in runs[:-1])
+        positions = [0, *(run.position for run in runs), path.stat().st_size]
+        assert positions == sorted(positions)
+
+    holds()
+
+
+def test_ranges_give_every_line_once_wherever_they_are_cut(tmp_path):
+    path = tmp_path / "c.jsonl"
+
+    @settings(max_examples=200, deadline=None)
+    @given(BYTES, st.sets(st.integers(1, 220)))
+    def holds(content, cuts):
+        path.write_bytes(content)
+        edges = [0, *sorted(cuts), 221]
+        runs = [read_range(path, *span).content for span in itertools.pairwise(edges)]
+        starts = [0, *(i + 1 for i, byte in enumerate(content) if byte == ord("\n"))]
+        lines = io.BytesIO(content).readlines()
+        for span, run in zip(itertools.pairwise(edges), runs, strict=True):
+            theirs = [line for at, line in zip(starts, lines, strict=False) if at in range(*span)]
+            assert run == b"".join(theirs)
+
+    holds()
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(
+        st.text(st.characters(exclude_categories=()), max_size=12)
+        | st.integers()
+        | st.none()
+        | st.floats(),
+        max_size=4,
+    ),
+    st.booleans(),
+)
+def test_lines_are_what_pythons_json_reads(values, ascii_only):
+    rows = [{"t": value, "other": "x"} for value in values]
+    lines = [
+        json.dumps(row, ensure_ascii=ascii_only).encode("utf-8", "surrogatepass") for row in rows
+    ]
+    content = b"\n \r\n".join([*lines, b'["t"]'])
+    read = dict(Lines(content, 0).texts(["t"]))
+    assert list(read) == [1 + 2 * i for i in range(len(rows) + 1)]
+    for value, line, texts_read in zip(values, lines, read.values(), strict=False):
+        try:
+            line.decode()
+        except UnicodeDecodeError:
+            assert "not UTF-8" in str(texts_read)
+            continue
+        if isinstance(value, str):
+            assert texts_read == [json.loads(line)["t"]]
+        else:
+            assert isinstance(texts_read, LineError) and "not a string" in str(texts_read)
+    assert "not a JSON object" in str(read[1 + 2 * len(rows)])
+
+
+@pytest.mark.parametrize("name", ["c.jsonl.gz", "c.jsonl.zst"])
+def test_broken_compression_is_an_error(tmp_path, name):
+    path = tmp_path / name
+    whole = _compress(name, TEXTS[0].encode())
+    for broken in (whole[:-5], whole[: len(whole) // 2], b"not compressed"):
+        path.write_bytes(broken)
+        with pytest.raises(ValueError, match=rf"{name}: broken"):
+            list(read_lines(path, 1000))
+
+
+def test_corpus_files_names_the_offender(tmp_path):
+    good, bad = tmp_path / "a.jsonl", tmp_path / "b.txt"
+    good.touch()
+    bad.touch()
+    assert corpus_files([str(good)]) == [good]
+    with pytest.raises(ValueError, match=r"b\.txt: unknown extension, use one of \.jsonl"):
+        corpus_files([good, bad])
+    with pytest.raises(ValueError, match=r"c\.jsonl: no such file"):
+        corpus_files([good, tmp_path / "c.jsonl"])
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        (b'{"text": "a"', "not JSON"),
+        (b'{"text": "\xff"}', "not UTF-8 .byte 10"),
+        (b"[" * 100_000, "not JSON"),
+        (b'["text"]', "not a JSON object .its type is list"),
+        (b'{"body": "a", "id": 1}', "lacks key 'text' .it has body, id"),
+        (b'{"text": null}', "value of 'text' is not a string .its type is NoneType"),
+    ],
+)
+def test_parse_line_says_what_is_wrong(line, message):
+    with pytest.raises(LineError, match=message):
+        parse_line(line, ["text"])
+
+
+def test_parse_line_takes_keys_in_order_and_a_byte_order_mark():
+    assert parse_line(b'\xef\xbb\xbf{"a": "1", "b": "\\u0000"}\r', ["b", "a"]) == ["\0", "1"]
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    """The same 200 numbered documents in files of every kind; with parts of some 500 bytes."""
+    monkeypatch.setattr(readers, "PART_BYTES", 500)
+    monkeypatch.setattr(readers, "PARQUET_ROWS", 7)
+    rows = [{"n": str(i), "text": f"{i} " + "x" * (i % 90)} for i in range(200)]
+    lines = [json.dumps(row).encode() + b"\n" * (1 + i % 2) for i, row in enumerate(rows)]
+    lines[31] = json.dumps({"n": "31", "text": "31 " + "y" * 2000}).encode() + b"\n"  # over parts
+    rows[31]["text"] = json.loads(lines[31])["text"]
+    found = []
+    for name in ("a.jsonl", "b.jsonl.gz", "c.json.zst", "empty.jsonl", "d.jsonl"):
+        found.append(tmp_path / name)
+        content = b"" if name == "empty.jsonl" else b"".join(lines)
+        found[-1].write_bytes(_compress(name, content.rstrip(b"\n")))
+    found.append(tmp_path / "e.parquet")
+    table = pyarrow.Table.from_pylist(rows)
+    parquet.write_table(table, found[-1], row_group_size=30)
+    return found, [row["text"] for row in rows] * (len(found) - 1)
+
+
+def _read(files, workers, place=Place()):
+    """(texts, end) of each part."""
+    return [
+        ([text for batch in part.batches(["text"]) for text in batch.texts["text"]], part.end)
+        for part in parts(files, workers, place)
+    ]
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])  # with 2, compressed files are parts as they are
+def test_parts_give_every_document_once_and_go_on_from_any_place(files, workers):
+    paths, expected = files
+    done, read = [], _read(paths, workers)
+    assert [text for found, _ in read for text in found] == expected
+    assert len(read) > 60 if workers != 2 else len(read) > 40
+    for found, place in read:
+        done += found
+        for others in (1, 2):
+            rest = [text for more, _ in _read(paths, others, place) for text in more]
+            assert done + rest == expected
+
+
+def test_parts_end_where_their_file_does(files):
+    paths, _ = files
+    for part in parts(paths):
+        assert 0 < part.position <= part.path.stat().st_size
+    last = {part.path: part for part in parts(paths)}
+    assert all(part.position == path.stat().st_size for path, part in last.items())
+    assert part.end in (Place(len(paths)), Place(len(paths) - 1, part.end.offset))
+
+
+def test_a_sample_comes_from_all_over_and_has_its_size(files):
+    paths, expected = files
+    found = sample(paths, ["text"], 4000)
+    assert 2000 < sum(map(len, found)) <= 4000
+    numbers = {text.partition(" ")[0] for text in found}
+    assert {"0"} < numbers and all(any(whole.startswith(t) for whole in expected) for t in found)
+    assert sample([paths[3]], ["text"], 4000) == []
+    large = paths[0].with_name("large.jsonl")
+    lines = "".join(json.dumps({"text": f"{i} " + "x" * 1000}) + "\n" for i in range(4000))
+    large.write_text(lines)
+    numbers = [int(text.split()[0]) for text in sample([large], ["text"], 32_000)]
+    assert len(numbers) == 32 and max(numbers) > 3800
+    assert max(b - a for a, b in itertools.pairwise(numbers)) < 200
+
+
+def test_patterns_are_sorted_and_keep_their_order(files):
+    paths, expected = files
+    folder = paths[0].parent
+    assert corpus_files([folder / "*.jsonl", folder / "c.*"]) == [
+        paths[0],
+        paths[4],
+        paths[3],
+        paths[2],
+    ]
+    assert list(texts(paths, ["text"], "stop")) == expected
+    with pytest.raises(ValueError, match="is a folder, name its files: '.*/[*]"):
+        corpus_files([folder])
+    with pytest.raises(ValueError, match=r"none\*\.jsonl: no such file"):
+        corpus_files([folder / "none*.jsonl"])
+
+
+def test_parquet_rows_without_a_text_are_counted(tmp_path):
+    path = tmp_path / "c.parquet"
+    parquet.write_table(pyarrow.table({"text": ["a", None, "c\0", ""], "n": [1, 2, 3, 4]}), path)
+    [part] = parts([path])
+    [batch] = part.batches(["text"])
+    assert batch.texts == {"text": ["a", "c\0", ""]} and batch.lines == batch.newlines == 4
+    [(number, error)] = batch.skipped
+    assert number == 2 and "its type is NoneType" in str(error)
+    with pytest.raises(ValueError, match=r"c\.parquet:2: value of 'text' is not a string"):
+        list(texts([path], ["text"], "stop"))
+    with pytest.raises(ValueError, match=r"c\.parquet: has no column 'body', only text, n"):
+        list(texts([path], ["body"], "stop"))
+    with pytest.raises(ValueError, match="value of 'n' is not a string .its type is int"):
+        list(texts([path], ["n"], "stop"))
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-9])
+    with pytest.raises(ValueError, match=r"c\.parquet: not a Parquet file"):
+        list(parts([path]))
+    path.write_bytes(whole[:4] + bytes(60) + whole[64:])
+    with pytest.raises(ValueError, match=r"c\.parquet: broken Parquet file"):
+        list(texts([path], ["text"], "stop"))
