@@ -39,9 +39,9 @@ MAKE = """
 import json, sys, torch
 from pathlib import Path
 from safetensors.torch import save_file
-from pose_megatron.checkpoints.mapping import table
+from pose_megatron.checkpoints.mapping import param_mappings
 folder, shape = Path(sys.argv[1]), json.loads(sys.argv[2])
-parts = {n: s for row in table(**shape) for n, s in row.parts.items()}
+parts = {n: s for row in param_mappings(**shape) for n, s in row.parts.items()}
 save_file({n: torch.randn(s, dtype=torch.bfloat16).mul_(0.02) for n, s in parts.items()},
           folder / "model.safetensors", metadata={"format": "pt"})
 (folder / "config.json").write_text(json.dumps({

@@ -13,7 +13,13 @@ from torch import Tensor
 
 from pose_megatron.checkpoints import meta
 from pose_megatron.checkpoints.huggingface import config_json, shards
-from pose_megatron.checkpoints.mapping import Row, check_hf, check_megatron, one_dtype, table
+from pose_megatron.checkpoints.mapping import (
+    ParamMapping,
+    check_hf,
+    check_megatron,
+    one_dtype,
+    param_mappings,
+)
 from pose_megatron.checkpoints.megatron import torch_dist
 from pose_megatron.checkpoints.tensor_files import size
 from pose_megatron.errors import ConfigError
@@ -71,7 +77,7 @@ class Source:
         self.by_row = format == "megatron"
         with config_json.naming(folder):
             sizes = config_json.sizes(self.model)
-            self.rows = list(table(**sizes))
+            self.rows = list(param_mappings(**sizes))
             shapes, dtypes = self._tensors.shapes, self._tensors.dtypes
             if self.by_row:
                 check_megatron(shapes, self.rows)
@@ -87,7 +93,7 @@ class Source:
                 if self.model.family != "baichuan":
                     raise ConfigError(f"--as-llama is for Baichuan2, not {self.model.family}")
                 self.model = dataclasses.replace(self.model, family="llama")
-                self.rows = list(table(**config_json.sizes(self.model)))
+                self.rows = list(param_mappings(**config_json.sizes(self.model)))
 
     def _check_heads(self, heads: Iterable[str]) -> None:
         (embedding,) = self.rows[0].parts
@@ -97,7 +103,7 @@ class Source:
             ):
                 raise ConfigError(f"the embeddings are tied, but {head} differs from {embedding}")
 
-    def read(self, row: Row, out: Tensor) -> Tensor:
+    def read(self, row: ParamMapping, out: Tensor) -> Tensor:
         """Fills `out` with Megatron's tensor of the row."""
         if self.by_row:
             self._tensors.read(row.name, out)
@@ -116,13 +122,17 @@ class HuggingFaceSink:
     """
 
     def __init__(
-        self, folder: Path, rows: list[Row], dtypes: Mapping[str, torch.dtype], shard_bytes: int
+        self,
+        folder: Path,
+        rows: list[ParamMapping],
+        dtypes: Mapping[str, torch.dtype],
+        shard_bytes: int,
     ):
         self.folder, self._dtypes = folder, dtypes
         items = {name: dtype.itemsize for name, dtype in dtypes.items()}
         self.jobs = shards.plan(rows, items, shard_bytes)
 
-    def write(self, number: int, tensors: Iterable[tuple[Row, Tensor]]) -> None:
+    def write(self, number: int, tensors: Iterable[tuple[ParamMapping, Tensor]]) -> None:
         """Writes job `number`."""
         path = self.folder / shards.name_of(number, len(self.jobs))
         with shards.create(path, self.jobs[number], self._dtypes) as file:
@@ -141,7 +151,7 @@ class MegatronSink:
     def __init__(
         self,
         folder: Path,
-        rows: list[Row],
+        rows: list[ParamMapping],
         dtypes: Mapping[str, torch.dtype],
         model: ModelConfig,
         ranks: int,
@@ -154,7 +164,7 @@ class MegatronSink:
             done += size(dtypes[row.name], row.shape)
         self.jobs = [job for job in self.jobs if job]
 
-    def write(self, number: int, tensors: Iterable[tuple[Row, Tensor]]) -> list:
+    def write(self, number: int, tensors: Iterable[tuple[ParamMapping, Tensor]]) -> list:
         with torch_dist.Writer(self.folder, number) as file:
             for row, tensor in tensors:
                 file.put(row.name, tensor)
@@ -172,7 +182,7 @@ class MetaSink:
     def __init__(
         self,
         folder: Path,
-        rows: list[Row],
+        rows: list[ParamMapping],
         dtypes: Mapping[str, torch.dtype],
         model: ModelConfig,
         ranks: int,
@@ -189,7 +199,7 @@ class MetaSink:
             for of in (self._shapes, self._dtypes):
                 of["lm_head.weight"] = of["model.embed_tokens.weight"]
 
-    def write(self, number: int, tensors: Iterable[tuple[Row, Tensor]]) -> None:
+    def write(self, number: int, tensors: Iterable[tuple[ParamMapping, Tensor]]) -> None:
         with meta.Writer(
             self.folder, self._model, self._shapes, self._dtypes, number, self._ranks
         ) as file:
@@ -206,11 +216,11 @@ class MetaSink:
 
 def read_ahead(
     source: Source,
-    rows: Iterable[Row],
+    rows: Iterable[ParamMapping],
     dtypes: Mapping[str, torch.dtype],
-    look: Callable[[Row, Tensor], None] = lambda row, tensor: None,
+    look: Callable[[ParamMapping, Tensor], None] = lambda row, tensor: None,
     buffers: int = 2,
-) -> Iterator[tuple[Row, Tensor]]:
+) -> Iterator[tuple[ParamMapping, Tensor]]:
     """The rows' tensors in `dtypes`; the next one is read while the caller works on this one.
 
     A tensor is the caller's until it asks for the next one.

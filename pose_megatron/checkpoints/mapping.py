@@ -65,7 +65,7 @@ _BUFFERS = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attn.emb
 
 
 @dataclass(frozen=True)
-class Row:
+class ParamMapping:
     """One Megatron tensor and the Hugging Face tensors it is made of.
 
     Attributes:
@@ -109,7 +109,7 @@ def scatter(tensor: Tensor, pieces: Sequence[Tensor]) -> None:
         piece.copy_(rows)
 
 
-def table(
+def param_mappings(
     *,
     family: str = "llama",  # of TABLES
     num_layers: int,
@@ -121,7 +121,7 @@ def table(
     vocab_size: int,  # rows on the Hugging Face side
     padded_vocab_size: int,  # rows on Megatron's side
     tied: bool,  # the output layer is the embedding
-) -> Iterator[Row]:
+) -> Iterator[ParamMapping]:
     """Every tensor of the model, in the order of the forward pass."""
     h, ffn = hidden_size, ffn_hidden_size
     q, kv = num_attention_heads * kv_channels, num_query_groups * kv_channels
@@ -140,7 +140,7 @@ def table(
     }
     columns = {"linear_proj.weight": q, "linear_fc2.weight": ffn}
 
-    def row(name: str, theirs: str | list[str], layer: int) -> Row:
+    def row(name: str, theirs: str | list[str], layer: int) -> ParamMapping:
         kind = ".".join(name.split(".")[-2:])
         rows = blocks.get(kind, (h,))
         vector = kind.endswith(("bias", "norm.weight", "norm_weight"))
@@ -151,7 +151,7 @@ def table(
             parts = {n.format(layer): (r, *rest) for n, r in zip(theirs, rows, strict=True)}
         length = padded_vocab_size if kind in vocabulary else sum(rows)
         groups = num_query_groups if rows is qkv else 1
-        return Row(name.format(layer), (length, *rest), parts, rows, groups)
+        return ParamMapping(name.format(layer), (length, *rest), parts, rows, groups)
 
     for i in range(num_layers):
         for name, theirs in names.items():
@@ -163,7 +163,9 @@ def table(
             yield row(name, theirs, 0)
 
 
-def check_hf(shapes: Mapping[str, tuple[int, ...]], rows: Iterable[Row], tied: bool) -> set[str]:
+def check_hf(
+    shapes: Mapping[str, tuple[int, ...]], rows: Iterable[ParamMapping], tied: bool
+) -> set[str]:
     """Holds the tensors of a Hugging Face model to their table.
 
     Args:
@@ -183,7 +185,7 @@ def check_hf(shapes: Mapping[str, tuple[int, ...]], rows: Iterable[Row], tied: b
     return spare_heads
 
 
-def check_megatron(shapes: Mapping[str, tuple[int, ...]], rows: Iterable[Row]) -> None:
+def check_megatron(shapes: Mapping[str, tuple[int, ...]], rows: Iterable[ParamMapping]) -> None:
     """The same for the names of an undivided Megatron model."""
     _check(shapes, set(shapes), {row.name: row.shape for row in rows})
 
@@ -199,7 +201,7 @@ def _check(shapes: Mapping, present: set[str], wanted: Mapping[str, tuple[int, .
             raise ConfigError(f"tensor {name} has shape {tuple(shapes[name])}, expected {shape}")
 
 
-def one_dtype(row: Row, dtypes: Iterable[torch.dtype]) -> torch.dtype:
+def one_dtype(row: ParamMapping, dtypes: Iterable[torch.dtype]) -> torch.dtype:
     """That of all parts of a row, or ValueError."""
     found = set(dtypes)
     if len(found) > 1:
@@ -208,13 +210,13 @@ def one_dtype(row: Row, dtypes: Iterable[torch.dtype]) -> torch.dtype:
 
 
 def hf_to_megatron(tensors: Mapping[str, Tensor], **sizes) -> dict[str, Tensor]:
-    """Megatron's tensors for those of a Hugging Face model; `sizes` as in `table`.
+    """Megatron's tensors for those of a Hugging Face model; `sizes` as in `param_mappings`.
 
     Raises:
         ConfigError: as `check_hf`; or (tied) an `lm_head.weight` is there and differs from the
             embedding.
     """
-    rows = list(table(**sizes))
+    rows = list(param_mappings(**sizes))
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     for head in check_hf(shapes, rows, sizes["tied"]):
         (embedding,) = rows[0].parts
@@ -232,7 +234,7 @@ def hf_to_megatron(tensors: Mapping[str, Tensor], **sizes) -> dict[str, Tensor]:
 
 def megatron_to_hf(tensors: Mapping[str, Tensor], **sizes) -> dict[str, Tensor]:
     """The inverse of `hf_to_megatron`, same sizes and errors; the results are contiguous."""
-    rows = list(table(**sizes))
+    rows = list(param_mappings(**sizes))
     check_megatron({name: tensor.shape for name, tensor in tensors.items()}, rows)
     return {
         name: torch.cat(pieces)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pose_megatron.checkpoints import meta
 from pose_megatron.checkpoints.huggingface import config_json, shards
-from pose_megatron.checkpoints.mapping import table
+from pose_megatron.checkpoints.mapping import param_mappings
 from pose_megatron.checkpoints.megatron.directory import Checkpoint, find
 from pose_megatron.checkpoints.megatron.torch_dist import open_weights
 from pose_megatron.errors import ConfigError
@@ -206,7 +206,7 @@ def _names(side: Summary, across: bool) -> Mapping[str, Tensor]:
         return side.tensors
     return {
         part: _empty(shape, side.tensors[row.name].dtype)
-        for row in table(**config_json.sizes(side.model))
+        for row in param_mappings(**config_json.sizes(side.model))
         if row.name in side.tensors
         for part, shape in row.parts.items()
     }
@@ -221,7 +221,9 @@ def _reader(side: Summary, across: bool) -> Callable[[str], Tensor]:
     weights = open_weights(side.path)
     if not across:
         return weights.__getitem__
-    rows = {part: row for row in table(**config_json.sizes(side.model)) for part in row.parts}
+    rows = {
+        part: row for row in param_mappings(**config_json.sizes(side.model)) for part in row.parts
+    }
     return lambda part: torch.cat(rows[part].pieces(weights[rows[part].name])[part])
 
 

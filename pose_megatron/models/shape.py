@@ -12,8 +12,9 @@ from pose_megatron.rope.scaling import RopeScaling, inverse_frequencies
 class ModelConfig:
     """The shape of a model of LLaMA's kin, or of a GPT-J; rotary positions in all of them.
 
-    `family` is a name of models.families, None where Hugging Face has no family like it. `add_qkv_bias` (Qwen2) and `qk_layernorm` (Qwen3) add to
-    LLaMA's layer; `gptj` has a layer and `baichuan` an output layer of its own.
+    `family` is a name of models.families, None where Hugging Face has no family like it.
+    `add_qkv_bias` (Qwen2) and `qk_layernorm` (Qwen3) add to LLaMA's layer; `gptj` has a layer and
+    `baichuan` an output layer of its own.
 
     `rotary_base` and `rope_scaling` say how positions turn into angles; the model accepts position
     ids in [0, max_position_embeddings). `vocab_size` is the tokenizer's; the embedding has

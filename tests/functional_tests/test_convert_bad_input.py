@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import CASES, convert_tool, make, stored
 from safetensors.torch import save_file
+
+from tests.functional_tests.families import CASES, convert_tool, make, stored
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOL = ROOT / "tools" / "checkpoint" / "convert.py"

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import convert_tool, same_bits, stored, vivid
-from relayout import RELAYOUTS
+
+from tests.functional_tests.families import convert_tool, same_bits, stored, vivid
+from tests.functional_tests.relayout import RELAYOUTS
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOL = ROOT / "tools" / "checkpoint" / "convert.py"

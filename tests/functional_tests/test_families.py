@@ -1,7 +1,8 @@
 """Every family in and out: the same bits again, and the logits and rope of those who made it."""
 
 import pytest
-from families import CASES, line, measure
+
+from tests.functional_tests.families import CASES, line, measure
 
 pytestmark = pytest.mark.usefixtures("world")
 

@@ -4,7 +4,17 @@ steps, from the same checkpoint and on the same batches, whatever divides the wo
 from itertools import combinations
 
 import pytest
-from layouts import BROKEN, LAYOUTS, MODELS, RESUMED, STEPS, deviation, measure, table
+
+from tests.functional_tests.layouts import (
+    BROKEN,
+    LAYOUTS,
+    MODELS,
+    RESUMED,
+    STEPS,
+    deviation,
+    measure,
+    table,
+)
 
 TOLERANCE = 1e-5  # relative, in float32
 

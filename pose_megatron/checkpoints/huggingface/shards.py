@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from pose_megatron.checkpoints.huggingface.config_json import read_json, write_json
-from pose_megatron.checkpoints.mapping import Row
+from pose_megatron.checkpoints.mapping import ParamMapping
 from pose_megatron.checkpoints.tensor_files import (
     SafetensorsWriter,
     read_safetensors,
@@ -100,7 +100,9 @@ def _downloaded_hash(folder: Path, file: str) -> str | None:
     return found[0] if found else None
 
 
-def plan(rows: Sequence[Row], item: int | Mapping[str, int], limit: int) -> list[list[Row]]:
+def plan(
+    rows: Sequence[ParamMapping], item: int | Mapping[str, int], limit: int
+) -> list[list[ParamMapping]]:
     """Rows in their order, a new shard where `limit` bytes would be exceeded.
 
     Args:
@@ -122,7 +124,9 @@ def name_of(number: int, count: int) -> str:
     return f"model{part}.safetensors"
 
 
-def create(path: Path, rows: Sequence[Row], dtypes: Mapping[str, torch.dtype]) -> SafetensorsWriter:
+def create(
+    path: Path, rows: Sequence[ParamMapping], dtypes: Mapping[str, torch.dtype]
+) -> SafetensorsWriter:
     """A file for the parts of some rows; dtypes by the rows' names."""
     return SafetensorsWriter(
         path, {part: (dtypes[row.name], shape) for row in rows for part, shape in row.parts.items()}
@@ -130,7 +134,7 @@ def create(path: Path, rows: Sequence[Row], dtypes: Mapping[str, torch.dtype]) -
 
 
 def write_index(
-    folder: Path, shards: Sequence[Sequence[Row]], dtypes: Mapping[str, torch.dtype]
+    folder: Path, shards: Sequence[Sequence[ParamMapping]], dtypes: Mapping[str, torch.dtype]
 ) -> None:
     """The index of several shards; none for a single one."""
     if len(shards) == 1:

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pose_megatron.checkpoints.mapping import hf_to_megatron, megatron_to_hf, table
+from pose_megatron.checkpoints.mapping import hf_to_megatron, megatron_to_hf, param_mappings
 
 
 def sizes_of(heads=4, groups=2, tied=False, **more):
@@ -139,11 +139,11 @@ def test_there_and_back_is_bit_identical(
         "padded_vocab_size": vocab + padding,
         "tied": tied,
     }
-    shapes = {name: shape for row in table(**sizes) for name, shape in row.parts.items()}
+    shapes = {name: shape for row in param_mappings(**sizes) for name, shape in row.parts.items()}
     there = {name: torch.randn(shape).to(dtype) for name, shape in shapes.items()}
     megatron = hf_to_megatron(there, **sizes)
     assert {name: t.shape for name, t in megatron.items()} == {
-        row.name: row.shape for row in table(**sizes)
+        row.name: row.shape for row in param_mappings(**sizes)
     }
     elements = sum(t.numel() for t in there.values())
     assert sum(t.numel() for t in megatron.values()) == elements + padding * hidden * (2 - tied)
@@ -158,7 +158,7 @@ def test_names_are_those_of_transformers():
     for tied in (False, True):
         sizes = sizes_of(tied=tied)
         expected = {name: tensor.shape for name, tensor in weights(llama(sizes)).items()}
-        assert {n: s for row in table(**sizes) for n, s in row.parts.items()} == expected
+        assert {n: s for row in param_mappings(**sizes) for n, s in row.parts.items()} == expected
 
 
 def test_extra_tensors_that_are_fine():

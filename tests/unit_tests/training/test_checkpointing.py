@@ -8,7 +8,7 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 
-from pose_megatron.checkpoints.mapping import table
+from pose_megatron.checkpoints.mapping import param_mappings
 from pose_megatron.checkpoints.megatron import directory, torch_dist
 from pose_megatron.config.arguments import parse
 from pose_megatron.config.layout import lay_out
@@ -56,7 +56,7 @@ def random_weights(model, dtype=torch.float32, seed=0):
         "vocab_size",
         "padded_vocab_size",
     )
-    rows = table(
+    rows = param_mappings(
         tied=not model.untie_embeddings_and_output_weights,
         **{name: getattr(model, name) for name in names},
     )
