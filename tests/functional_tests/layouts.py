@@ -376,8 +376,8 @@ def main() -> None:
 
 
 def stdlib_corpus(folder: str) -> str:
-    sys.path.insert(0, str(TESTS))
-    from conftest import EOD, STDLIB, write_corpus
+    sys.path.insert(0, str(TESTS.parent))
+    from tests.conftest import EOD, STDLIB, write_corpus
 
     library = Path(sysconfig.get_path("stdlib"))
     documents = [[*(library / f"{name}.py").read_bytes(), EOD] for name in STDLIB]
