@@ -164,13 +164,12 @@ def _check_window(args: Arguments, model: ModelConfig) -> None:
         )
     scaling = model.rope_scaling
     reach = scaling.factor * (scaling.original_max_position_embeddings or math.inf)
-    if scaling.method in ("linear", "ntk", "yarn", "yarn_revised") and (
-        model.max_position_embeddings > reach
-    ):
+    bounded = scaling.interpolation.reaches_factor_times_window
+    if bounded and model.max_position_embeddings > reach:
         raise ConfigError(
             f"--rope-scaling {scaling} reaches {reach:g} positions, not the "
             f"{model.max_position_embeddings} of --max-position-embeddings; leave "
             "--rope-scaling-factor out, or raise it"
         )
-    if model.rope_scaling.method == "dynamic":  # says why not
-        inverse_frequencies(model.rotary_dim, model.rotary_base, model.rope_scaling)
+    if not scaling.interpolation.trains:  # says why not
+        inverse_frequencies(model.rotary_dim, model.rotary_base, scaling)

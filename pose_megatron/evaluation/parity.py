@@ -71,7 +71,7 @@ def logits_differences(
     round_to(next(iter(open_weights(found.path).dtypes.values())), theirs)
 
     target = model.max_position_embeddings
-    if scaling.method == "dynamic":  # which leaves the window at its original size
+    if scaling.interpolation.keeps_window:
         target = int(target * scaling.factor)
     length = min(tokens, target // 2 * 2)
     words = torch.randint(

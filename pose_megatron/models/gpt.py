@@ -15,7 +15,8 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from pose_megatron.errors import ConfigError
-from pose_megatron.rope.scaling import RopeScaling, angles, attention_factor, inverse_frequencies
+from pose_megatron.rope.angles import angles
+from pose_megatron.rope.scaling import RopeScaling, attention_factor, inverse_frequencies
 
 
 class PoseRotaryEmbedding(RotaryEmbedding):
@@ -45,8 +46,8 @@ class PoseRotaryEmbedding(RotaryEmbedding):
         )
         self.scaling = scaling
         self._plain = (int(kv_channels * rotary_percent), rotary_base)
-        window = scaling.original_max_position_embeddings
-        self.set_length(window if scaling.method == "dynamic" else None)
+        trains = scaling.interpolation.trains
+        self.set_length(None if trains else scaling.original_max_position_embeddings)
         self._position_ids = None
 
     def set_length(self, length: int | None) -> None:
@@ -82,7 +83,7 @@ class PoseRotaryEmbedding(RotaryEmbedding):
                 f"position ids have shape {tuple(ids.shape)}; this rank needs [b, {here}], sliced "
                 "for context parallelism exactly once"
             )
-        if self.training and self.scaling.method == "dynamic":
+        if self.training and not self.scaling.interpolation.trains:
             self.set_length(None)  # says why not
         self.inv_freq = self.inv_freq.to(ids.device)
         both = angles(ids, self.inv_freq)  # (f, f)

@@ -59,16 +59,14 @@ def rope_errors(folder: Path, model: ModelConfig) -> dict[str, float]:
 
 
 def bounds(scaling: RopeScaling) -> dict[str, float]:
-    """The largest errors that transformers' float32 explains.
+    """The largest relative errors that transformers' float32 explains.
 
-    llama3 blends a frequency with its factor-th part, by a share in which float32's rounding of a
-    wavelength (three operations, 2e-7) is divided by high_freq_factor - low_freq_factor.
+    1e-6 covers eight roundings (6e-8 each) and that of the exponent in b^(2i/d), which becomes
+    2^-25 ln b (5e-7 for b = 10^7); the method adds its own. A scaling over another is written as
+    lists, which add nothing.
     """
-    limits = {"inv_freq": 1e-6, "attention_factor": 1e-6}
-    if scaling.method == "llama3" and scaling.over is None:
-        low, high = scaling.low_freq_factor, scaling.high_freq_factor
-        limits["inv_freq"] += 2e-7 * scaling.factor * high / (high - low)
-    return limits
+    added = scaling.interpolation.float32_error if scaling.over is None else 0.0
+    return {"inv_freq": 1e-6 + added, "attention_factor": 1e-6}
 
 
 def _rope_of(config, length: int) -> tuple[torch.Tensor, float]:

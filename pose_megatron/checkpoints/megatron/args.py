@@ -18,9 +18,9 @@ from pathlib import Path
 
 from pose_megatron.errors import ConfigError
 from pose_megatron.models.shape import ModelConfig, family_of
-from pose_megatron.rope.scaling import RopeScaling, ntk_base
+from pose_megatron.rope.interpolation import Pairs
+from pose_megatron.rope.scaling import RopeScaling
 
-LLAMA3 = {"original_max_position_embeddings": 8192, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 # What a LLaMA is; a field of ModelConfig by the same name takes the place of the fixed value.
 FIXED = {
     "normalization": "RMSNorm",
@@ -77,24 +77,18 @@ _ASKED = {
 def to_args(model: ModelConfig, iteration: int, consumed_samples: int, **run) -> argparse.Namespace:
     """Megatron-LM's arguments of a run: the model, how far it is, and `run` (layout, precision)."""
     scaling, base = model.rope_scaling, model.rotary_base
-    alone = scaling.over is None
-    llama3 = (
-        alone
-        and scaling.method == "llama3"
-        and all(getattr(scaling, name) == value for name, value in LLAMA3.items())
-    )
-    if alone and scaling.method == "ntk":  # which is another base
-        base = ntk_base(model.rotary_dim, base, scaling.factor)
+    own = {}
+    if scaling.over is None:
+        own = scaling.interpolation.to_megatron(Pairs.unscaled(model.rotary_dim, base))
+        base = own.pop("rotary_base", base)
     shape = {k: v for k, v in model.to_dict().items() if k != "rope_scaling"}
     rope = {
         "rotary_base": int(base) if base == int(base) else base,
         "position_embedding_type": "rope",
-        "use_rope_scaling": llama3,
-        "rope_scaling_factor": scaling.factor if llama3 else 8.0,
-        "rotary_seq_len_interpolation_factor": (
-            scaling.factor if alone and scaling.method == "linear" else None
-        ),
-    }
+        "use_rope_scaling": False,
+        "rope_scaling_factor": 8.0,
+        "rotary_seq_len_interpolation_factor": None,
+    } | own
     layer = (
         {
             "normalization": "LayerNorm",
@@ -280,7 +274,7 @@ def _scaling(args: dict) -> RopeScaling:
     window = args.get("max_position_embeddings") or args["seq_length"]
     scaling = _yarn(args) if kind == "yarn" else RopeScaling()
     if kind == "rope" and args.get("use_rope_scaling"):
-        scaling = RopeScaling("llama3", float(args.get("rope_scaling_factor") or 8.0), **LLAMA3)
+        scaling = RopeScaling("llama3", float(args.get("rope_scaling_factor") or 8.0), 8192)
     linear = args.get("rotary_seq_len_interpolation_factor")
     if linear in (None, 1) or kind == "yarn":  # megatron-core's yarn leaves it out
         return scaling

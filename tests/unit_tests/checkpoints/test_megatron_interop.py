@@ -23,7 +23,8 @@ from pose_megatron.config.layout import lay_out
 from pose_megatron.evaluation.logits import load_logits
 from pose_megatron.models.build import transformer_config
 from pose_megatron.models.shape import ModelConfig
-from pose_megatron.rope.scaling import RopeScaling, angles, attention_factor, inverse_frequencies
+from pose_megatron.rope.angles import angles
+from pose_megatron.rope.scaling import RopeScaling, attention_factor, inverse_frequencies
 
 pytestmark = pytest.mark.usefixtures("world")
 MODEL = ModelConfig(

@@ -1,4 +1,4 @@
-"""rope_config.py: every spelling against transformers' reading of the same keys."""
+"""rope.huggingface: every spelling against transformers' reading of the same keys."""
 
 import json
 import math
@@ -47,6 +47,33 @@ def frequencies(scaling, base, length=None):
     return inverse_frequencies(64, base, scaling, length if scaling.depends_on_length else None)
 
 
+def float32_limit(scaling, base):
+    """The relative error of each of 32 pairs that single precision explains, by hand.
+
+    llama3: 64 times a rounding of 2e-7, divided by 1 - 2 / 3 (below) at worst. yarn: transformers
+    computes the ramp r = (i - first) / (last - first) in float32, whose unit roundoff is u = 2^-24.
+    Both differences and the quotient are rounded, and `first` before them unless it is whole. The
+    frequency is theta (1 - r + r / s), in which r's error weighs 1 - 1 / s.
+    """
+    if scaling.over is not None or scaling.method not in ("llama3", "yarn"):
+        return torch.full((32,), 1e-6)
+    if scaling.method == "llama3":
+        return torch.full((32,), 4e-5)
+    s, window = scaling.factor, scaling.original_max_position_embeddings
+    first, last = (  # the paper's equation for the pair that turns so many times in the window
+        64 * math.log(window / (2 * math.pi * turns)) / (2 * math.log(base))
+        for turns in (scaling.beta_fast, scaling.beta_slow)
+    )
+    if scaling.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, 63)
+    ramp = (torch.arange(32) - first) / (last - first)
+    wrong = 2**-24 * (3 + (0 if scaling.truncate else abs(first / (last - first))))
+    on_ramp = (ramp > -wrong) & (ramp < 1 + wrong)
+    ramp = ramp.clamp(0, 1)
+    return 1e-6 + on_ramp * (1 - 1 / s) * wrong / (1 - ramp + ramp / s)
+
+
 def check_reading(config: dict, base: float, scaling: RopeScaling, folder=None):
     """transformers computes from `config` what we compute from (base, scaling)."""
     shape = {"model_type": "llama", "hidden_size": 256, "num_attention_heads": 4, "head_dim": 64}
@@ -59,9 +86,8 @@ def check_reading(config: dict, base: float, scaling: RopeScaling, folder=None):
     for length in LENGTHS:
         rotary(torch.zeros(1), torch.tensor([[0, length - 1]]))
         ours = frequencies(scaling, base, length)
-        # llama3 in float32: 64 times a rounding of 2e-7, divided by 1 - 2 / 3 (below) at worst.
-        limit = 4e-5 if scaling.method == "llama3" and scaling.over is None else 1e-6
-        assert ((rotary.inv_freq.double() - ours).abs() / ours).max() < limit, length
+        limit = float32_limit(scaling, base)
+        assert ((rotary.inv_freq.double() - ours).abs() / ours < limit).all(), length
     assert rotary.attention_scaling == pytest.approx(attention_factor(scaling), rel=1e-12)
     return rotary.config
 

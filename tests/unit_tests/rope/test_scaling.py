@@ -1,4 +1,4 @@
-"""rope.py against transformers' own functions, hand-derived end points and exact arithmetic."""
+"""Frequencies, attention factors and angles against transformers' own functions, hand-derived end points and exact arithmetic."""
 
 import math
 
@@ -9,13 +9,9 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from pose_megatron.rope.scaling import (
-    METHODS,
-    RopeScaling,
-    angles,
-    attention_factor,
-    inverse_frequencies,
-)
+from pose_megatron.rope.angles import angles
+from pose_megatron.rope.methods import METHODS
+from pose_megatron.rope.scaling import RopeScaling, attention_factor, inverse_frequencies
 
 YARN = [
     {"beta_fast": 32.0, "beta_slow": 1.0},
