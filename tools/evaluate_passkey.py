@@ -13,7 +13,7 @@ prepare_megatron()
 import numpy as np
 from tqdm import tqdm
 
-from pose_megatron.data.indexed_corpus import Corpus
+from pose_megatron.data.indexed_corpus import IndexedCorpus
 from pose_megatron.evaluation import passkey, target
 from pose_megatron.positions.draws import Draw
 from pose_megatron.preprocessing.tokenizer import TOKENIZER_TYPES, build_tokenizer
@@ -61,7 +61,7 @@ def main() -> None:
         first = [tokenizer.bos]
     haystack = passkey.filler(tokenizer.tokenize)
     if flags.data_path:
-        haystack = text_of(Corpus(flags.data_path), tested.lengths[-1])
+        haystack = text_of(IndexedCorpus(flags.data_path), tested.lengths[-1])
     asked = {
         length: passkey.prompts(
             tokenizer.tokenize, haystack, length, flags.trials, flags.needles, flags.seed, first
@@ -131,7 +131,7 @@ def open_tokenizer(flags, tested: target.Subject):
     return build_tokenizer(flags.tokenizer_type, path)
 
 
-def text_of(corpus: Corpus, longest: int):
+def text_of(corpus: IndexedCorpus, longest: int):
     """A haystack of a corpus's text, from a drawn document on."""
     total = int(corpus.lengths.sum(dtype=np.int64))
     if total < longest:

@@ -14,7 +14,7 @@ prepare_megatron()
 import torch
 from tqdm import tqdm
 
-from pose_megatron.data.indexed_corpus import Corpus
+from pose_megatron.data.indexed_corpus import IndexedCorpus
 from pose_megatron.evaluation import target
 from pose_megatron.evaluation.perplexity import perplexities
 from pose_megatron.runtime import distributed
@@ -89,7 +89,7 @@ def main() -> None:
 
 
 def read_documents(flags, longest: int, stride: int, vocab_size: int) -> list[torch.Tensor]:
-    corpus = Corpus(flags.data_path)
+    corpus = IndexedCorpus(flags.data_path)
     cut = flags.max_document_tokens or longest + 8 * stride
     if cut <= longest:
         raise ValueError(

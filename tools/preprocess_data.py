@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pose_megatron.preprocessing.preprocess import Job, preprocess
+from pose_megatron.preprocessing.preprocess import PreprocessingJob, preprocess
 from pose_megatron.preprocessing.tokenizer import TOKENIZER_TYPES
 from pose_megatron.runtime.cli import command, positive
 
@@ -29,7 +29,7 @@ EXAMPLE = """example:
 """
 
 
-def parse() -> Job:
+def parse() -> PreprocessingJob:
     p = argparse.ArgumentParser(
         prog="preprocess_data.py",
         description=__doc__,
@@ -69,7 +69,7 @@ def parse() -> Job:
         help="replace existing outputs, and an unfinished run of something else",
     )
     flags = vars(p.parse_args())
-    return Job(**flags | {"json_keys": list(dict.fromkeys(flags["json_keys"]))})
+    return PreprocessingJob(**flags | {"json_keys": list(dict.fromkeys(flags["json_keys"]))})
 
 
 def sentence(summary: dict) -> str:

@@ -1,8 +1,8 @@
 """One micro-batch on every rank.
 
-Tensor-parallel rank 0 of each pipeline stage loads; one broadcast hands the micro-batch to the rest
-of its group, so that all of them hold the same numbers; then the sequence is sliced once for
-context parallelism. Position ids go to every stage: each one rotates.
+Tensor-parallel rank 0 of each pipeline stage loads the micro-batch; one broadcast hands it to the
+rest of its group, so that all of them hold the same numbers; then the sequence is sliced once for
+context parallelism. Position ids go to every stage: each one rotates queries and keys.
 """
 
 from collections.abc import Iterator
@@ -21,16 +21,21 @@ FIELDS = ("tokens", "labels", "loss_mask", "position_ids")
 
 
 def fields_here() -> tuple[str, ...]:
-    """What this pipeline stage needs: a middle one only position ids."""
+    """The fields that this pipeline stage needs: a middle one only position ids."""
     ends = parallel_state.is_pipeline_first_stage() or parallel_state.is_pipeline_last_stage()
     return FIELDS if ends else ("position_ids",)
 
 
 class MicroBatchSampler:
-    """Indices of this data-parallel rank's micro-batches, in order, from `consumed` on.
+    """Sample indices of this data-parallel rank's micro-batches, in order.
 
-    Step i trains on samples [i * global, (i+1) * global): the same set for any number of ranks and
-    any micro-batch size.
+    Step i trains on samples [i * G, (i + 1) * G) with the global batch size G: the same set for any
+    number of ranks and any micro-batch size.
+
+    Args:
+        total, consumed: samples of the dataset, and how many of them are done.
+        micro: micro-batch size.
+        rank, ranks: this data-parallel rank, and how many there are.
     """
 
     def __init__(self, total: int, consumed: int, micro: int, rank: int, ranks: int):
@@ -45,7 +50,7 @@ class MicroBatchSampler:
 
 
 def _collate(samples: list[dict[str, np.ndarray]]) -> torch.Tensor:
-    """b samples of f fields of L values -> int64 [f, b, L], fields in the order of FIELDS."""
+    """b samples, each with f fields of L values, as int64 [f, b, L], in the order of FIELDS."""
     fields = [name for name in FIELDS if name in samples[0]]
     return torch.from_numpy(np.stack([[s[name] for s in samples] for name in fields]))
 
@@ -53,7 +58,7 @@ def _collate(samples: list[dict[str, np.ndarray]]) -> torch.Tensor:
 def batches(
     dataset: PoseDataset | None, consumed: int, micro_batch_size: int, num_workers: int
 ) -> Iterator[torch.Tensor] | None:
-    """Micro-batches [f, b, L] of this data-parallel rank; None where the rank does not load."""
+    """This data-parallel rank's micro-batches [f, b, L]; None where the rank does not load."""
     if dataset is None:
         return None
     sampler = MicroBatchSampler(
@@ -76,10 +81,11 @@ def batches(
 def get_batch(
     iterator: Iterator[torch.Tensor] | None, micro_batch_size: int, seq_length: int
 ) -> dict[str, torch.Tensor | None]:
-    """The next micro-batch of this rank: each of FIELDS as int64 [b, L / cp], or None.
+    """The next micro-batch on this rank: each of FIELDS as int64 [b, L / cp], or None where this
+    pipeline stage does not need it.
 
     Raises:
-        ConfigError: the dataset ended.
+        ConfigError: the dataset has too few samples.
     """
     fields = fields_here()
     shape = (len(fields), micro_batch_size, seq_length)

@@ -1,8 +1,8 @@
-"""Several corpora as one stream of samples: how users write a blend, and in which order it runs.
+"""Several corpora as one stream of samples: how users write a blend, and the order of its samples.
 
 The order is megatron-core's greedy one: sample i comes from the corpus that lags furthest behind
-its share of i samples. Sample i depends on the weights and on what came before it, not on how many
-samples follow, so a longer run goes on where a shorter one stopped.
+its share of the first i samples. It depends on the weights and on the samples before it, not on how
+many follow, so a longer run continues a shorter one.
 """
 
 import math
@@ -25,14 +25,13 @@ SPLITS = ("train", "valid", "test")
 class Blend(torch.utils.data.Dataset):
     """Samples of several datasets, mixed by weight.
 
-    megatron-core's BlendedDataset with two differences: its table is shared through an index cache
-    that two jobs may fill at once, and it never runs out of a corpus: the datasets here have as
-    many epochs as are asked for.
+    megatron-core's BlendedDataset with two differences: two jobs may fill the index cache of its
+    table at once, and no corpus runs out: the datasets here repeat for as many epochs as needed.
 
     Args:
-        datasets: at most 32,767; each answers any index.
-        weights: positive, of any sum.
-        size: samples.
+        datasets: at most 32,767; each takes any index.
+        weights: positive; their sum does not matter.
+        size: number of samples.
         cache: folder for the table; None keeps it in memory, 10 bytes per sample.
     """
 
@@ -57,25 +56,25 @@ def _greedy(weights: list[float], size: int) -> dict[str, np.ndarray]:
 
 
 class BlendBuilder(BlendedMegatronDatasetBuilder):
-    """megatron-core's builder: splits, ranks, barriers; and our Blend where it blends."""
+    """megatron-core's builder: its splits, ranks and barriers, with our Blend where it blends."""
 
     def build_generic_dataset(self, cls, is_built_on_rank, synchronize_ranks, *args):
         if cls is not BlendedDataset:
             return super().build_generic_dataset(cls, is_built_on_rank, synchronize_ranks, *args)
 
         def blend(datasets, weights, size, config):
-            # Without weights megatron-core mixes by size and ends after one epoch; so do not.
+            # Without weights megatron-core would end after one epoch; here `sizes` rules.
             split = datasets[0].index_split
             return Blend(datasets, weights, self.sizes[split.value], config.path_to_cache)
 
         return super().build_generic_dataset(blend, is_built_on_rank, synchronize_ranks, *args)
 
 
-Words = tuple[list[str], list[float] | None]
+Prefixes = tuple[list[str], list[float] | None]  # of the corpora, and their weights
 
 
-def blends(data: DataFlags) -> tuple[Words | None, list[Words | None] | None]:
-    """(blend of all splits, None), or (None, a blend or None per split).
+def blends(data: DataFlags) -> tuple[Prefixes | None, list[Prefixes | None] | None]:
+    """(the blend that --split divides, None), or (None, each split's own blend or None).
 
     Raises:
         ConfigError: flags that contradict each other, or name no corpus.
@@ -110,8 +109,12 @@ def blends(data: DataFlags) -> tuple[Words | None, list[Words | None] | None]:
     return parse_blend(data.data_path, "--data-path"), None
 
 
-def parse_blend(words: list[str], flag: str) -> Words:
-    """'prefix prefix ...' or 'weight prefix weight prefix ...'."""
+def parse_blend(words: list[str], flag: str) -> Prefixes:
+    """Prefixes and weights of 'prefix prefix ...' or 'weight prefix weight prefix ...'.
+
+    Raises:
+        ConfigError: no words, or a weight that cannot be.
+    """
     if not words:
         raise ConfigError(f"{flag} is missing: name the corpus that preprocess_data.py wrote")
     try:

@@ -1,22 +1,11 @@
 """Skip-wise samples over Megatron's indexed, memory-mapped corpora.
 
-    prefix.bin/.idx ─► Spans: which document, from which token on (a Source; nothing read)
+    prefix.bin/.idx ─► Spans: the sample's Source, a stretch of the corpus; nothing is read
                     ─► Blend, when there are several corpora (megatron-core's order)
-                    ─► PoseDataset: plan of the sample, then exactly the tokens that it names
-
-`--data-mode document`: a document of n tokens gives (n - 1) // L samples, so that tokens, not
-documents, are drawn evenly. Sample w has the document from token w*L on as its source: with
-contiguous content each token is seen once per epoch, and with the others the later chunks come from
-anywhere further on in the same document.
-
-`--data-mode packed`: Megatron's stream, all documents of the split end to end in an order of their
-own every epoch, and a window every L tokens. A text skip never crosses a document: a window that
-lies in one document has its rest as source, a window over several is taken as it is, and only
-positions skip. `--packed-skips stream` lets the text skip up to T tokens along the stream.
+                    ─► PoseDataset: the sample's plan, then exactly the tokens that it names
 
 Order and plans depend on the seed and the sample's index alone: not on ranks, workers, restarts or
-the number of samples asked for. Cost: 12 bytes per document, shared where --data-cache-path is
-given, no table per sample but a blend's; a sample reads L + N tokens.
+the number of samples asked for. A sample reads L + N tokens.
 """
 
 import logging
@@ -29,7 +18,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from pose_megatron.config.flags import DataFlags
-from pose_megatron.data.blend import SPLITS, BlendBuilder, blends
+from pose_megatron.data.blend import SPLITS, Blend, BlendBuilder, blends
 from pose_megatron.data.materialized import MaterializedDataset
 from pose_megatron.data.source import Source
 from pose_megatron.data.spans import DocumentSpans, PackedSpans, PoseDatasetConfig
@@ -40,20 +29,21 @@ logger = logging.getLogger(__name__)
 
 
 class PoseDataset(torch.utils.data.Dataset):
-    """Samples with skip-wise positions: wraps a dataset of sources.
+    """Samples with skip-wise positions, over a dataset of sources.
 
-    `dataset[i]` holds int64 arrays of L values: `tokens`, `labels` (each token's true next one),
-    `loss_mask` (ones) and `position_ids` in [0, T); only the last where `positions_only`, as a
-    middle pipeline stage wants it, and then no token is read unless the sampler cuts at tokens.
+    `dataset[i]` holds int64 [L] arrays: `tokens`, `labels` (each token's true next one),
+    `loss_mask` (ones) and `position_ids` in [0, T).
 
     Args:
-        sources: items {"source": Source}; the index is the sample's identity, so the plan of sample
-            i is that of (sampler.seed, i) in every blend.
-        sampler: of the positions.
+        sources: items {"source": Source}. The index is the sample's identity: sample i has the plan
+            of (sampler.seed, i), whichever corpus of a blend it comes from.
+        sampler: draws the plans.
         vocab_size: token ids must lie below it.
+        positions_only: samples hold `position_ids` only, which is all that a middle pipeline stage
+            needs; no token is read then, unless the sampler reads tokens.
 
     Raises:
-        ConfigError: on a token id outside the vocabulary, naming corpus and document.
+        ConfigError: a sample has a token id outside the vocabulary; names corpus and document.
     """
 
     def __init__(
@@ -99,7 +89,7 @@ class PoseDataset(torch.utils.data.Dataset):
 
 
 class Datasets(NamedTuple):
-    """None where no samples were asked for, or where the rank does not load."""
+    """The three splits; None where no samples are needed, or where this rank does not load."""
 
     train: PoseDataset | MaterializedDataset | None
     valid: PoseDataset | None
@@ -118,14 +108,17 @@ def build_datasets(
 ) -> Datasets:
     """Training samples by `sampler`, validation and test samples with plain positions.
 
-    With --materialized the training samples are those on disk; `materialized_as` is what the run
-    says of their positions.
-
     Every rank calls it (megatron-core's builder has barriers); only tensor-parallel rank 0 of a
     stage gets datasets, the others None.
 
+    Args:
+        train_samples, valid_samples, test_samples: how many the run needs.
+        positions_only: see PoseDataset.
+        materialized_as: with --materialized, whose training samples are those on disk: the run's
+            position flags, which the files must have been written with.
+
     Raises:
-        ConfigError: naming flag, file and way out.
+        ConfigError: flags, a corpus or a split that cannot be used; says which, and the way out.
     """
     reads = not dist.is_initialized() or parallel_state.get_tensor_model_parallel_rank() == 0
     train = None
@@ -151,8 +144,9 @@ def build_datasets(
     if not reads:
         return Datasets(None, None, None)
     for name, sources in zip(SPLITS, built, strict=True):
-        for part in getattr(sources, "datasets", [sources]) if sources is not None else []:
-            logger.info("%s, %s: %s", part.dataset_path, name, part.report())
+        for part in sources.datasets if isinstance(sources, Blend) else [sources]:
+            if part is not None:
+                logger.info("%s, %s: %s", part.dataset_path, name, part.report())
     plain = PoseSampler(sampler.window, sampler.window, "full", seed=sampler.seed)
     drawn = Datasets(
         *(
@@ -164,7 +158,7 @@ def build_datasets(
 
 
 def _config(data: DataFlags, sampler: PoseSampler, sizes: list[int]) -> PoseDatasetConfig:
-    """megatron-core's description of the splits; those without samples are left out."""
+    """megatron-core's settings of the three splits; a split that needs no samples is left out."""
     blend, per_split = blends(data)
     share = _split("969,30,1" if data.split is None else data.split)
     config = PoseDatasetConfig(
@@ -183,7 +177,7 @@ def _config(data: DataFlags, sampler: PoseSampler, sizes: list[int]) -> PoseData
             raise ConfigError(
                 f"--split {share} leaves no {name} documents"
                 if blend
-                else f"--{name}-data-path is missing: {size} {name} samples are wanted"
+                else f"--{name}-data-path is missing: {size} {name} samples are needed"
             )
         if not size:
             parts[i] = None

@@ -1,8 +1,8 @@
 """Tables about a corpus that are made once and then shared, memory-mapped, by all who need them.
 
-A cache entry is a folder named for what its arrays follow from. It is written under another name,
-flushed and renamed, so an entry is whole or not there: two jobs, or two nodes of one, may start
-together on the same folder, and the slower one takes what the quicker one made.
+A cache entry is a folder named by a hash of what its arrays are computed from. It is written under
+another name, flushed and renamed, so an entry is whole or not there: two jobs, or two nodes of one
+job, may start together on the same folder, and the slower one takes what the quicker one made.
 """
 
 import hashlib
@@ -18,17 +18,17 @@ import numpy as np
 from pose_megatron.errors import ConfigError
 from pose_megatron.runtime.atomic_files import fsync
 
-FORMAT = 1  # counts up when an array comes to mean something else
+FORMAT = 1  # goes up when an array changes its meaning
 
 
 def cached(
     folder: str | None, identity: dict, build: Callable[[], dict[str, np.ndarray]]
 ) -> dict[str, np.ndarray]:
-    """What `build` makes: from the cache where it is there, else made and put there.
+    """The arrays that `build` makes: read from the cache, or made and put there.
 
     Args:
-        folder: of the cache, `--data-cache-path`; None builds in memory.
-        identity: plain values that the arrays are a function of.
+        folder: --data-cache-path; None builds in memory.
+        identity: plain values that determine the arrays.
 
     Raises:
         ConfigError: the folder cannot be written, or an entry is damaged.
@@ -50,7 +50,7 @@ def cached(
 
 
 def _load(path: Path) -> np.ndarray:
-    empty = path.stat().st_size <= 128  # only a header, and no bytes to map
+    empty = path.stat().st_size <= 128  # a header alone cannot be mapped
     return np.load(path, mmap_mode=None if empty else "r", allow_pickle=False)
 
 

@@ -1,4 +1,4 @@
-"""Megatron's indexed corpora, memory-mapped and checked, and stretches of them."""
+"""Megatron's indexed corpora, memory-mapped and checked."""
 
 from pathlib import Path
 
@@ -13,12 +13,12 @@ from megatron.core.datasets.indexed_dataset import (
 from pose_megatron.errors import ConfigError
 
 
-class Corpus:
-    """`prefix.bin` and `prefix.idx`, checked to belong together.
+class IndexedCorpus:
+    """`prefix.bin` and `prefix.idx`: token ids of documents, checked to belong together.
 
     Args:
-        prefix: what tools/preprocess_data.py wrote.
-        flag: how the user named it, for messages.
+        prefix: path of the two files without their endings.
+        flag: the flag that named it, for messages.
 
     Attributes:
         tokens: the IndexedDataset; only `get` touches the .bin.
@@ -56,14 +56,15 @@ class Corpus:
         if have != needed:
             raise ConfigError(
                 f"{flag} {prefix}: {get_bin_path(prefix)} has {have} bytes, its index "
-                f"describes {needed}: truncated, or of another corpus; preprocess it again"
+                f"describes {needed}: it is truncated or belongs to another corpus; preprocess it "
+                "again"
             )
         self.tokens = IndexedDataset(prefix)
         self.lengths = self.tokens.sequence_lengths
 
     @property
     def identity(self) -> dict:
-        """Names this corpus, as it is now, in index caches."""
+        """What identifies this corpus, as it is now, in index caches."""
         path = Path(get_idx_path(self.prefix)).resolve()
         stat = path.stat()
         return {"path": str(path), "bytes": stat.st_size, "modified": stat.st_mtime_ns}

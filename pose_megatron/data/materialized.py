@@ -1,38 +1,40 @@
-"""A PoSE corpus on disk: the samples of a run, in its order, for any trainer to read.
+"""Samples on disk: those of one run, in its order, for any trainer to read.
 
     prefix_tokens.bin/.idx      sequence i: the L input tokens of sample i
-    prefix_labels.bin/.idx      each one's true next token, also at a chunk's end
+    prefix_labels.bin/.idx      each token's true next token, also at a chunk's end
     prefix_positions.bin/.idx   position ids in [0, T), int32
-    prefix.json                 what they are; written last, so that it says they are whole
+    prefix.json                 describes them; written last, so where it is, they are whole
 
 The three pairs are Megatron's indexed format: megatron-core's IndexedDataset reads them, and so
 does `numpy.memmap` with shape (samples, L), since every sequence has L values.
 """
 
 import json
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
-from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
-from pose_megatron.data.indexed_corpus import Corpus
-from pose_megatron.errors import ConfigError
-from pose_megatron.runtime.atomic_files import fsync, write_atomically
+from pose_megatron.data.indexed_corpus import IndexedCorpus
+from pose_megatron.errors import ConfigError, spell
+from pose_megatron.preprocessing.indexed_writer import IndexedWriter, publish, token_dtype
+from pose_megatron.runtime.atomic_files import write_atomically
 
 PARTS = {"tokens": "tokens", "labels": "labels", "positions": "position_ids"}
+ONE = np.array([1])  # each sample is a document of one sequence
 
 
 def write(
     prefix: str, samples: Iterable[dict[str, np.ndarray]], vocab_size: int, description: dict
 ) -> None:
-    """Writes the files, or none that counts as whole.
+    """Writes the files; after a failure none of them counts as whole.
 
     Args:
-        samples: as a PoseDataset yields them.
+        samples: a PoseDataset's samples.
         description: window, target, samples, law (in words), positions (the flags), and whatever
-            else the reader should know.
+            else a reader should know.
 
     Raises:
         OSError: the disk is full, or the folder cannot be written.
@@ -40,40 +42,36 @@ def write(
     whole = Path(f"{prefix}.json")
     whole.parent.mkdir(parents=True, exist_ok=True)
     whole.unlink(missing_ok=True)
-    drafts = {part: Path(f"{prefix}_{part}.tmp") for part in PARTS}
-    dtypes = dict.fromkeys(PARTS, DType.optimal_dtype(vocab_size)) | {"positions": np.int32}
+    dtypes = dict.fromkeys(PARTS, token_dtype(vocab_size)) | {"positions": np.int32}
+    unfinished = Path(f"{prefix}.tmp")
+    unfinished.mkdir(exist_ok=True)
+    writers = {part: IndexedWriter(unfinished, part, dtypes[part]) for part in PARTS}
     try:
-        builders = {
-            part: IndexedDatasetBuilder(f"{path}.bin", dtype=dtypes[part])
-            for part, path in drafts.items()
-        }
         for sample in samples:
             for part, name in PARTS.items():
-                values = torch.from_numpy(sample[name])
-                builders[part].add_document(values, [len(values)])
-        for part, draft in drafts.items():
-            builders[part].finalize(f"{draft}.idx")
-            for ending in ("bin", "idx"):
-                fsync(Path(f"{draft}.{ending}"))
-                Path(f"{draft}.{ending}").replace(f"{prefix}_{part}.{ending}")
+                writers[part].append(sample[name], np.array([sample[name].size]), ONE)
+        for part, writer in writers.items():
+            writer.finish()
+            publish(unfinished, part, f"{prefix}_{part}")
     finally:
-        for draft in drafts.values():
-            for ending in ("bin", "idx"):
-                Path(f"{draft}.{ending}").unlink(missing_ok=True)
+        for writer in writers.values():
+            writer.close()
+        shutil.rmtree(unfinished)
     write_atomically(whole, json.dumps(description, indent=1))
 
 
 class MaterializedDataset(torch.utils.data.Dataset):
-    """Reads them back: sample i is what the run that wrote them would have drawn.
+    """Reads the files: sample i is what the run that wrote them would have drawn.
 
     Args:
         prefix: --materialized.
-        window: L. target: T. samples: how many the run needs.
-        vocab_size, positions_only: as of PoseDataset.
-        asked: what the run says of the positions, to be compared with what the files have.
+        window, target: the run's L and T.
+        samples: how many the run needs.
+        vocab_size, positions_only: see PoseDataset.
+        position_flags: the run's, by name; they must be those that the files were written with.
 
     Raises:
-        ConfigError: files are missing, damaged or of another run, or too few.
+        ConfigError: files are missing, damaged, of another run or too few.
     """
 
     def __init__(
@@ -83,7 +81,7 @@ class MaterializedDataset(torch.utils.data.Dataset):
         target: int,
         samples: int,
         vocab_size: int,
-        asked: dict,
+        position_flags: dict,
         positions_only: bool = False,
     ):
         self.prefix, self.vocab_size, self.positions_only = prefix, vocab_size, positions_only
@@ -92,8 +90,8 @@ class MaterializedDataset(torch.utils.data.Dataset):
         for flag, mine, theirs in (
             ("--seq-length", window, description["window"]),
             *(
-                (f"--{name.replace('_', '-')}", value, description["positions"].get(name))
-                for name, value in asked.items()
+                (spell(name), value, description["positions"].get(name))
+                for name, value in position_flags.items()
             ),
         ):
             if mine != theirs:
@@ -111,11 +109,11 @@ class MaterializedDataset(torch.utils.data.Dataset):
                 f"--materialized {prefix} holds {description['samples']} samples, the run needs "
                 f"{samples}: write more, or lower --train-iters"
             )
-        self.parts = {part: Corpus(f"{prefix}_{part}", "--materialized") for part in PARTS}
+        self.parts = {part: IndexedCorpus(f"{prefix}_{part}", "--materialized") for part in PARTS}
         for part, corpus in self.parts.items():
             if len(corpus.lengths) != description["samples"] or (corpus.lengths != window).any():
                 raise ConfigError(
-                    f"--materialized {prefix}: {prefix}_{part}.idx is not of the run that "
+                    f"--materialized {prefix}: {prefix}_{part}.idx does not hold the samples that "
                     f"{prefix}.json describes; write them again"
                 )
 
@@ -148,10 +146,10 @@ class MaterializedDataset(torch.utils.data.Dataset):
 
 
 def read_description(prefix: str) -> dict:
-    """What prefix.json says.
+    """The content of prefix.json.
 
     Raises:
-        ConfigError: it is missing or not ours.
+        ConfigError: it is missing, or not what this module writes.
     """
     path = Path(f"{prefix}.json")
     if not path.is_file():

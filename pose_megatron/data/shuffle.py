@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from pose_megatron.positions.draws import SAMPLES, SHUFFLES
+
 
 class Shuffle:
     """A Feistel network over a power of four, walked in cycles until it lands below n (Black and
@@ -9,23 +11,24 @@ class Shuffle:
 
     Args:
         n: at least 1, below 2**62.
-        seed, epoch: of the order.
-        stream: orders of different streams have nothing in common.
+        seed, epoch: each pair has an order of its own.
+        order: SAMPLES or DOCUMENTS of positions/draws.py: the two have nothing in common.
     """
 
     ROUNDS = 6
-    BLOCK = 512  # elements computed together for a reader that goes one by one
-    PATIENCE = 8  # after so many in a row
+    BLOCK = 512  # elements computed ahead for a reader that goes one by one
+    PATIENCE = 8  # elements in a row after which a reader counts as one
 
-    def __init__(self, n: int, seed: int, epoch: int, stream: int = 0):
+    def __init__(self, n: int, seed: int, epoch: int, order: int = SAMPLES):
         self.n = n
         self._half = max((max(n - 1, 1).bit_length() + 1) // 2, 1)
         self._mask = (1 << self._half) - 1
-        key = np.array([seed, 1], dtype=np.uint64)  # plans use word 0: another stream
-        counter = np.array([0, 0, stream, epoch], dtype=np.uint64)
+        key = np.array([seed, SHUFFLES], dtype=np.uint64)
+        counter = np.array([0, 0, order, epoch], dtype=np.uint64)
         raw = np.random.Philox(key=key, counter=counter).random_raw(self.ROUNDS)
         self._keys = [int(k) for k in raw]
-        self._start, self._block = 0, []  # elements at hand
+        self._start = 0
+        self._block: list[int] = []  # elements computed ahead, from `_start` on
         self._next, self._in_a_row = 0, 0
 
     def __getitem__(self, i: int) -> int:
@@ -53,7 +56,7 @@ class Shuffle:
         return values.astype(np.int64)
 
     def _permute(self, values):
-        """One step of the walk: of an int, or of uint64 [any]."""
+        """One step of the walk, for an int or for uint64 of any shape."""
         left, right = values >> self._half, values & self._mask
         for key in self._keys:
             left, right = right, left ^ (_mix(right ^ key) & self._mask)

@@ -1,33 +1,33 @@
-"""A stretch of an indexed corpus that a sample may be cut from."""
+"""A source: the stretch of an indexed corpus that one sample may be cut from."""
 
 from dataclasses import dataclass
 
 import numpy as np
 
-from pose_megatron.data.indexed_corpus import Corpus
+from pose_megatron.data.indexed_corpus import IndexedCorpus
 from pose_megatron.positions.laws import SkipPlan
 
 
 @dataclass(frozen=True)
 class Source:
-    """A stretch of tokens that a sample may be cut from: one piece of a document, or several packed
-    end to end. Its last token is only ever a label.
+    """Tokens that one sample may be cut from: a piece of one document, or pieces of several, packed
+    end to end. The last token is only ever a label.
 
     Attributes:
-        corpus: where the tokens lie.
-        pieces: (document, first token, tokens) in order.
+        corpus: the indexed corpus that holds the tokens.
+        pieces: (document, first token, number of tokens), in order.
     """
 
-    corpus: Corpus
+    corpus: IndexedCorpus
     pieces: tuple[tuple[int, int, int], ...]
 
     @property
     def length(self) -> int:
-        """Lx: tokens that can be inputs."""
+        """Lx: how many of the tokens can be inputs."""
         return sum([n for _, _, n in self.pieces]) - 1
 
     def read(self, plan: SkipPlan) -> np.ndarray:
-        """Inputs and their true next tokens, int64 [2, L], also at the end of a chunk."""
+        """Inputs and labels, int64 [2, L]; labels are true next tokens, also at a chunk's end."""
         runs = plan.runs()
         rows = np.empty((2, sum([length for _, length in runs])), dtype=np.int64)
         at = 0
@@ -39,7 +39,7 @@ class Source:
         return rows
 
     def tokens(self, start: int, length: int) -> np.ndarray:
-        """Tokens start to start + length - 1 of the stretch, as the corpus stores them."""
+        """Tokens start to start + length - 1 of the source, in the corpus's own dtype."""
         parts = []
         for document, first, tokens in self.pieces:
             take = min(length, tokens - start)

@@ -1,4 +1,19 @@
-"""Which stretches of a corpus its samples are cut from."""
+"""Which source each sample of a corpus is cut from, by `--data-mode`.
+
+`document`: a document of n tokens gives (n - 1) // L samples, so that tokens, not documents, are
+drawn evenly. The source of its sample w is the document from token w * L on: with contiguous
+content each token is seen once per epoch; with the other contents the later chunks come from
+anywhere further on in the same document.
+
+`packed`: Megatron's stream: all documents of the split end to end, in a new order every epoch, and
+a window every L tokens. A text skip never crosses a document: the source of a window within one
+document is the rest of that document; a window over several documents is its own source, and only
+its positions skip. `--packed-skips stream` lets the text skip up to T tokens along the stream.
+
+The order depends on the seed and the epoch alone: not on ranks, workers, restarts or the number of
+samples asked for. Memory: at most 12 bytes per document, shared through --data-cache-path; there is
+no table per sample.
+"""
 
 from abc import abstractmethod
 from dataclasses import dataclass
@@ -8,12 +23,11 @@ from megatron.core.datasets.blended_megatron_dataset_config import BlendedMegatr
 from megatron.core.datasets.megatron_dataset import MegatronDataset
 
 from pose_megatron.data.index_cache import cached
-from pose_megatron.data.indexed_corpus import Corpus
+from pose_megatron.data.indexed_corpus import IndexedCorpus
 from pose_megatron.data.shuffle import Shuffle
 from pose_megatron.data.source import Source
 from pose_megatron.errors import ConfigError
-
-SAMPLES, DOCUMENTS = range(2)  # streams of the shuffles
+from pose_megatron.positions.draws import DOCUMENTS, SAMPLES
 
 
 @dataclass
@@ -21,9 +35,10 @@ class PoseDatasetConfig(BlendedMegatronDatasetConfig):
     """megatron-core's dataset settings and ours.
 
     Attributes:
-        short_documents: `drop` documents below L + 1 tokens, or `pack` them end to end.
-        packed_reach: in packed mode, tokens of stream that a source may have; 0 keeps text skips
-            inside a document.
+        short_documents: in document mode, `drop` documents below L + 1 tokens, or `pack` them end
+            to end.
+        packed_reach: in packed mode, how many tokens of the stream a source may have; 0 keeps text
+            skips inside a document.
     """
 
     short_documents: str = "drop"
@@ -31,13 +46,16 @@ class PoseDatasetConfig(BlendedMegatronDatasetConfig):
 
 
 class Spans(MegatronDataset):
-    """The sources of one split of one corpus, in a fresh order every epoch.
+    """The sources of one split of one corpus, in a new order every epoch.
 
-    `dataset[i]` is {"source": Source} for any i >= 0. Its length is the number of samples asked
-    for, or without one that of an epoch.
+    `dataset[i]` is {"source": Source} for any i >= 0; i // samples_per_epoch is its epoch. The
+    length is `num_samples`, or one epoch where that is None.
 
     Attributes:
-        samples_per_epoch: at least 1 where samples are asked for.
+        samples_per_epoch: at least 1.
+
+    Raises:
+        ConfigError: an epoch would have no sample.
     """
 
     samples_per_epoch: int
@@ -45,44 +63,46 @@ class Spans(MegatronDataset):
     def __init__(self, dataset, dataset_path, indices, num_samples, index_split, config):
         super().__init__(dataset, dataset_path, indices, num_samples, index_split, config)
         self.window = config.sequence_length
-        self._shuffle: tuple[int, Shuffle | None] = (-1, None)
         self._prepare()
         if not self.samples_per_epoch:
             raise ConfigError(self._empty())
+        self._epoch, self._shuffle = 0, self._shuffle_of(0)
 
     @abstractmethod
     def _prepare(self) -> None:
-        """Sets samples_per_epoch."""
+        """Sets samples_per_epoch, and what `_source` needs."""
 
     @abstractmethod
     def _source(self, epoch: int, sample: int) -> Source:
-        """The source of sample `sample` of the unshuffled epoch."""
+        """The source of sample number `sample` before the epoch is shuffled."""
 
     @abstractmethod
     def report(self) -> str:
-        """What an epoch has, in one line."""
+        """What an epoch holds, in one line for a person."""
 
     @abstractmethod
     def _empty(self) -> str:
-        """Why there is no sample, and the way out."""
+        """Why an epoch has no sample, and the way out."""
 
     @staticmethod
-    def numel_low_level_dataset(low_level_dataset: Corpus) -> int:
+    def numel_low_level_dataset(low_level_dataset: IndexedCorpus) -> int:
         return len(low_level_dataset.lengths)
 
     @staticmethod
-    def build_low_level_dataset(dataset_path: str, config: PoseDatasetConfig) -> Corpus:
-        return Corpus(dataset_path)
+    def build_low_level_dataset(dataset_path: str, config: PoseDatasetConfig) -> IndexedCorpus:
+        return IndexedCorpus(dataset_path)
 
     def __len__(self) -> int:
         return self.samples_per_epoch if self.num_samples is None else self.num_samples
 
     def __getitem__(self, index: int) -> dict[str, Source]:
         epoch, i = divmod(int(index), self.samples_per_epoch)
-        if epoch != self._shuffle[0]:
-            n = self.samples_per_epoch
-            self._shuffle = epoch, Shuffle(n, self.config.random_seed, epoch, SAMPLES)
-        return {"source": self._source(epoch, self._shuffle[1][i])}
+        if epoch != self._epoch:
+            self._epoch, self._shuffle = epoch, self._shuffle_of(epoch)
+        return {"source": self._source(epoch, self._shuffle[i])}
+
+    def _shuffle_of(self, epoch: int) -> Shuffle:
+        return Shuffle(self.samples_per_epoch, self.config.random_seed, epoch, SAMPLES)
 
     def _cached(self, table: str, build, **identity) -> dict[str, np.ndarray]:
         """`build`'s arrays about this split's documents, through the index cache."""
@@ -92,10 +112,10 @@ class Spans(MegatronDataset):
 
 
 class DocumentSpans(Spans):
-    """Document mode: each source is a document from some window on.
+    """Document mode: each source is a document from one of its windows on.
 
     Attributes:
-        dropped, packed: short documents left out, or laid end to end.
+        dropped, packed: how many short documents are left out, or laid end to end.
     """
 
     def _prepare(self) -> None:
@@ -116,7 +136,7 @@ class DocumentSpans(Spans):
         short = self.indices[~long] if pack else self.indices[:0]
         return {
             "documents": self.indices[long],
-            # Samples up to and with each document.
+            # Samples of all documents up to this one, itself included.
             "windows": np.cumsum((lengths[long] - 1) // self.window, dtype=np.int64),
             "short": short,
             "stream": np.cumsum(self.dataset.lengths[short], dtype=np.int64),
@@ -149,12 +169,12 @@ class DocumentSpans(Spans):
 
 
 class PackedSpans(Spans):
-    """Packed mode: each source starts at a multiple of L of the epoch's stream of documents."""
+    """Packed mode: each source starts at a multiple of L in the epoch's stream of documents."""
 
     def _prepare(self) -> None:
         self.tokens = int(self.dataset.lengths[self.indices].sum(dtype=np.int64))
         self.samples_per_epoch = max(self.tokens - 1, 0) // self.window
-        # The first epoch's here and now: loader processes, forked later, share it.
+        # The first epoch's stream is built now, so that loader processes, forked later, share it.
         self._stream = 0, self._stream_of(0)
 
     def _source(self, epoch: int, sample: int) -> Source:
@@ -191,22 +211,26 @@ class Stream:
     """Documents laid end to end.
 
     Args:
-        documents: in order.
-        ends: tokens up to and with each, int64.
+        documents: their numbers in the corpus, in the stream's order.
+        ends: tokens of all documents up to each one, itself included, int64.
     """
 
-    def __init__(self, corpus: Corpus, documents: np.ndarray, ends: np.ndarray):
+    def __init__(self, corpus: IndexedCorpus, documents: np.ndarray, ends: np.ndarray):
         self.corpus, self.documents, self.ends = corpus, documents, ends
 
     def windows(self, window: int) -> int:
-        """How many whole windows it holds, each with a last label."""
+        """How many windows of `window` + 1 tokens start at multiples of `window`."""
         return max(int(self.ends[-1]) - 1, 0) // window if len(self.ends) else 0
 
     def source(self, start: int, tokens: int, whole_document: bool = False) -> Source:
-        """Tokens start to start + tokens - 1, to the end of the document if one holds them all."""
+        """The source of `tokens` tokens from `start` on.
+
+        Args:
+            whole_document: if one document holds them all, the source goes on to its end.
+        """
         at = int(self.ends.searchsorted(start, side="right"))
         first = start - (int(self.ends[at - 1]) if at else 0)
-        pieces = []
+        pieces: list[tuple[int, int, int]] = []
         while tokens:
             document = int(self.documents[at])
             left = int(self.corpus.lengths[document]) - first

@@ -10,12 +10,11 @@ from itertools import pairwise
 
 import numpy as np
 
-from pose_megatron.positions.draws import Draw
+from pose_megatron.positions.draws import SENTENCES, Draw
 from pose_megatron.positions.laws import SkipPlan
 from pose_megatron.positions.sampler import PoseSampler
 
 _BATCH_VALUES = 2**22  # samples x distances held at once
-_SENTENCES = 3  # stream of a seed, beside those of draws.py
 
 
 @dataclass(frozen=True)
@@ -23,9 +22,9 @@ class Curve:
     """Coverage by distance.
 
     Attributes:
-        probability: of each distance 0, ..., T - 1, float64 [T].
-        standard_error: of each, float64 [T]; zero where a formula gave the probability.
-        samples: drawn; 0 for a formula.
+        probability: that a sample contains the distance d = 0, ..., T - 1, float64 [T].
+        standard_error: of each probability, float64 [T]; zero where a formula gave it.
+        samples: how many were drawn; 0 for a formula.
     """
 
     probability: np.ndarray
@@ -46,39 +45,39 @@ class Curve:
 
 
 def coverage(sampler: PoseSampler, source: int, samples: int, sentence: int = 25) -> Curve:
-    """The curve of a sampler, exact where a formula is known, else from `samples` drawn samples.
+    """A sampler's curve, exact where a formula is known, else estimated from drawn samples.
 
     Args:
         source: Lx, tokens that a sample's text is drawn from.
-        sentence: mean tokens between two places where a sampler that reads tokens may cut; the
-            places are drawn independently.
+        samples: how many to draw where no formula is known.
+        sentence: for samplers that read tokens: each token ends a sentence with probability
+            1 / sentence, independently.
     """
     exact = _formula(sampler, source)
     if exact is not None:
         return Curve(exact, np.zeros_like(exact), 0)
     hits = np.zeros(sampler.target)
+    reads = sampler.reads_tokens
+    if reads:
+        sampler = replace(sampler, boundaries=sampler.boundaries[:1])
     step = max(_BATCH_VALUES // sampler.target, 1)
     for start in range(0, samples, step):
         indices = range(start, min(start + step, samples))
-        tokens = None
-        if sampler.reads_tokens:
-            mark = sampler.boundaries[0]
-            tokens = [
-                np.where(
-                    Draw(sampler.seed, 0, i, _SENTENCES).integers(sentence, sampler.window) == 0,
-                    mark,
-                    mark + 1,
-                )
-                for i in indices
-            ]
-            sampler = replace(sampler, boundaries=(mark,))
+        tokens = [_sentences(sampler, i, sentence) for i in indices] if reads else None
         hits += contained(sampler.plans(indices, source, 0, tokens), sampler.target).sum(axis=0)
     p = hits / samples
     return Curve(p, np.sqrt(p * (1 - p) / samples), samples)
 
 
+def _sentences(sampler: PoseSampler, index: int, mean: int) -> np.ndarray:
+    """A window of tokens that end a sentence or do not, int64 [L]."""
+    (end,) = sampler.boundaries
+    ends = Draw(sampler.seed, 0, index, SENTENCES).integers(mean, sampler.window) == 0
+    return np.where(ends, end, end + 1)
+
+
 def contained(plans: SkipPlan, target: int) -> np.ndarray:
-    """Which distances each sample of a batch contains, bool [B, T]."""
+    """Whether each sample of a batch contains each distance, bool [B, T]."""
     if plans.lengths.shape[1] > 24:
         return _contained_by_autocorrelation(plans.positions(), target)
     rows = np.arange(len(plans.lengths))

@@ -7,19 +7,35 @@ promises the raw words of its bit generators, and only those are used.
 """
 
 from functools import lru_cache
+from typing import Protocol, TypeVar
 
 import numpy as np
 
-PLANS, SHUFFLES, COINS, PASSKEYS = range(4)  # streams of a seed
+# The streams of a seed, numbered here only: whatever draws by itself has a number of its own.
+PLANS, SHUFFLES, COINS, PASSKEYS, SENTENCES = range(5)
+# The two orders that SHUFFLES draws (data/shuffle.py): third word of the counter.
+SAMPLES, DOCUMENTS = range(2)
 
 _MASK = 2**64 - 1
 _MULTIPLIERS = 0xD2E7470EE14C6C93, 0xCA5A826395121157
 _WEYL = 0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B
 _ROUNDS = 10
 
+Integers = TypeVar("Integers", int, np.ndarray)  # one sample's integer, or int64 [B]
+
+
+class Drawing(Protocol[Integers]):
+    """What a sampler that also works in batches may draw: `Draw` is one, `Draws` the other."""
+
+    def integer(self, low: Integers | int, high: Integers | int) -> Integers:
+        """Uniform in {low, ..., high}, both ends included."""
+
+    def ascending(self, low: Integers | int, high: Integers | int, count: int) -> list[Integers]:
+        """`count` independent values of {low, ..., high}, sorted."""
+
 
 class Draw:
-    """The integers of one sample, in order."""
+    """One sample's integers, in order."""
 
     def __init__(self, seed: int, epoch: int, index: int, stream: int = PLANS):
         self._keys = _key_schedule(seed, stream)
@@ -34,6 +50,10 @@ class Draw:
             self._block = self._philox((self._used >> 2) + 1)  # as in numpy, the first is number 1
         self._used += 1
         return low + (self._block[at] * (high - low + 1) >> 64)
+
+    def ascending(self, low: int, high: int, count: int) -> list[int]:
+        """`count` independent values of {low, ..., high}, sorted."""
+        return sorted(self.integer(low, high) for _ in range(count))
 
     def integers(self, below: int, count: int) -> np.ndarray:
         """`count` values uniform in [0, below), int64."""
@@ -59,7 +79,7 @@ class Draw:
                 return np.sort(drawn[first[:count]])
 
     def _philox(self, block: int) -> tuple[int, int, int, int]:
-        """Python's integers: for four words quicker than building a numpy generator."""
+        """In Python's integers: for four words quicker than building a numpy generator."""
         m0, m1 = _MULTIPLIERS
         c0, c1, c2, c3 = block, 0, self._index, self._epoch
         for k0, k1 in self._keys:
@@ -69,7 +89,7 @@ class Draw:
 
 
 class Draws:
-    """The integers of B samples at a time: row b has what Draw(seed, epoch, indices[b]) has."""
+    """The integers of B samples at once: row b has those of Draw(seed, epoch, indices[b])."""
 
     def __init__(self, seed: int, epoch: int, indices: np.ndarray, stream: int = PLANS):
         self._keys = _key_schedule(seed, stream)
@@ -77,14 +97,18 @@ class Draws:
         self._used = 0
         self._block: tuple[np.ndarray, ...] = ()
 
-    def integer(self, low, high) -> np.ndarray:
-        """Uniform in {low, ..., high} of each row, int64 [B]; low and high: int or int64 [B]."""
+    def integer(self, low: np.ndarray | int, high: np.ndarray | int) -> np.ndarray:
+        """Uniform in each row's {low, ..., high}, int64 [B]; low and high are int or int64 [B]."""
         at = self._used & 3
         if not at:
             self._block = philox(self._keys, self._used // 4 + 1, self._indices, self._epoch)
         self._used += 1
         span = np.asarray(high - low + 1).astype(np.uint64)
         return low + _high_word(self._block[at], span).view(np.int64)
+
+    def ascending(self, low: np.ndarray | int, high: np.ndarray | int, count: int) -> list:
+        """`count` arrays int64 [B] of independent values, sorted in each row."""
+        return list(np.sort([self.integer(low, high) for _ in range(count)], axis=0))
 
 
 def philox(keys, block: int, indices: np.ndarray, epoch: int) -> tuple[np.ndarray, ...]:
@@ -103,7 +127,7 @@ def philox(keys, block: int, indices: np.ndarray, epoch: int) -> tuple[np.ndarra
 
 
 def _high_word(a: np.ndarray, b) -> np.ndarray:
-    """The upper 64 bits of the 128-bit product, from four 64-bit ones; uint64."""
+    """The upper 64 bits of the 128-bit product a * b, from four 64-bit products; uint64."""
     half, low = np.uint64(32), np.uint64(0xFFFFFFFF)
     a1, a0, b1, b0 = a >> half, a & low, b >> half, b & low
     carry = a0 * b0

@@ -1,4 +1,4 @@
-"""The laws by which a sample takes its tokens and its positions: PoSE and its relatives.
+"""The laws that give a sample its tokens and its positions: PoSE and its relatives.
 
 A sample is a window of L tokens cut into N chunks. Chunk i has length l_i and starts at index
 st_i = l_0 + ... + l_{i-1} of the window. Its positions start at u_i + st_i, its text at v_i + st_i
@@ -6,36 +6,51 @@ of the source (a document or a span of it, Lx tokens long), with both u and v no
 chunk is continuous inside, chunks never overlap, and over many samples every relative distance
 below T occurs (Zhu et al., "PoSE", ICLR 2024, arXiv 2309.10400, equations 3 to 5).
 
-A new sampler is a function `(draw, ask, target, source, cuts) -> SkipPlan` and a line of SAMPLERS:
+A new sampler is a function and a line of SAMPLERS:
 
-    draw    random integers of the sample, or of a batch of B samples
-    ask     positions.PoseSampler, for its window L, num_chunks N, content and skip_law
-    target  T; an int, in a batch perhaps int64 [B]
-    source  Lx >= L, tokens; an int, in a batch int64 [B]
-    cuts    for samplers that read tokens: window indices in {1, ..., L-1} at which a chunk may
-            start, int64, ascending; else None
+    law(draw, sampler, target, source, chunk_starts) -> SkipPlan
+
+    draw          the sample's random integers, or those of a batch of B samples
+    sampler       sampler.PoseSampler: the law reads window L, num_chunks N, content and skip_law
+    target        T; an int, in a batch an int or int64 [B]
+    source        Lx >= L, tokens; an int, in a batch int64 [B]
+    chunk_starts  where the text lets a chunk start, for samplers that read tokens: indices of the
+                  window in {1, ..., L-1}, int64, ascending; else None
 """
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from pose_megatron.positions.draws import Draw, Draws
+from pose_megatron.positions.draws import Draw, Drawing, Integers
 
 CONTENTS = ("uniform", "contiguous", "aligned")
 SKIP_LAWS = ("chain", "sorted-uniform")
 CREAM_SIGMA = 3.0  # the authors' constant, whatever the factor
 
 
+class Settings(Protocol):
+    """What a law reads of a `PoseSampler`, which says what they mean."""
+
+    @property
+    def window(self) -> int: ...
+    @property
+    def num_chunks(self) -> int: ...
+    @property
+    def content(self) -> str: ...
+    @property
+    def skip_law(self) -> str: ...
+
+
 class SkipPlan(NamedTuple):
-    """One sample's chunks, in order; each array is int64 [N]. Of a batch, int64 [B, N].
+    """One sample's chunks, in order, each array int64 [N]; or B samples', int64 [B, N].
 
     Attributes:
-        lengths: tokens of each chunk, l_i >= 1, summing to L. In a batch a row with fewer chunks
+        lengths: tokens of each chunk, l_i >= 1, summing to L. In a batch, a row with fewer chunks
             than others ends in chunks of no tokens.
         position_starts: position id of each chunk's first token, u_i + st_i.
         text_starts: index in the source of each chunk's first token, v_i + st_i.
@@ -81,81 +96,105 @@ class SkipPlan(NamedTuple):
         return rows + np.arange(rows.shape[-1])
 
 
-def pose(draw: Draw | Draws, ask, target, source, cuts) -> SkipPlan:
+def pose(
+    draw: Drawing[Integers],
+    sampler: Settings,
+    target: Integers | int,
+    source: Integers | int,
+    chunk_starts: None,
+) -> SkipPlan:
     """The paper's law for N chunks.
 
-    l_i ~ U{1, ..., what leaves a token for each later chunk} (stick-breaking, Figure 6);
-    u_0 = 0 and, by `skip_law`: chain, u_i ~ U{u_{i-1}, ..., T - L} (equation 4); sorted-uniform,
-    u_1 <= ... <= u_{N-1} are N - 1 values of U{0, ..., T - L} in order, which for large N does not
-    crowd the last chunks toward T as the chain does;
-    v_0 = 0 and, by `content`: uniform, v_i ~ U{v_{i-1}, ..., Lx - L} (equation 5); contiguous,
-    v_i = 0; aligned, v_i = u_i, where a source shorter than T bounds u by Lx - L.
+    l_i ~ U{1, ..., the most that leaves a token for each later chunk} (stick-breaking, Figure 6).
+    u_0 = 0 and the later u_i by `skip_law`:
+        chain           u_i ~ U{u_{i-1}, ..., T - L} (equation 4)
+        sorted-uniform  N - 1 values of U{0, ..., T - L}, sorted: many chunks do not pile up near T,
+                        as they do by the chain
+    v_0 = 0 and the later v_i by `content`:
+        uniform         v_i ~ U{v_{i-1}, ..., Lx - L} (equation 5)
+        contiguous      v_i = 0
+        aligned         v_i = u_i; in a source shorter than T, u is at most Lx - L
     """
-    lengths, left = [], ask.window
-    for later in range(ask.num_chunks - 1, 0, -1):
+    lengths: list[Integers | int] = []
+    left: Integers | int = sampler.window
+    for later in range(sampler.num_chunks - 1, 0, -1):
         lengths.append(draw.integer(1, left - later))
         left = left - lengths[-1]
     lengths.append(left)
-    room, text_room = target - ask.window, source - ask.window
-    if ask.content == "aligned":
+    room, text_room = target - sampler.window, source - sampler.window
+    if sampler.content == "aligned":
         room = _lesser(room, text_room)
-    skips = _skips(draw, ask.num_chunks, room, ask.skip_law)
-    if ask.content == "contiguous":
-        texts = [0] * ask.num_chunks
-    elif ask.content == "aligned":
+    skips = _skips(draw, sampler.num_chunks, room, sampler.skip_law)
+    texts: list[Integers | int]
+    if sampler.content == "contiguous":
+        texts = [0] * sampler.num_chunks
+    elif sampler.content == "aligned":
         texts = skips
     else:
-        texts = _skips(draw, ask.num_chunks, text_room, "chain")
+        texts = _skips(draw, sampler.num_chunks, text_room, "chain")
     return _plan(lengths, skips, texts)
 
 
-def pose_reference(draw: Draw | Draws, ask, target, source, cuts) -> SkipPlan:
-    """PoSE as its authors' code has it, always two chunks, so that their runs can be reproduced.
+def pose_reference(
+    draw: Drawing[Integers],
+    sampler: Settings,
+    target: Integers | int,
+    source: Integers | int,
+    chunk_starts: None,
+) -> SkipPlan:
+    """PoSE as in its authors' code, always two chunks, so that their runs can be reproduced.
 
     l_0 ~ U{1, ..., (L + 1) // 2}; u_1 ~ U{0, ..., T - L}; v_1 ~ U{0, ..., min(Lx, 5 L) - L}
     (dwzhu-pku/PoSE, src/train_pose.py).
     """
-    length = draw.integer(1, (ask.window + 1) // 2)
-    skip = draw.integer(0, target - ask.window)
-    text = draw.integer(0, _lesser(source, 5 * ask.window) - ask.window)
-    return _plan([length, ask.window - length], [0, skip], [0, text])
+    length = draw.integer(1, (sampler.window + 1) // 2)
+    skip = draw.integer(0, target - sampler.window)
+    text = draw.integer(0, _lesser(source, 5 * sampler.window) - sampler.window)
+    return _plan([length, sampler.window - length], [0, skip], [0, text])
 
 
-def pose_boundary(draw: Draw, ask, target, source, cuts) -> SkipPlan:
+def pose_boundary(
+    draw: Draw, sampler: Settings, target: int, source: int, chunk_starts: np.ndarray
+) -> SkipPlan:
     """PoSE whose chunks start only after given tokens, such as the end of a turn.
 
-    min(N, cuts + 1) chunks; which of the possible cuts are taken is uniform; u by `skip_law` as in
-    `pose`; the text is contiguous, as instruction data needs it. A window without a cut is plain.
-    After axolotl's `pose_split_on_token_ids`, which takes every cut: N = L does.
+    The first chunk starts at 0, the others at a uniform subset of `chunk_starts`: N - 1 of them,
+    or all when there are fewer, so a window without any is plain. u by `skip_law` as in `pose`; the
+    text is contiguous, as instruction data needs it.
+    After axolotl's `pose_split_on_token_ids`, which takes every chunk start, as N = L does here.
     """
-    taken = cuts[draw.subset(len(cuts), min(ask.num_chunks - 1, len(cuts)))].tolist()
-    lengths = np.diff([0, *taken, ask.window]).tolist()
-    skips = _skips(draw, len(lengths), target - ask.window, ask.skip_law)
+    count = min(sampler.num_chunks - 1, len(chunk_starts))
+    taken = chunk_starts[draw.subset(len(chunk_starts), count)].tolist()
+    lengths = np.diff([0, *taken, sampler.window]).tolist()
+    skips = _skips(draw, len(lengths), target - sampler.window, sampler.skip_law)
     return _plan(lengths, skips, [0] * len(lengths))
 
 
-def randpos(draw: Draw, ask, target, source, cuts) -> SkipPlan:
+def randpos(
+    draw: Draw, sampler: Settings, target: int, source: int, chunk_starts: None
+) -> SkipPlan:
     """L positions drawn without replacement from {0, ..., T-1}, sorted; the text is contiguous.
 
     The RandPos baseline of the paper's section 4.1 (Ruoss et al., ACL 2023).
     """
-    positions = draw.subset(target, ask.window)
-    return SkipPlan(np.ones(ask.window, np.int64), positions, np.arange(ask.window))
+    positions = draw.subset(target, sampler.window)
+    return SkipPlan(np.ones(sampler.window, np.int64), positions, np.arange(sampler.window))
 
 
-def cream(draw: Draw, ask, target, source, cuts) -> SkipPlan:
+def cream(draw: Draw, sampler: Settings, target: int, source: int, chunk_starts: None) -> SkipPlan:
     """Head, middle and tail; the tail ends at T - 1, the middle leans to the centre of the target.
 
-    With f = T // L: a fair coin per sample makes head and tail L // 3 tokens each, or 4 f (at most
-    L // 3); m is the middle's length. A number a is x rounded down, x ~ N(1 + f, 3) clipped to
-    [2, 2 f]; the middle's last position ~ U{h + (m - 1) a // 2, ..., a L // 2 - h - 1}.
-    Text: head at 0, tail at the source's end, the middle at its own positions where the source
-    reaches so far, else right before the tail; `contiguous` content takes the first L tokens.
+    With f = T // L: head and tail have h tokens each, by a fair coin per sample h = L // 3 or
+    h = min(4 f, L // 3); the middle has m = L - 2 h. With x ~ N(1 + f, 3) clipped to [2, 2 f] and
+    a = floor(x), the middle's last position is ~ U{h + (m - 1) a // 2, ..., a L // 2 - h - 1}.
+    Text: the head starts at 0, the tail ends at the source's end, the middle stands at its own
+    positions where the source is long enough, else right before the tail; `contiguous` content
+    takes the first L tokens.
 
     CREAM (Wu et al., NeurIPS 2024, arXiv 2406.07138; wutong4012/CREAM, src/train.py). Their code
     tosses one coin for many samples and has the mean 9, which is 1 + f for their f = 8.
     """
-    window, factor = ask.window, target // ask.window
+    window, factor = sampler.window, target // sampler.window
     head = window // 3 if draw.integer(0, 1) else min(4 * factor, window // 3)
     middle = window - 2 * head
     a = 2 + bisect_right(_cream_thresholds(factor), draw.integer(0, 2**53 - 1))
@@ -166,13 +205,13 @@ def cream(draw: Draw, ask, target, source, cuts) -> SkipPlan:
     return SkipPlan(
         np.array([head, middle, head]),
         np.array([0, first, tail]),
-        starts if ask.content == "contiguous" else texts,
+        starts if sampler.content == "contiguous" else texts,
     )
 
 
 @lru_cache(maxsize=16)
 def _cream_thresholds(factor: int) -> list[int]:
-    """P(x < k) for k = 3, ..., 2 f, in units of 2**-53."""
+    """P(x < k) for k = 3, ..., 2 f and the x of `cream`, in units of 2**-53."""
     scale = CREAM_SIGMA * math.sqrt(2)
     return [
         int(0.5 * (1 + math.erf((k - 1 - factor) / scale)) * 2**53)
@@ -180,50 +219,65 @@ def _cream_thresholds(factor: int) -> list[int]:
     ]
 
 
-def longrecipe(draw: Draw, ask, target, source, cuts) -> SkipPlan:
+def longrecipe(
+    draw: Draw, sampler: Settings, target: int, source: int, chunk_starts: np.ndarray
+) -> SkipPlan:
     """Sentences in slots: a skip between any two, the first tokens plain; the text is contiguous.
 
-    n sentences, which end where `cuts` says, take the first slot and the n - 1 upper ones of a
-    uniform n-subset of T - L + n slots; each empty slot is one skipped position. Then the first
+    The window's n sentences, which start at 0 and at `chunk_starts`, go in order into T - L + n
+    slots: the first into the first slot, the others into the n - 1 last of a uniform n-subset. Each
+    empty slot before a sentence is one skipped position. Then the first
     U{1, ..., (L + 1) // 2} tokens get back their plain positions.
 
     LongRecipe (Hu et al., arXiv 2409.00509; zhiyuanhubj/LongRecipe, preprocess_token_PI).
     """
-    kept = draw.integer(1, (ask.window + 1) // 2)
-    starts = np.concatenate([[0], cuts])
-    slots = draw.subset(target - ask.window + len(starts), len(starts))
+    kept = draw.integer(1, (sampler.window + 1) // 2)
+    starts = np.concatenate([[0], chunk_starts])
+    slots = draw.subset(target - sampler.window + len(starts), len(starts))
     slots[0] = 0
     skips = slots - np.arange(len(slots))
-    cut = int(np.searchsorted(starts, kept, side="right"))  # sentence cut - 1 holds token `kept`
-    starts = np.concatenate([[0, kept], starts[cut:]])
-    skips = np.concatenate([[0], skips[cut - 1 :]])
-    return SkipPlan(np.diff(starts, append=ask.window), starts + skips, starts)
+    later = int(np.searchsorted(starts, kept, side="right"))  # sentences that start up to `kept`
+    starts = np.concatenate([[0, kept], starts[later:]])
+    skips = np.concatenate([[0], skips[later - 1 :]])
+    return SkipPlan(np.diff(starts, append=sampler.window), starts + skips, starts)
 
 
-def full(draw: Draw | Draws, ask, target, source, cuts) -> SkipPlan:
+def full(
+    draw: Drawing[Integers],
+    sampler: Settings,
+    target: Integers | int,
+    source: Integers | int,
+    chunk_starts: None,
+) -> SkipPlan:
     """Plain positions 0 to L-1 over the first L tokens."""
-    return _plan([ask.window], [0], [0])
+    return _plan([sampler.window], [0], [0])
 
 
-def _skips(draw: Draw | Draws, count: int, room, law: str) -> list:
-    values = [0]
-    if law == "chain":
-        for _ in range(count - 1):
-            values.append(draw.integer(values[-1], room))
-        return values
-    values = [draw.integer(0, room) for _ in range(count - 1)]
-    batch = isinstance(draw, Draws)
-    return [0, *(np.sort(np.array(values), axis=0) if batch else sorted(values))]
+def _skips(
+    draw: Drawing[Integers], count: int, room: Integers | int, law: str
+) -> list[Integers | int]:
+    """u_0 = 0, ..., u_{N-1} up to `room`, by --pose-skip-law."""
+    skips: list[Integers | int] = [0]
+    if law == "sorted-uniform":
+        return skips + draw.ascending(0, room, count - 1)
+    for _ in range(count - 1):
+        skips.append(draw.integer(skips[-1], room))
+    return skips
 
 
-def _lesser(a, b):
+def _lesser(a: Integers | int, b: Integers | int) -> Integers | int:
     """The smaller one, still a Python int where both are: numpy's would overflow in a Draw."""
     return min(a, b) if isinstance(a, int) and isinstance(b, int) else np.minimum(a, b)
 
 
-def _plan(lengths: list, skips: list, texts: list) -> SkipPlan:
-    """From l, u and v of each chunk: ints, or int64 [B] in a batch."""
-    starts, end = [], 0
+def _plan(
+    lengths: Sequence[np.ndarray | int],
+    skips: Sequence[np.ndarray | int],
+    texts: Sequence[np.ndarray | int],
+) -> SkipPlan:
+    """The plan with the l, u and v of each chunk: ints, or int64 [B] in a batch."""
+    starts: list[np.ndarray | int] = []
+    end: np.ndarray | int = 0
     for length in lengths:
         starts.append(end)
         end = end + length
@@ -238,14 +292,14 @@ def _plan(lengths: list, skips: list, texts: list) -> SkipPlan:
 
 
 class Sampler(NamedTuple):
-    """A line of the registry.
+    """A line of SAMPLERS.
 
     Attributes:
         law: the function.
         min_window: smallest L.
-        in_chunks: the law heeds num_chunks and skip_law.
-        in_batches: the law takes `Draws` and int64 [B] as well.
-        reads_tokens: the law needs `cuts`, so every pipeline stage must read tokens.
+        in_chunks: whether the law heeds num_chunks and skip_law.
+        in_batches: whether the law takes `Draws` and int64 [B] as well.
+        reads_tokens: whether the law needs `chunk_starts`; then every pipeline stage reads tokens.
     """
 
     law: Callable[..., SkipPlan]

@@ -1,19 +1,20 @@
 """Where a sample's tokens come from and which positions they claim.
 
-A plan is a pure function of (seed, epoch, index) and, for samplers that cut where the text says so,
-of the window's tokens: no global state, no dependence on ranks, workers or restarts (`draws.py`).
-By which law is the registry's business (`samplers.py`); what holds for every law is here: checked
-settings, a share of plain samples, a target that grows, one sample or a batch.
+A plan is a pure function of (seed, epoch, index) and, for samplers that start chunks after certain
+tokens, of the window's tokens: no global state, no dependence on ranks, workers or restarts
+(`draws.py`). The laws are in `laws.py`; what holds for all of them is here: checked settings, a
+share of plain samples, a target that grows, one sample or a batch.
 """
 
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import overload
 
 import numpy as np
 
 from pose_megatron.errors import ConfigError
-from pose_megatron.positions.draws import COINS, Draw, Draws
+from pose_megatron.positions.draws import COINS, Draw, Drawing, Draws, Integers
 from pose_megatron.positions.laws import CONTENTS, SAMPLERS, SKIP_LAWS, SkipPlan
 
 
@@ -25,17 +26,17 @@ class PoseSampler:
         window: L, tokens of a sample.
         target: T; positions lie in [0, T).
         name: a key of SAMPLERS.
-        num_chunks: N, for samplers in chunks (`pose`, `pose-boundary`).
-        content: rule for v, one of CONTENTS, for `pose`; `cream` heeds contiguous.
+        num_chunks: N, for `pose` and `pose-boundary`.
+        content: how `pose` draws the text skips v, one of CONTENTS; `cream` heeds contiguous.
         seed: non-negative, below 2**64.
-        skip_law: rule for u, one of SKIP_LAWS, for samplers in chunks.
+        skip_law: how `pose` and `pose-boundary` draw the position skips u, one of SKIP_LAWS.
         boundaries: token ids after which a chunk may start, for samplers that read tokens.
         plain_fraction: share of samples with plain positions and contiguous text, in [0, 1].
         target_schedule: (first sample, target) pairs, ascending in both, from sample 0 on and up
             to T: the target grows as the run goes on. Empty: T throughout.
 
     Raises:
-        ConfigError: naming the flag, its value and the way out.
+        ConfigError: settings that cannot be; names the flag, its value and the way out.
     """
 
     window: int
@@ -100,7 +101,7 @@ class PoseSampler:
             )
 
     def describe(self) -> str:
-        """Law and sizes, for people."""
+        """The sampler and its sizes, in words for a person."""
         words = [self.name, f"window L = {self.window}", f"target T = {self.target}"]
         if SAMPLERS[self.name].in_chunks:
             words.append(f"{self.num_chunks} chunks")
@@ -116,11 +117,15 @@ class PoseSampler:
 
     @property
     def reads_tokens(self) -> bool:
-        """Whether `plan` wants the window's tokens."""
+        """Whether `plan` needs the window's tokens."""
         return SAMPLERS[self.name].reads_tokens
 
+    @overload
+    def target_at(self, index: int) -> int: ...
+    @overload
+    def target_at(self, index: np.ndarray) -> np.ndarray | int: ...
     def target_at(self, index):
-        """The target of sample `index`: int, or int64 [B] for [B]."""
+        """T at sample `index`, or at each of int64 [B]; one int where it does not grow."""
         if not self.target_schedule:
             return self.target
         firsts, targets = zip(*self.target_schedule, strict=True)
@@ -131,13 +136,13 @@ class PoseSampler:
     def plan(
         self, index: int, source: int, epoch: int = 0, tokens: np.ndarray | None = None
     ) -> SkipPlan:
-        """The plan of sample `index` of `epoch`, over a source of `source` tokens.
+        """Sample `index`'s plan in an epoch, over a source of `source` tokens.
 
         Args:
-            tokens: the source's first L tokens, where `reads_tokens`.
+            tokens: the source's first L tokens, for samplers that read them.
 
         Raises:
-            ConfigError: the source is shorter than the window, or tokens are wanted and missing.
+            ConfigError: the source is shorter than the window, or tokens are needed and missing.
         """
         index, source = int(index), int(source)  # numpy's would overflow in a Draw
         if source < self.window:
@@ -145,9 +150,9 @@ class PoseSampler:
                 f"sample {index}: its source has {source} tokens, fewer than --seq-length "
                 f"{self.window}"
             )
-        cuts = self._cuts(tokens) if self.reads_tokens else None
+        starts = self._chunk_starts(tokens) if self.reads_tokens else None
         draw = Draw(self.seed, epoch, index)
-        plan = SAMPLERS[self.name].law(draw, self, self.target_at(index), source, cuts)
+        plan = SAMPLERS[self.name].law(draw, self, self.target_at(index), source, starts)
         if self.plain_fraction and self._plain(Draw(self.seed, epoch, index, COINS)):
             return plan.plain()
         return plan
@@ -159,51 +164,57 @@ class PoseSampler:
         epoch: int = 0,
         tokens: Sequence[np.ndarray] | None = None,
     ) -> SkipPlan:
-        """The plans of B samples at once, each the one that `plan` gives; int64 [B, N].
+        """The plans of B samples at once, each as `plan` gives it; int64 [B, N].
 
         Args:
-            sources: of each sample, or of all.
-            tokens: of each sample, where `reads_tokens`.
+            sources: tokens of each sample's source, or of everyone's.
+            tokens: the first L tokens of each source, for samplers that read them.
 
         Raises:
-            ConfigError: a source is shorter than the window.
+            ConfigError: a source is shorter than the window, or tokens are needed and missing.
         """
-        indices = np.asarray(indices, dtype=np.int64)
-        sources = np.broadcast_to(np.asarray(sources, dtype=np.int64), indices.shape)
-        if not SAMPLERS[self.name].in_batches or (sources < self.window).any():
-            rows = [
-                self.plan(index, source, epoch, None if tokens is None else tokens[i])
-                for i, (index, source) in enumerate(
-                    zip(indices.tolist(), sources.tolist(), strict=True)
-                )
-            ]
-            width = max((len(row.lengths) for row in rows), default=0)
-            return SkipPlan(
-                *(
-                    np.array(
-                        [np.pad(values, (0, width - len(values))) for values in field],
-                        dtype=np.int64,
-                    ).reshape(len(rows), width)
-                    for field in zip(*rows, strict=True)
-                )
-            )
-        law = SAMPLERS[self.name].law
-        plan = law(Draws(self.seed, epoch, indices), self, self.target_at(indices), sources, None)
-        plan = SkipPlan(*(np.broadcast_to(a, (len(indices), a.shape[-1])) for a in plan))
+        index = np.asarray(indices, dtype=np.int64)
+        source = np.broadcast_to(np.asarray(sources, dtype=np.int64), index.shape)
+        if not SAMPLERS[self.name].in_batches or (source < self.window).any():
+            return self._one_by_one(index, source, epoch, tokens)
+        draws = Draws(self.seed, epoch, index)
+        plan = SAMPLERS[self.name].law(draws, self, self.target_at(index), source, None)
+        plan = SkipPlan(*(np.broadcast_to(a, (len(index), a.shape[-1])) for a in plan))
         if self.plain_fraction:
-            coins = self._plain(Draws(self.seed, epoch, indices, COINS))[:, None]
-            plan = SkipPlan(
-                *(
-                    np.where(coins, flat, skipped)
-                    for flat, skipped in zip(plan.plain(), plan, strict=True)
-                )
-            )
+            plain = np.reshape(self._plain(Draws(self.seed, epoch, index, COINS)), (-1, 1))
+            both = zip(plan.plain(), plan, strict=True)
+            plan = SkipPlan(*(np.where(plain, without, skips) for without, skips in both))
         return plan
 
-    def _plain(self, draw):
-        return draw.integer(0, 2**32 - 1) < int(self.plain_fraction * 2**32)
+    def _one_by_one(
+        self,
+        indices: np.ndarray,
+        sources: np.ndarray,
+        epoch: int,
+        tokens: Sequence[np.ndarray] | None,
+    ) -> SkipPlan:
+        rows = [
+            self.plan(index, source, epoch, None if tokens is None else tokens[i])
+            for i, (index, source) in enumerate(
+                zip(indices.tolist(), sources.tolist(), strict=True)
+            )
+        ]
+        width = max((len(row.lengths) for row in rows), default=0)
 
-    def _cuts(self, tokens: np.ndarray | None) -> np.ndarray:
+        def padded(arrays: tuple[np.ndarray, ...]) -> np.ndarray:
+            table = np.zeros((len(rows), width), dtype=np.int64)
+            for row, array in zip(table, arrays, strict=True):
+                row[: len(array)] = array
+            return table
+
+        return SkipPlan(*(padded(arrays) for arrays in zip(*rows, strict=True)))
+
+    def _plain(self, coin: Drawing[Integers]) -> Integers | bool:
+        """Whether the sample, or each sample of a batch, is a plain one."""
+        return coin.integer(0, 2**32 - 1) < int(self.plain_fraction * 2**32)
+
+    def _chunk_starts(self, tokens: np.ndarray | None) -> np.ndarray:
+        """Indices of the window right after a boundary token."""
         if tokens is None:
             raise ConfigError(
                 f"--position-sampler {self.name} cuts at tokens: give it the window's"

@@ -1,7 +1,7 @@
-"""Parts of a corpus to ids, by several processes, in order.
+"""Parts of a corpus to token ids, by several processes, in order.
 
-A worker reads its part, tokenizes it and leaves the ids in a small file: what goes between the
-processes is only names and lengths.
+A worker reads its part, tokenizes it and leaves the ids in a small file: only names and lengths go
+between the processes.
 """
 
 import contextlib
@@ -9,8 +9,8 @@ import ctypes
 import os
 import signal
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from multiprocessing import get_context, parent_process
@@ -26,20 +26,22 @@ from pose_megatron.preprocessing.jsonl import LineError
 from pose_megatron.preprocessing.readers import Part
 from pose_megatron.preprocessing.tokenizer import Tokenizer
 
-PARTS_AHEAD = 8  # per worker: they wait as files, and a slow part holds nobody up
-SPOT = 512  # characters of every part on which gigatoken is held to the tokenizer's own library
-FIRST_SKIPPED = 10  # skipped lines that are named
+Ids = Sequence[int] | np.ndarray  # of one text
+
+PARTS_AHEAD = 8  # finished parts per worker that may wait, as files, for a slow one before them
+SPOT = 512  # characters of every part on which gigatoken's ids are compared
+FIRST_SKIPPED = 10  # skipped lines whose numbers are kept
 
 
 @dataclass
 class Encoded:
-    """One part as ids.
+    """One part as token ids; `lines` to `replaced` as in readers.TextBatch.
 
     Attributes:
-        ids: by key, the file that holds them.
-        lengths: by key, tokens of each document, 0 of one without.
-        skipped: lines that hold no document, by reason; `first_skipped` with their numbers.
-        replaced: texts in which lone surrogates were replaced.
+        ids: by key, the file that holds the ids.
+        lengths: by key, tokens of each document, 0 for an empty one.
+        skipped: how many lines hold no document, by reason.
+        first_skipped: (number within the part, error) of the first such lines.
     """
 
     ids: dict[str, Path]
@@ -54,13 +56,13 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Encoder:
-    """Parts to ids: what a worker does.
+    """Turns parts into ids: what a worker does.
 
     Attributes:
-        fast: in place of the tokenizer, if its ids are the same.
-        eod: ends each document that is not empty.
-        stop_at_error: the first line without a document ends the part.
-        stem: beginning of the names of the files of ids.
+        fast: used in place of the tokenizer, as it gives the same ids; None where there is none.
+        eod: id that ends each document that is not empty; None for no such end.
+        stop_at_error: whether the first line without a document ends the part.
+        stem: how the names of the files of ids begin.
         stopped: shared by all processes; they end early when it is true.
     """
 
@@ -74,7 +76,8 @@ class Encoder:
 
     def __call__(self, part: Part, number: int) -> Encoded:
         paths = {key: Path(f"{self.stem}-{number}-{i}.ids") for i, key in enumerate(self.keys)}
-        encoded, lengths = Encoded(paths, {}), {key: [] for key in self.keys}
+        encoded = Encoded(paths, {})
+        lengths: dict[str, list[np.ndarray]] = {key: [] for key in self.keys}
         with contextlib.ExitStack() as stack:
             files = {key: stack.enter_context(open(paths[key], "wb")) for key in self.keys}
             for batch in part.batches(self.keys):
@@ -88,7 +91,7 @@ class Encoder:
                     break
                 for key, texts in batch.texts.items():
                     ids, counts = self._flat(self._tokenize(part, number, texts))
-                    files[key].write(memoryview(ids).cast("B"))
+                    files[key].write(ids.data)
                     lengths[key].append(counts)
                 encoded.lines += batch.lines
                 encoded.newlines += batch.newlines
@@ -99,8 +102,8 @@ class Encoder:
         }
         return encoded
 
-    def _flat(self, documents: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
-        """The ids of all documents end to end, each with its end, and how many each has."""
+    def _flat(self, documents: Sequence[Ids]) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of all documents end to end, each with its EOD, and how many each has."""
         end = np.array([] if self.eod is None else [self.eod], np.uint32)
         pieces = [np.empty(0, np.uint32)]
         for ids in documents:
@@ -115,7 +118,7 @@ class Encoder:
         counts = np.fromiter(map(len, documents), np.int64, len(documents))
         return flat.astype(token_dtype(self.tokenizer.vocab_size)), counts + (counts > 0) * end.size
 
-    def _tokenize(self, part: Part, number: int, texts: Sequence[str]) -> Sequence[Sequence[int]]:
+    def _tokenize(self, part: Part, number: int, texts: Sequence[str]) -> Sequence[Ids]:
         if not self.fast or not texts:
             return self.tokenizer.tokenize_batch(texts)
         text = texts[number % len(texts)]
@@ -134,14 +137,14 @@ class Encoder:
 
 def encode_in_order(
     encoder: Encoder, parts: Iterator[Part], workers: int
-) -> Iterator[tuple[Part, Encoded]]:
-    """The parts encoded, in their order; one worker is this process."""
+) -> Generator[tuple[Part, Encoded], None, None]:
+    """The parts with their ids, in order; a single worker is this process itself."""
     if workers == 1:
         yield from ((part, encoder(part, number)) for number, part in enumerate(parts))
         return
-    # Workers are forked at the first submit: they share the tokenizer and what it has cached.
+    # Workers are forked at the first submit, so they share the tokenizer and its cache.
     pool = ProcessPoolExecutor(workers, get_context("fork"), _start_worker, (encoder,))
-    pending = deque()
+    pending: deque[tuple[Part, Future[Encoded]]] = deque()
     try:
         for number, part in enumerate(parts):
             pending.append((part, pool.submit(_encode, part, number)))
@@ -161,13 +164,22 @@ def encode_in_order(
         pool.shutdown(cancel_futures=True)
 
 
+_encoder: Encoder  # a worker's own
+
+
 def _start_worker(encoder: Encoder) -> None:
     global _encoder
     _encoder = encoder
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    # a parent that was killed tells nobody: end with it
-    Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
+    Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A parent that is killed cannot tell its workers."""
+    if parent := parent_process():
+        parent.join()
+    os._exit(1)
 
 
 def _encode(part: Part, number: int) -> Encoded:

@@ -1,9 +1,9 @@
 """gigatoken, a byte-pair encoder many times faster than the tokenizers' own libraries.
 
-It is another implementation, so it is used only where its ids are those of the tokenizer's own
-library, on texts of the corpus at hand and on texts that implementations get wrong. A text with a
-character that is newer than this Python's Unicode goes to the tokenizer's own library: the two may
-know different versions, and take a letter for a sign.
+It is another implementation, so it is used only where it gives the ids of the tokenizer's own
+library, on texts of the corpus and on texts that implementations get wrong. A text with a character
+newer than this Python's Unicode goes to the tokenizer's own library: the two may know different
+versions of Unicode, and take a letter for a sign.
 """
 
 import functools
@@ -17,11 +17,11 @@ import numpy as np
 from pose_megatron.errors import ConfigError
 from pose_megatron.preprocessing.tokenizer import PROBES, Tokenizer
 
-CACHE_BYTES = 1 << 28  # what one process may remember of the words that it has seen
+CACHE_BYTES = 1 << 28  # by how much a process may grow before its cache of words starts anew
 
 
 class FastTokenizer:
-    """A tokenizer's ids from gigatoken, on one thread; from its own library where they may differ.
+    """A tokenizer's ids by gigatoken, on one thread; by its own library where the two may differ.
 
     Raises:
         ConfigError: gigatoken is not installed, or cannot express the tokenizer.
@@ -39,10 +39,10 @@ class FastTokenizer:
         self._reload()
 
     def tokenize_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Ids of each text, uint32; texts without lone surrogates.
+        """Ids of each text, uint32; the texts hold no lone surrogates.
 
         Raises:
-            ConfigError: gigatoken fails on one.
+            ConfigError: gigatoken fails on a text.
         """
         try:
             ids = [
@@ -54,17 +54,21 @@ class FastTokenizer:
         except BaseException as error:
             if isinstance(error, KeyboardInterrupt | MemoryError):
                 raise
-            # a panic in Rust is no Exception
+            # BaseException, since a panic in Rust is no Exception
             raise ConfigError(f"gigatoken fails ({error})") from error
         if _resident() > self._limit:
             self._reload()
         return ids
 
+    def _encode(self, text: str) -> np.ndarray:
+        assert self._backend is not None
+        return self._backend.encode(text)
+
     def _reload(self) -> None:
-        # gigatoken caches what it has seen without bound: about 1 MB per MB of sentencepiece text
-        self._encode = None
+        # The cache grows without bound, by about 1 MB per MB of sentencepiece text: start anew.
+        self._backend = None  # frees the old one first
         try:
-            self._encode = self._load(self._json).encode
+            self._backend = self._load(self._json)
         except Exception as error:
             reason = str(error).strip().partition("\n")[0]
             raise ConfigError(f"gigatoken cannot express it ({reason})") from error
@@ -78,16 +82,16 @@ def _has_new_characters(text: str) -> bool:
 
 @functools.cache
 def _unassigned() -> np.ndarray:
-    """bool of each code point: whether this Python's Unicode has given it no character yet."""
+    """Whether this Python's Unicode has no character yet for each code point, bool [0x110000]."""
     table = np.zeros(0x110000, dtype=bool)
-    table[0x40000:0xF0000] = True  # planes that are nearly empty; the private ones are settled
+    table[0x40000:0xF0000] = True  # nearly empty planes; the private ones beyond never change
     for code in range(0x40000):
         table[code] = unicodedata.category(chr(code)) == "Cn"
     return table
 
 
 def difference(fast: FastTokenizer, tokenizer: Tokenizer, texts: Sequence[str]) -> str | None:
-    """What is wrong with the fast ids on one of the texts; None: nothing."""
+    """What is wrong with the fast ids on the first text where they differ, or None."""
     try:
         ours = fast.tokenize_batch(texts)
     except ValueError as error:
@@ -99,10 +103,10 @@ def difference(fast: FastTokenizer, tokenizer: Tokenizer, texts: Sequence[str]) 
 
 
 def prove(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[FastTokenizer | None, str]:
-    """gigatoken in place of the tokenizer's own library, if its ids are the same on the texts.
+    """A FastTokenizer, if gigatoken gives the same ids on the texts.
 
     Returns:
-        The fast tokenizer or None, and why, in one sentence.
+        The fast tokenizer or None, and the reason in one sentence.
     """
     try:
         fast = FastTokenizer(tokenizer)
@@ -119,7 +123,7 @@ def prove(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[FastTokenizer | N
 
 
 def _resident() -> int:
-    """Bytes of memory that this process holds; 0 where the system does not say."""
+    """Bytes of memory that this process holds; 0 where the system does not tell."""
     try:
         with open("/proc/self/statm", "rb") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")

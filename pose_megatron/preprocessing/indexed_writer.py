@@ -1,11 +1,12 @@
 """Megatron's indexed files, PREFIX.bin and PREFIX.idx, written and joined without megatron-core.
 
     .bin  the ids of all sequences end to end
-    .idx  b"MMIDIDX\\0\\0", version (u64, 1), code of the ids' type (u8), number of sequences (u64),
-          length of the document list (u64); tokens of each sequence (i32), the byte where each
-          begins (i64), the document list (i64): sequences before each document, and in all
+    .idx  b"MMIDIDX\\0\\0", version (u64, 1), code of the ids' dtype (u8), number of sequences
+          (u64), length of the document list (u64); then tokens of each sequence (i32), the byte at
+          which each begins (i64), and the document list (i64): how many sequences come before each
+          document, and last how many there are
 
-The bytes are those of megatron-core's IndexedDatasetBuilder, whose import takes seconds and which
+megatron-core's IndexedDatasetBuilder writes the same bytes, but its import takes seconds and it
 keeps the whole index in memory. Here everything streams.
 """
 
@@ -36,28 +37,31 @@ CODES = {
 BLOCK = 1 << 20  # sequences, or bytes, in memory at a time
 
 
-def token_dtype(vocab_size: int) -> type:
-    """megatron-core's choice: two bytes below 65,500 ids."""
+def token_dtype(vocab_size: int) -> type[np.integer]:
+    """megatron-core's choice of integers for ids: two bytes for vocabularies below 65,500."""
     return np.uint16 if vocab_size < 65500 else np.int32
 
 
 @dataclass
 class Size:
-    """What a writer holds: tokens, sequences, documents."""
+    """How much a pair of files holds."""
 
     tokens: int = 0
     sequences: int = 0
     documents: int = 0
 
 
-class TokenWriter:
-    """One pair of files in the making, under temporary names in a folder of its own.
+class IndexedWriter:
+    """Writes one pair of files, `name`.bin and `name`.idx, in a folder for unfinished work.
 
-    What was appended up to a `flush` and `sync` outlives a crash: open the same files again with
-    the size of then.
+    What was appended before a `flush` and a `sync` outlives a crash.
+
+    Args:
+        dtype: of the ids.
+        size: of a pair to go on with: what it held at its last `sync`.
     """
 
-    def __init__(self, folder: Path, name: str, dtype: type, size: Size | None = None):
+    def __init__(self, folder: Path, name: str, dtype: np.dtype | type, size: Size | None = None):
         self.size = size or Size()
         self.dtype = np.dtype(dtype)
         self.bin, self.idx = folder / f"{name}.bin", folder / f"{name}.idx"
@@ -69,23 +73,28 @@ class TokenWriter:
         }
         self._files = {path: _open_at(path, end) for path, end in widths.items()}
 
-    def append(self, ids: Path, lengths: np.ndarray, documents: np.ndarray) -> None:
-        """More documents.
+    def append(self, ids: Path | np.ndarray, lengths: np.ndarray, documents: np.ndarray) -> None:
+        """Appends documents.
 
         Args:
-            ids: file of the ids of all sequences.
+            ids: the ids of all sequences end to end: an array, or a file that holds them.
             lengths: tokens of each sequence.
-            documents: sequences up to the end of each document, from the first of `lengths`.
+            documents: for each document, how many of these sequences come up to its end.
+
+        Raises:
+            ConfigError: a sequence is too long for the format, or the file is cut short.
         """
         if lengths.size and lengths.max() > np.iinfo(np.int32).max:
             raise ConfigError(
                 f"{self.bin}: a document of {lengths.max():,} tokens, and the format takes at most "
                 f"{np.iinfo(np.int32).max:,}; split it"
             )
-        with open(ids, "rb") as source:
-            copied = _copy(source, self._files[self.bin])
         tokens = int(lengths.sum(dtype=np.int64))
-        assert copied == tokens * self.dtype.itemsize, (ids, copied, tokens)
+        if isinstance(ids, Path):
+            _copy(ids, self._files[self.bin], tokens * self.dtype.itemsize)
+        else:
+            assert ids.size == tokens, (ids.size, tokens)
+            self._files[self.bin].write(ids.astype(self.dtype).tobytes())
         for block in _slices(lengths):
             self._files[self._lengths].write(block.astype("<i4").tobytes())
         for block in _slices(documents):
@@ -102,12 +111,12 @@ class TokenWriter:
             file.flush()
 
     def sync(self) -> None:
-        """Puts on disk what was flushed."""
+        """Puts on disk what was flushed, so that it outlives a crash."""
         for file in self._files.values():
             os.fsync(file.fileno())
 
     def finish(self) -> None:
-        """Writes the .idx; both files are on disk and complete."""
+        """Writes the .idx; then both files are complete and on disk."""
         self.flush()
         self.sync()
         with open(self.idx, "wb") as idx:
@@ -129,14 +138,14 @@ class TokenWriter:
         for file in self._files.values():
             try:
                 file.close()
-            except OSError:  # the disk is full, which was said where it was met
+            except OSError:  # the disk is full, which the failed write has said
                 pass
 
 
 def publish(folder: Path, name: str, prefix: str) -> None:
-    """Gives finished files their names; may be repeated after a crash.
+    """Moves a finished pair to PREFIX.bin and PREFIX.idx; may be repeated after a crash.
 
-    A dataset is found by its .idx: an older one goes first, and the new one comes last.
+    Datasets are found by their .idx: an older one is removed first, and the new one comes last.
     """
     final = Path(prefix + ".bin"), Path(prefix + ".idx")
     if (folder / f"{name}.bin").exists():
@@ -147,11 +156,11 @@ def publish(folder: Path, name: str, prefix: str) -> None:
     fsync(final[0].parent)
 
 
-class TokenFiles:
-    """A pair of files, checked: the .bin has the tokens that the .idx counts.
+class IndexedReader:
+    """Reads one pair of files, for joining; the .bin must have the tokens that the .idx counts.
 
     Raises:
-        ConfigError: they are missing, cut short or not what the names say.
+        ConfigError: a file is missing, cut short or of another format.
     """
 
     def __init__(self, prefix: str):
@@ -166,15 +175,15 @@ class TokenFiles:
             raise ConfigError(f"{idx}: not an index of megatron-core")
         _, version, code, sequences, self._entries = HEADER.unpack(header)
         if version != 1 or code not in CODES:
-            raise ConfigError(f"{idx}: index of an unknown version ({version}, type {code})")
+            raise ConfigError(f"{idx}: index of an unknown version ({version}, dtype code {code})")
         expected = HEADER.size + 12 * sequences + 8 * self._entries
         if size == expected + sequences and sequences:
-            raise ConfigError(f"{idx}: a multimodal index, which this does not join")
+            raise ConfigError(f"{idx}: a multimodal index, which cannot be joined")
         if size != expected:
             raise ConfigError(
                 f"{idx}: has {size:,} bytes where {expected:,} are due; make the shard again"
             )
-        self.dtype, self._idx = np.dtype(CODES[code]), idx
+        self.dtype = np.dtype(CODES[code])
         self._lengths = _map(idx, "<i4", HEADER.size, sequences)
         self._documents = _map(idx, "<i8", HEADER.size + 12 * sequences, self._entries)
         tokens = int(sum(b.sum(dtype=np.int64) for b in _slices(self._lengths)))
@@ -185,24 +194,24 @@ class TokenFiles:
                 f"{self.dtype.itemsize} bytes; make the shard again"
             )
 
-    def append_to(self, writer: TokenWriter) -> None:
+    def append_to(self, writer: IndexedWriter) -> None:
         writer.append(self.bin, self._lengths, self._documents[1:])
 
 
 def join(prefixes: Sequence[str], folder: Path, name: str) -> Size:
-    """Writes one pair of files with the documents of all, in order; `publish` names it.
+    """Writes one pair of files with the documents of all shards, in order; `publish` moves it.
 
     Raises:
-        ConfigError: a shard is damaged, or their ids differ in type.
+        ConfigError: a shard is damaged, or their ids differ in dtype.
     """
-    shards = [TokenFiles(prefix) for prefix in prefixes]
+    shards = [IndexedReader(prefix) for prefix in prefixes]
     for shard in shards[1:]:
         if shard.dtype != shards[0].dtype:
             raise ConfigError(
                 f"{shard.bin}: ids are {shard.dtype}, in {shards[0].bin} {shards[0].dtype}; only "
                 "shards of one tokenizer can be joined"
             )
-    writer = TokenWriter(folder, name, shards[0].dtype)
+    writer = IndexedWriter(folder, name, shards[0].dtype)
     try:
         for shard in shards:
             shard.append_to(writer)
@@ -213,21 +222,29 @@ def join(prefixes: Sequence[str], folder: Path, name: str) -> Size:
 
 
 def _open_at(path: Path, end: int) -> BinaryIO:
-    """The file, cut back to `end` bytes and ready to grow."""
+    """The file, cut to its first `end` bytes and open for more."""
     file = open(path, "r+b" if end else "wb")
     if path.stat().st_size < end:
-        raise ConfigError(f"{path}: has fewer bytes than were written; start over with --overwrite")
+        raise ConfigError(
+            f"{path}: has fewer than the {end:,} bytes that were written; start over with "
+            "--overwrite"
+        )
     file.truncate(end)
     file.seek(end)
     return file
 
 
-def _copy(source: BinaryIO, target: BinaryIO) -> int:
+def _copy(path: Path, target: BinaryIO, expected: int) -> None:
+    """Appends a file of `expected` bytes."""
     copied = 0
-    while block := source.read(16 * BLOCK):
-        target.write(block)
-        copied += len(block)
-    return copied
+    with open(path, "rb") as source:
+        while block := source.read(16 * BLOCK):
+            target.write(block)
+            copied += len(block)
+    if copied != expected:
+        raise ConfigError(
+            f"{path}: has {copied:,} bytes where {expected:,} are due; it changed while it was read"
+        )
 
 
 def _map(path: Path, dtype: str, offset: int, count: int) -> np.ndarray:

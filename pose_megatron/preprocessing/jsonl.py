@@ -23,7 +23,7 @@ class Lines:
 
     Attributes:
         content: the lines, decompressed, newlines included.
-        position: bytes of the file, as it lies on disk, read so far.
+        position: how many bytes of the file on disk have been read.
     """
 
     content: bytes
@@ -31,39 +31,40 @@ class Lines:
 
     @cached_property
     def split(self) -> list[bytes]:
-        """The lines, and what follows the last newline."""
+        """The lines, then what follows the last newline."""
         return self.content.split(b"\n")
 
     def texts(self, keys: Sequence[str]) -> Iterator["tuple[int, list[str] | LineError]"]:
-        """(number, texts under the keys, or why there are none) of each line that is not blank.
+        """For each line that is not blank: its number, and its texts or why it has none.
 
-        Numbers count from 1 within these lines.
+        Numbers count from 1 within these lines; texts are in the order of `keys`.
         """
         for number, line in enumerate(self.split, 1):
             if not line or line.isspace():
                 continue
             try:
-                # quick, and stricter than Python's: what it refuses, parse_line decides
+                # orjson is quick, but stricter than Python's json: parse_line has the last word
                 row = orjson.loads(line)
                 texts = [row[key] for key in keys]
             except (ValueError, TypeError, LookupError):
-                texts = ()
-            if {*map(type, texts)} != {str}:
-                try:
-                    texts = parse_line(line, keys)
-                except LineError as error:
-                    texts = error
-            yield number, texts
+                texts = []
+            if {*map(type, texts)} == {str}:
+                yield number, texts
+                continue
+            try:
+                yield number, parse_line(line, keys)
+            except LineError as error:
+                yield number, error
 
 
 class LineError(ValueError):
-    """A line that holds no document: `reason` is for counting, `detail` for the reader."""
+    """A line that holds no document: `reason` is for counting, `detail` for a person."""
 
     def __init__(self, reason: str, detail: str = ""):
         super().__init__(f"{reason} ({detail})" if detail else reason)
         self.reason, self.detail = reason, detail
 
-    def __reduce__(self):  # both parts, when it comes from another process
+    def __reduce__(self):  # pickled with both parts, to come from another process
         return LineError, (self.reason, self.detail)
 
 
@@ -80,7 +81,7 @@ def read_lines(path: Path, size: int) -> Iterator[Lines]:
             blocks = _zstd_blocks(file, path, size)
         else:
             blocks = iter(lambda: file.read(size), b"")
-        parts = []
+        parts: list[bytes] = []
         for block in blocks:
             head, newline, tail = block.rpartition(b"\n")
             if newline:
@@ -92,9 +93,9 @@ def read_lines(path: Path, size: int) -> Iterator[Lines]:
 
 
 def read_range(path: Path, start: int, end: int) -> Lines:
-    """The lines of a plain file that begin in bytes [start, end).
+    """The lines of a plain file that begin within bytes [start, end).
 
-    Ranges that cover a file give every line once, wherever they are cut.
+    Adjoining ranges that cover a file give every line once, wherever they are cut.
     """
     before = min(start, 1)  # the byte that tells whether a line begins at `start`
     with open(path, "rb") as file:
@@ -102,7 +103,7 @@ def read_range(path: Path, start: int, end: int) -> Lines:
         content = file.read(end - start + before)
         first = content.find(b"\n") + 1 if before else 0
         if before and (not first or first == len(content)):
-            return Lines(b"", end)  # within one line
+            return Lines(b"", end)  # the range lies within one line
         parts = [content[first:]]
         while parts[-1] and not parts[-1].endswith(b"\n"):
             parts.append(file.readline(1 << 20))
@@ -144,7 +145,7 @@ def _gzip_blocks(file: BinaryIO, path: Path, size: int) -> Iterator[bytes]:
 
 
 def _zstd_blocks(file: BinaryIO, path: Path, size: int) -> Iterator[bytes]:
-    # zstandard's file reader takes a file cut short for its end; this loop does not
+    # Not zstandard's own file reader, which takes a file cut short for a whole one.
     try:
         import zstandard
     except ImportError:

@@ -1,8 +1,9 @@
-"""Text to token files: the whole job of tools/preprocess_data.py.
+"""Text to indexed token files: what tools/preprocess_data.py does.
 
-    parts ──workers──► ids in small files ──in order──► Unfinished ──► PREFIX_KEY_document.bin/.idx
+    parts ──workers──► ids, in small files ──in order──► UnfinishedRun, in PREFIX.partial
+                                                         ──► PREFIX_KEY_document.bin/.idx
 
-The bytes are those that Megatron-LM's tool of this name writes.
+The bytes are those that Megatron-LM's tool of the same name writes.
 """
 
 import contextlib
@@ -26,17 +27,17 @@ from pose_megatron.preprocessing.encoding import Encoder, encode_in_order
 from pose_megatron.preprocessing.fast_tokenizer import prove
 from pose_megatron.preprocessing.indexed_writer import publish
 from pose_megatron.preprocessing.readers import Part
-from pose_megatron.preprocessing.resume import State, Unfinished
+from pose_megatron.preprocessing.resume import State, UnfinishedRun
 from pose_megatron.preprocessing.tokenizer import Tokenizer, build_tokenizer
 from pose_megatron.runtime.atomic_files import write_atomically
 
-SAMPLE = 1 << 19  # characters of the corpus on which gigatoken is proven
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+PROVEN_ON = 1 << 19  # characters of the corpus on which gigatoken's ids are compared
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 @dataclass(frozen=True)
-class Job:
-    """What to do, in the words of tools/preprocess_data.py."""
+class PreprocessingJob:
+    """What to preprocess and how: the flags of tools/preprocess_data.py."""
 
     input: Sequence[str]
     output_prefix: str
@@ -51,17 +52,17 @@ class Job:
     overwrite: bool = False
 
 
-def preprocess(job: Job) -> dict:
-    """Does the job; returns the summary, which is also written.
+def preprocess(job: PreprocessingJob) -> dict:
+    """Does the job; returns the summary, which it also writes to PREFIX_summary.json.
 
     Raises:
-        ConfigError: an input, the tokenizer, a line or the outputs are not as they must be.
+        ConfigError: an input, the tokenizer, a line or an output path cannot be used.
         KeyboardInterrupt: stopped; its argument says what is kept.
     """
     files = readers.corpus_files(job.input)
     tokenizer = build_tokenizer(job.tokenizer_type, job.tokenizer_model)
-    eod = tokenizer.eod if job.append_eod else None  # if there is none: say so now
-    run = Unfinished(job.output_prefix, _made_from(job, files, tokenizer), job.overwrite)
+    eod = tokenizer.eod if job.append_eod else None  # raises now if there is none
+    run = UnfinishedRun(job.output_prefix, _made_from(job, files, tokenizer), job.overwrite)
     try:
         if not run.state.complete:
             if not job.overwrite:
@@ -78,11 +79,15 @@ def preprocess(job: Job) -> dict:
 
 
 def _tokenize(
-    job: Job, files: Sequence[Path], tokenizer: Tokenizer, eod: int | None, run: Unfinished
+    job: PreprocessingJob,
+    files: Sequence[Path],
+    tokenizer: Tokenizer,
+    eod: int | None,
+    run: UnfinishedRun,
 ) -> None:
     fast = None
     if job.tokenizer_library == "auto":
-        fast, why = prove(tokenizer, readers.sample(files, job.json_keys, SAMPLE))
+        fast, why = prove(tokenizer, readers.sample(files, job.json_keys, PROVEN_ON))
         print(why, file=sys.stderr, flush=True)
     if run.state != State():
         print(
@@ -100,7 +105,7 @@ def _tokenize(
         f"{run.folder}/{os.getpid()}",
         get_context("fork").RawValue(ctypes.c_bool, False),
     )
-    parts = readers.parts(files, job.workers, run.state.place)
+    parts = readers.parts(files, job.workers, run.state.cursor)
     progress = Progress(files, job.log_interval, run.state)
     try:
         with contextlib.closing(encode_in_order(encoder, parts, job.workers)) as results:
@@ -120,7 +125,7 @@ def _tokenize(
             raise KeyboardInterrupt(
                 f"run it again to go on after {run.state.tokens:,} tokens"
             ) from None
-        if isinstance(error, OSError) and error.errno in FULL:
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
             raise ConfigError(
                 f"--output-prefix {job.output_prefix}: {error.strerror}; make room and run it "
                 "again to go on"
@@ -130,7 +135,7 @@ def _tokenize(
         progress.close()
 
 
-def _require_tokens(job: Job, state: State) -> None:
+def _require_tokens(job: PreprocessingJob, state: State) -> None:
     for key in job.json_keys:
         if key not in state.sizes or not state.sizes[key].tokens:
             raise ConfigError(
@@ -140,8 +145,8 @@ def _require_tokens(job: Job, state: State) -> None:
             )
 
 
-def _made_from(job: Job, files: Sequence[Path], tokenizer: Tokenizer) -> dict:
-    """What the bytes depend on, by flag."""
+def _made_from(job: PreprocessingJob, files: Sequence[Path], tokenizer: Tokenizer) -> dict:
+    """What the output bytes depend on, by flag."""
     return {
         "--input": [
             [str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in files
@@ -156,7 +161,7 @@ def _made_from(job: Job, files: Sequence[Path], tokenizer: Tokenizer) -> dict:
     }
 
 
-def _summary(job: Job, tokenizer: Tokenizer, state: State) -> dict:
+def _summary(job: PreprocessingJob, tokenizer: Tokenizer, state: State) -> dict:
     outputs = {
         key: {
             "prefix": _prefix(job, key),
@@ -170,8 +175,9 @@ def _summary(job: Job, tokenizer: Tokenizer, state: State) -> dict:
         for key, size in state.sizes.items()
     }
     totals = {
-        name: sum(output[name] for output in outputs.values())
-        for name in ("documents", "empty_documents", "tokens")
+        "documents": sum(size.documents - state.empty[key] for key, size in state.sizes.items()),
+        "empty_documents": sum(state.empty[key] for key in state.sizes),
+        "tokens": state.tokens,
     }
     return totals | {
         "lines": state.lines,
@@ -187,7 +193,7 @@ def _summary(job: Job, tokenizer: Tokenizer, state: State) -> dict:
     }
 
 
-def _refuse_existing(job: Job) -> None:
+def _refuse_existing(job: PreprocessingJob) -> None:
     outputs = [
         Path(_prefix(job, key) + suffix) for key in job.json_keys for suffix in (".bin", ".idx")
     ]
@@ -199,23 +205,23 @@ def _refuse_existing(job: Job) -> None:
             )
 
 
-def _prefix(job: Job, key: str) -> str:
+def _prefix(job: PreprocessingJob, key: str) -> str:
     return f"{job.output_prefix}_{key}_document"
 
 
-def _summary_path(job: Job) -> Path:
+def _summary_path(job: PreprocessingJob) -> Path:
     return Path(f"{job.output_prefix}_summary.json")
 
 
 class Progress:
-    """A line on stderr after every `interval` input lines, once a second at most."""
+    """Shows progress on stderr after every `interval` input lines, once a second at most."""
 
     def __init__(self, files: Sequence[Path], interval: int, state: State):
         self._sizes = np.cumsum([0, *(path.stat().st_size for path in files)]).tolist()
         self._interval, self._first = interval, state
         self._started = time.monotonic()
         self._next, self._shown = state.lines + interval, float("-inf")
-        self._begun = None  # share of the corpus that earlier runs had done
+        self._begun: float | None = None  # share of the corpus that was done at the first part
 
     def show(self, part: Part, state: State) -> None:
         done = (self._sizes[part.file] + part.position) / max(self._sizes[-1], 1)

@@ -1,10 +1,10 @@
 """A corpus: JSONL (plain, gzip, zstd) and Parquet files, cut into parts that workers read.
 
-    patterns ──corpus_files──► files ──parts──► Part ──batches──► Batch: texts by key
+    patterns ──corpus_files──► files ──parts──► Part ──batches──► TextBatch: texts by key
 
-Parts are in the order of the documents. Plain files are cut into ranges of bytes, Parquet files
-into row groups; compressed files can only be read from their start, so they are parts as they are
-where there are enough of them, and else decompressed here and handed out in runs of lines.
+Parts come in the order of the documents. Plain files are cut into ranges of bytes, Parquet files
+into row groups. Compressed files can only be read from their start: with as many of them as
+workers, each file is one part; with fewer, they are decompressed here and cut into runs of lines.
 """
 
 import glob
@@ -23,19 +23,21 @@ SUFFIXES = (
 )
 PART_BYTES = 1 << 20  # of text: a few milliseconds of gigatoken, 200 of a Hugging Face tokenizer
 PARQUET_ROWS = 1024  # read at a time
-PLACES = 32  # that a sample is taken from
+SPOTS = 32  # places of the corpus that a sample is taken from
 
 
 @dataclass
-class Batch:
-    """Some consecutive lines or rows as texts.
+class TextBatch:
+    """The texts of some consecutive lines or rows.
 
     Attributes:
-        texts: by key.
-        lines: how many there were that were not blank, and `newlines` with the blank ones.
+        texts: by key, one per document.
+        lines: how many lines are not blank.
+        newlines: how many lines there are, blank ones included.
         bytes: their size, decompressed.
-        skipped: (number, error) of those without a document, counted from 1 within the batch.
-        replaced: texts in which lone surrogates became U+FFFD.
+        skipped: (number, error) of each line without a document; numbers count from 1 within the
+            batch.
+        replaced: how many texts had lone surrogates, which became U+FFFD.
     """
 
     texts: dict[str, list[str]]
@@ -47,12 +49,12 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a part ends: what a run that was interrupted goes on from.
+class Cursor:
+    """Where in the corpus to continue, for instance after an interruption.
 
     Attributes:
-        file: index in the corpus.
-        offset: what comes next in that file, in bytes (decompressed) or row groups.
+        file: index of the file in the corpus.
+        offset: where in that file, in decompressed bytes or in row groups.
     """
 
     file: int = 0
@@ -64,28 +66,29 @@ class Part:
     """Consecutive documents of one file.
 
     Attributes:
-        file: index in the corpus.
-        span: bytes of a plain file, or row groups of a Parquet file, [start, end); None: all.
-        lines: what was read already.
+        file: index of the file in the corpus.
         end: where the next part begins.
-        position: bytes of the file, as it lies on disk, that end with this part.
+        position: how many bytes of the file on disk end with this part.
+        span: bytes of a plain file, or row groups of a Parquet file, [start, end); None for the
+            whole file.
+        lines: the part's content, where it had to be read to be cut.
     """
 
     path: Path
     file: int
-    end: Place
+    end: Cursor
     position: int
     span: tuple[int, int] | None = None
     lines: Lines | None = None
 
-    def batches(self, keys: Sequence[str]) -> Iterator[Batch]:
-        """Its documents, a few at a time.
+    def batches(self, keys: Sequence[str]) -> Iterator[TextBatch]:
+        """The part's documents, some at a time.
 
         Raises:
-            ConfigError: the file is damaged, or lacks a key throughout.
+            ConfigError: the file is damaged, or has no such column.
         """
         if self.path.suffix == ".parquet":
-            yield from _rows(self.path, self.span, keys)
+            yield from _parquet_batches(self.path, self.span, keys)
         elif self.lines:
             yield _batch(self.lines, keys)
         elif self.span:
@@ -96,12 +99,12 @@ class Part:
 
 
 def corpus_files(patterns: Sequence[str | Path]) -> list[Path]:
-    """The files that the patterns name, in their order, those of one pattern sorted.
+    """The files that the patterns match, in the patterns' order, sorted within a pattern.
 
     Raises:
-        ConfigError: naming the first that is missing or of an unknown kind.
+        ConfigError: a pattern matches nothing or a folder, or a file is of an unknown kind.
     """
-    files = []
+    files: list[Path] = []
     for pattern in map(str, patterns):
         if Path(pattern).is_dir():
             raise ConfigError(
@@ -125,21 +128,21 @@ def corpus_files(patterns: Sequence[str | Path]) -> list[Path]:
     return files
 
 
-def parts(files: Sequence[Path], workers: int = 1, start: Place = Place()) -> Iterator[Part]:
-    """The corpus from `start` on, for so many workers."""
+def parts(files: Sequence[Path], workers: int = 1, start: Cursor = Cursor()) -> Iterator[Part]:
+    """The parts of the corpus from `start` on, cut for `workers` processes."""
     whole = sum(_compressed(path) for path in files) >= workers > 1
     for index, path in enumerate(files[start.file :], start.file):
-        offset, next_file = start.offset if index == start.file else 0, Place(index + 1)
+        offset, next_file = start.offset if index == start.file else 0, Cursor(index + 1)
         size = path.stat().st_size
         if path.suffix == ".parquet":
             groups = _parquet(path).metadata.num_row_groups
             for group in range(offset, groups):
-                end = Place(index, group + 1) if group + 1 < groups else next_file
+                end = Cursor(index, group + 1) if group + 1 < groups else next_file
                 yield Part(path, index, end, size * (group + 1) // groups, (group, group + 1))
         elif not _compressed(path):
             for begin in range(offset, size, PART_BYTES):
                 stop = min(begin + PART_BYTES, size)
-                end = Place(index, stop) if stop < size else next_file
+                end = Cursor(index, stop) if stop < size else next_file
                 yield Part(path, index, end, stop, (begin, stop))
         elif whole and not offset:
             yield Part(path, index, next_file, size)
@@ -148,14 +151,14 @@ def parts(files: Sequence[Path], workers: int = 1, start: Place = Place()) -> It
             for lines in read_lines(path, PART_BYTES):
                 done += len(lines.content)
                 if done > offset:
-                    yield Part(path, index, Place(index, done), lines.position, lines=lines)
+                    yield Part(path, index, Cursor(index, done), lines.position, lines=lines)
 
 
 def texts(files: Sequence[Path], keys: Sequence[str], on_error: str) -> Iterator[str]:
     """All texts, one after the other.
 
     Raises:
-        ConfigError: a line holds no document and `on_error` is "stop".
+        ConfigError: `on_error` is "stop" and a line holds no document.
     """
     for path in files:
         before = 0
@@ -169,13 +172,13 @@ def texts(files: Sequence[Path], keys: Sequence[str], on_error: str) -> Iterator
 
 
 def sample(files: Sequence[Path], keys: Sequence[str], size: int) -> list[str]:
-    """About `size` characters of text from places all over the corpus; long texts are cut."""
-    if len(files) > PLACES:
-        files = [files[i * len(files) // PLACES] for i in range(PLACES)]
-    places = [part for path in files for part in _spread(path, PLACES // len(files))]
-    kept = []
-    for part in places:
-        left = size // len(places)
+    """About `size` characters of text from all over the corpus; long texts are cut."""
+    if len(files) > SPOTS:
+        files = [files[i * len(files) // SPOTS] for i in range(SPOTS)]
+    spots = [part for path in files for part in _spread(path, SPOTS // len(files))]
+    kept: list[str] = []
+    for part in spots:
+        left = size // len(spots)
         batches = (batch.texts.values() for batch in part.batches(keys))
         for text in chain.from_iterable(chain.from_iterable(batches)):
             kept.append(text[:left])
@@ -185,27 +188,28 @@ def sample(files: Sequence[Path], keys: Sequence[str], size: int) -> list[str]:
     return kept
 
 
-def line_error(path: Path, before: int, number: int, error: LineError) -> ValueError:
-    return ValueError(
+def line_error(path: Path, before: int, number: int, error: LineError) -> ConfigError:
+    """The error that stops at line `number`, counted after the `before` first lines of the file."""
+    return ConfigError(
         f"{path}:{before + number}: {error}; mend the line, or skip such lines with --on-error skip"
     )
 
 
 def _spread(path: Path, count: int) -> list[Part]:
-    """A few parts from all over one file; of a compressed one, its beginning."""
+    """A few parts from all over one file, or the beginning of a compressed one."""
     if _compressed(path):
-        return [Part(path, 0, Place(), 0)]
+        return [Part(path, 0, Cursor(), 0)]
     if path.suffix == ".parquet":
         groups = _parquet(path).metadata.num_row_groups
         return [
-            Part(path, 0, Place(), 0, (i, i + 1))
+            Part(path, 0, Cursor(), 0, (i, i + 1))
             for i in sorted({n * groups // count for n in range(count)})
             if groups
         ]
     size = path.stat().st_size
     step = max(size // count, 1)
     return [
-        Part(path, 0, Place(), 0, (begin, min(begin + (1 << 16), size)))
+        Part(path, 0, Cursor(), 0, (begin, min(begin + (1 << 16), size)))
         for begin in range(0, size, max(step, 1 << 16))
     ]
 
@@ -214,8 +218,8 @@ def _compressed(path: Path) -> bool:
     return path.suffix in (".gz", ".zst")
 
 
-def _batch(lines: Lines, keys: Sequence[str]) -> Batch:
-    batch = Batch(
+def _batch(lines: Lines, keys: Sequence[str]) -> TextBatch:
+    batch = TextBatch(
         {key: [] for key in keys}, bytes=len(lines.content), newlines=len(lines.split) - 1
     )
     for number, row in lines.texts(keys):
@@ -241,32 +245,31 @@ def _parquet(path: Path):
         raise ConfigError(f"--input {path}: not a Parquet file ({error})") from error
 
 
-def _rows(path: Path, groups: tuple[int, int], keys: Sequence[str]) -> Iterator[Batch]:
+def _parquet_batches(
+    path: Path, groups: tuple[int, int] | None, keys: Sequence[str]
+) -> Iterator[TextBatch]:
     from pyarrow import ArrowException
 
     file = _parquet(path)
+    first, end = groups or (0, file.metadata.num_row_groups)
     for key in keys:
         if key not in file.schema_arrow.names:
             raise ConfigError(
                 f"--input {path}: has no column {key!r}, only {', '.join(file.schema_arrow.names)}"
             )
     try:
-        for table in file.iter_batches(PARQUET_ROWS, list(range(*groups)), list(keys)):
+        for table in file.iter_batches(PARQUET_ROWS, list(range(first, end)), list(keys)):
             columns = [table.column(key).to_pylist() for key in keys]
-            batch = Batch({key: [] for key in keys}, table.num_rows, table.num_rows, table.nbytes)
+            batch = TextBatch(
+                {key: [] for key in keys}, table.num_rows, table.num_rows, table.nbytes
+            )
             for number, row in enumerate(zip(*columns, strict=True), 1):
-                wrong = [(k, v) for k, v in zip(keys, row, strict=True) if type(v) is not str]
+                wrong = [(k, type(v)) for k, v in zip(keys, row, strict=True) if type(v) is not str]
                 if wrong:
-                    key, value = wrong[0]
-                    batch.skipped.append(
-                        (
-                            number,
-                            LineError(
-                                f"value of {key!r} is not a string",
-                                f"its type is {type(value).__name__}",
-                            ),
-                        )
-                    )
+                    key, kind = wrong[0]
+                    detail = f"its type is {kind.__name__}"
+                    error = LineError(f"value of {key!r} is not a string", detail)
+                    batch.skipped.append((number, error))
                     continue
                 for key, text in zip(keys, row, strict=True):
                     batch.texts[key].append(text)

@@ -1,8 +1,8 @@
 """An unfinished preprocessing run: what it has done so far, on disk.
 
-The folder PREFIX.partial holds the token files in the making, and state.json says up to which place
-of the corpus they are whole. The same command goes on from there after a crash, and ends with the
-same bytes.
+The folder PREFIX.partial holds unfinished token files, and state.json, which says how far into the
+corpus they are whole. After a crash the same command goes on from there, and ends with the same
+bytes.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,27 +20,28 @@ import numpy as np
 
 from pose_megatron.errors import ConfigError
 from pose_megatron.preprocessing.encoding import FIRST_SKIPPED, Encoded
-from pose_megatron.preprocessing.indexed_writer import Size, TokenWriter, token_dtype
-from pose_megatron.preprocessing.readers import Part, Place
+from pose_megatron.preprocessing.indexed_writer import IndexedWriter, Size, token_dtype
+from pose_megatron.preprocessing.readers import Cursor, Part
 from pose_megatron.runtime.atomic_files import write_atomically
 
-COMMIT_SECONDS = 5.0  # between states on disk
+SAVE_SECONDS = 5.0  # from one saved state to the next
 
 
 @dataclass(frozen=True)
 class State:
-    """How far the token files are whole, and what was counted on the way.
+    """How far the token files are whole, and what was counted on the way; counts as in Encoded.
 
     Attributes:
-        place: where in the corpus to go on.
-        file_lines: a file by its index, and how many lines of it are done.
-        sizes: by key, of the token files.
-        empty: by key, documents without tokens.
-        histogram: by key, documents of [2^i, 2^(i+1)) tokens, by i.
-        complete: nothing is left but to give the files their names.
+        cursor: where in the corpus to continue.
+        file_lines: index of the file that was read last, and how many of its lines are done.
+        sizes: by key, what the token files hold.
+        empty: by key, how many documents have no tokens.
+        histogram: by key, how many documents have [2^i, 2^(i+1)) tokens, by i.
+        seconds: time spent so far.
+        complete: whether nothing is left but to give the files their names.
     """
 
-    place: Place = Place()
+    cursor: Cursor = Cursor()
     file_lines: tuple[int, int] = (0, 0)
     sizes: dict[str, Size] = field(default_factory=dict)
     empty: Counter = field(default_factory=Counter)
@@ -54,16 +55,16 @@ class State:
     complete: bool = False
 
     def dump(self) -> dict:
-        """For JSON."""
+        """The state as values for JSON; `load` reads them."""
         sizes = {key: vars(size) for key, size in self.sizes.items()}
-        return vars(self) | {"place": vars(self.place), "sizes": sizes}
+        return vars(self) | {"cursor": vars(self.cursor), "sizes": sizes}
 
     @classmethod
     def load(cls, values: dict) -> "State":
         return cls(
             **values
             | {
-                "place": Place(**values["place"]),
+                "cursor": Cursor(**values["cursor"]),
                 "file_lines": tuple(values["file_lines"]),
                 "sizes": {key: Size(**size) for key, size in values["sizes"].items()},
                 "histogram": {
@@ -81,17 +82,18 @@ class State:
         return sum(size.tokens for size in self.sizes.values())
 
     def lines_before(self, part: Part) -> int:
-        """Lines of its file before the part that comes next."""
+        """How many lines of its file come before `part`, the next one."""
         file, lines = self.file_lines
         return lines if file == part.file else 0
 
     def after(
         self, part: Part, encoded: Encoded, sizes: dict[str, Size], seconds: float
     ) -> "State":
+        """The state once `part` is in the token files, which then have these sizes."""
         room, before = max(FIRST_SKIPPED - len(self.first_skipped), 0), self.lines_before(part)
         return dataclasses.replace(
             self,
-            place=part.end,
+            cursor=part.end,
             file_lines=(part.file, before + encoded.newlines),
             sizes=sizes,
             empty=self.empty
@@ -120,57 +122,69 @@ def _histogram(lengths: np.ndarray) -> Counter:
     return Counter({i: int(n) for i, n in enumerate(np.bincount(exponents)) if n})
 
 
-class Unfinished:
-    """The folder of a run: its token files and state.json.
+class UnfinishedRun:
+    """The folder PREFIX.partial with a run's token files and state.json.
 
     Args:
-        prefix: of the outputs; the folder is PREFIX.partial.
-        made_from: what the bytes depend on, by flag.
-        overwrite: an unfinished run of something else may be thrown away.
+        prefix: --output-prefix.
+        made_from: what the output bytes depend on, by flag.
+        overwrite: whether an unfinished run of other inputs may be thrown away.
 
     Raises:
-        ConfigError: there is one, or another process is at work on it.
+        ConfigError: there is such a run and it may not, or another process is at work on it.
     """
 
     def __init__(self, prefix: str, made_from: dict, overwrite: bool):
         self.folder, self._made_from = Path(f"{prefix}.partial"), made_from
-        self.state, self.writers = State(), {}
-        self._path, self._saved = self.folder / "state.json", None
-        self._thread, self._saving = ThreadPoolExecutor(1), None
+        self.state = State()
+        self.writers: dict[str, IndexedWriter] = {}
+        self._path = self.folder / "state.json"
+        self._saved: State | None = None
+        self._thread = ThreadPoolExecutor(1)
+        self._saving: Future[None] | None = None
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = open(self.folder / "lock", "w")
         try:
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise ConfigError(f"--output-prefix {prefix}: another run is at work on it") from None
-        stored = json.loads(self._path.read_text()) if self._path.exists() else None
-        if stored and stored["made_from"] == made_from:
-            self.state = self._saved = State.load(stored["state"])
-        elif stored and not overwrite:
-            changed = [
-                flag for flag in made_from if stored["made_from"].get(flag) != made_from[flag]
-            ]
-            raise ConfigError(
-                f"--output-prefix {prefix}: {self.folder} holds an unfinished run with other "
-                f"{' and '.join(changed)} (or files of it have changed); start over with "
-                "--overwrite"
-            )
-        else:
-            self._path.unlink(missing_ok=True)
+        if self._path.exists():
+            try:
+                self.state = self._saved = self._stored()
+            except ConfigError as error:
+                if not overwrite:
+                    raise ConfigError(
+                        f"--output-prefix {prefix}: {error}; start over with --overwrite"
+                    ) from None
+                self._path.unlink()
         for path in self.folder.glob("*.ids"):
             path.unlink()
 
+    def _stored(self) -> State:
+        try:
+            stored = json.loads(self._path.read_text())
+            made_from, state = stored["made_from"], State.load(stored["state"])
+            changed = [flag for flag, value in self._made_from.items() if made_from[flag] != value]
+        except (ValueError, KeyError, TypeError):
+            raise ConfigError(f"{self._path} is damaged, or of another version") from None
+        if changed:
+            raise ConfigError(
+                f"{self.folder} holds an unfinished run with other {' and '.join(changed)} (or "
+                "files of it have changed)"
+            )
+        return state
+
     def open(self, vocab_size: int, keys: Sequence[str]) -> None:
-        """Makes the token files ready to grow from where the state says they are whole."""
+        """Opens the token files, cut to what the state says is whole."""
         for i, key in enumerate(keys):
-            self.writers[key] = TokenWriter(
+            self.writers[key] = IndexedWriter(
                 self.folder, str(i), token_dtype(vocab_size), self.state.sizes.get(key)
             )
         self._started = time.monotonic() - self.state.seconds
-        self._next = time.monotonic() + COMMIT_SECONDS
+        self._next = time.monotonic() + SAVE_SECONDS
 
     def add(self, part: Part, encoded: Encoded) -> None:
-        """One more part; every few seconds, what is done is saved while work goes on."""
+        """Appends one part's ids; every few seconds, saves in the background what is done."""
         for key, writer in self.writers.items():
             lengths = encoded.lengths[key]
             # As in Megatron-LM, a text without tokens has no sequence, but the index still counts
@@ -180,15 +194,15 @@ class Unfinished:
         sizes = {key: writer.size for key, writer in self.writers.items()}
         self.state = self.state.after(part, encoded, sizes, time.monotonic() - self._started)
         if time.monotonic() > self._next and (not self._saving or self._saving.done()):
-            self._next = time.monotonic() + COMMIT_SECONDS
+            self._next = time.monotonic() + SAVE_SECONDS
             self._begin_to_save()
 
     def save(self) -> None:
         """Puts the files on disk, and then the state that says so."""
-        self._begin_to_save()
-        self._saving.result()
+        self._begin_to_save().result()
 
     def finish(self) -> None:
+        """Completes the token files, and saves the state that says so."""
         for writer in self.writers.values():
             writer.finish()
         self.state = dataclasses.replace(
@@ -197,7 +211,7 @@ class Unfinished:
         self.save()
 
     def close(self) -> None:
-        """Keeps what is worth keeping: the folder goes if there are no tokens in it."""
+        """Closes all files; removes the folder if no tokens are saved in it."""
         self._thread.shutdown()
         for writer in self.writers.values():
             writer.close()
@@ -207,12 +221,13 @@ class Unfinished:
     def remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _begin_to_save(self) -> None:
+    def _begin_to_save(self) -> Future[None]:
         if self._saving:
             self._saving.result()
         for writer in self.writers.values():
             writer.flush()
         self._saving = self._thread.submit(self._write, self.state)
+        return self._saving
 
     def _write(self, state: State) -> None:
         for writer in self.writers.values():

@@ -1,7 +1,7 @@
 """Text to token ids and back.
 
-Ids are those of Megatron's own preprocessing: the bare text's, no token added at either end
-(SentencePiece `encode_as_ids`, Hugging Face `add_special_tokens=False`).
+Texts get the ids of Megatron's own preprocessing, with no token added at either end (SentencePiece
+`encode_as_ids`, Hugging Face `add_special_tokens=False`).
 
 Tokenizer libraries are imported when a tokenizer is built, so this module loads at once.
 """
@@ -15,14 +15,14 @@ from pathlib import Path
 from pose_megatron.errors import ConfigError
 
 TOKENIZER_TYPES = ("SentencePieceTokenizer", "HuggingFaceTokenizer")
-# What texts rarely hold, and what other implementations of a tokenizer get wrong.
+# Texts that are rare in corpora, and that other implementations of a tokenizer get wrong.
 PROBES = (
     *("", " ", "  x", "x  ", "\n\n\n", "\t\tx\r\n", "</s> <s> <unk>", "naïve 日本 😀\0", "1234567"),
     *("▁a ▁▁b", "<0x0A>", "\ufffd\u200b\ufeff", "e\u0301 ﬁ ½ Ⅷ", "don't I'LL we'Ve"),
     "\x85\u2028\xa0\u3000x",
     *(character * n for character in " -=#\n" for n in range(2, 67)),
 )
-# What may lie beside a tokenizer in a Hugging Face folder and belongs to it.
+# Files of a Hugging Face folder that belong to its tokenizer.
 FOLDER_FILES = (
     *("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
     *("added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja"),
@@ -30,7 +30,7 @@ FOLDER_FILES = (
 
 
 def build_tokenizer(tokenizer_type: str, tokenizer_model: str | Path) -> "Tokenizer":
-    """A tokenizer from local files; nothing is downloaded and no foreign code runs.
+    """A tokenizer from local files; nothing is downloaded and no code of the folder runs.
 
     Args:
         tokenizer_type: one of TOKENIZER_TYPES.
@@ -52,14 +52,14 @@ def build_tokenizer(tokenizer_type: str, tokenizer_model: str | Path) -> "Tokeni
 
 
 class Tokenizer(ABC):
-    """What datasets, tools and megatron-core's GPTDatasetConfig ask of a tokenizer.
+    """What datasets, tools and megatron-core's GPTDatasetConfig need of a tokenizer.
 
     Lone surrogates, which UTF-8 cannot hold, become U+FFFD before tokenizing.
 
     Attributes:
         vocab_size: number of ids, without padding: every id is in [0, vocab_size).
-        bos, pad: ids, None where the tokenizer has none.
-        files: what belongs beside an exported Hugging Face checkpoint.
+        bos, pad: ids of these tokens, None where the tokenizer has none.
+        files: the tokenizer's files, to be copied beside an exported Hugging Face checkpoint.
     """
 
     vocab_size: int
@@ -79,7 +79,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def text_of(self, token_id: int) -> str:
-        """Text of one id, special tokens included."""
+        """The text of one id, which may be a special token."""
 
     def ids_ending(self, text: str) -> list[int]:
         """Every id whose text is `text` or ends with it."""
@@ -89,7 +89,7 @@ class Tokenizer(ABC):
     def as_json(self) -> dict:
         """This tokenizer in the form of Hugging Face's tokenizer.json, for other implementations.
 
-        Special tokens that this one does not look for in texts are left out.
+        Special tokens that this tokenizer does not look for in texts are left out.
 
         Raises:
             ConfigError: it has no such form.
@@ -114,7 +114,7 @@ class Tokenizer(ABC):
 
     @property
     def unique_identifiers(self) -> OrderedDict:
-        """Names this tokenizer in megatron-core's dataset cache."""
+        """What identifies this tokenizer in megatron-core's dataset cache."""
         return OrderedDict(
             {
                 "class": f"{type(self).__module__}.{type(self).__qualname__}",
@@ -124,7 +124,7 @@ class Tokenizer(ABC):
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A sentencepiece model, one thread."""
+    """A sentencepiece model, on one thread."""
 
     def __init__(self, path: Path):
         self._path = _file(path, "tokenizer.model", "use --tokenizer-type HuggingFaceTokenizer")
@@ -137,7 +137,7 @@ class SentencePieceTokenizer(Tokenizer):
                 f"--tokenizer-model {self._path}: not a sentencepiece model ({error})"
             ) from error
         self.vocab_size = self._tokenizer.get_piece_size()
-        # sentencepiece says -1 for "none"
+        # sentencepiece has -1 for a token that does not exist
         self.bos, self.pad, self._eos = (
             None if i < 0 else i
             for i in (self._tokenizer.bos_id(), self._tokenizer.pad_id(), self._tokenizer.eos_id())
@@ -162,7 +162,7 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """A Hugging Face tokenizer.json, threads as TOKENIZERS_PARALLELISM says."""
+    """A Hugging Face tokenizer.json, on as many threads as TOKENIZERS_PARALLELISM allows."""
 
     def __init__(self, path: Path):
         self._path = _file(
@@ -179,7 +179,7 @@ class HuggingFaceTokenizer(Tokenizer):
             raise ConfigError(
                 f"--tokenizer-model {self._path}: not a Hugging Face tokenizer ({error})"
             ) from error
-        # tokenizer.json may carry the settings of someone's last call
+        # tokenizer.json may hold the truncation and padding of someone's last call
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         config = _json(self._path.with_name("tokenizer_config.json"))
@@ -223,7 +223,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
 def replace_surrogates(text: str) -> str:
     """The text, with U+FFFD for each lone surrogate (JSON's "\\ud800" makes them)."""
-    if text.isascii():  # known without looking
+    if text.isascii():  # which Python knows without looking at the characters
         return text
     try:
         text.encode()
@@ -245,7 +245,7 @@ def _file(path: Path, name: str, way_out: str) -> Path:
 
 
 def _files(path: Path) -> list[Path]:
-    """The tokenizer's own file, with what a Hugging Face folder keeps beside it."""
+    """The tokenizer's own file, and those that a Hugging Face folder keeps beside it."""
     if path.name not in FOLDER_FILES:
         return [path]
     return [file for name in FOLDER_FILES if (file := path.with_name(name)).is_file()]

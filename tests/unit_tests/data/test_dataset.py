@@ -127,7 +127,7 @@ def test_later_chunks_come_from_further_on_in_the_same_document(world, make_corp
         assert (np.diff(tokens) >= 1).all() and (tokens[-1] < 200) == (tokens[0] < 200)
 
 
-def test_samples_do_not_depend_on_how_many_are_non_default_flags(world, make_corpus):
+def test_samples_do_not_depend_on_how_many_are_asked_for(world, make_corpus):
     prefix = make_corpus(numbered(SIZES))
     few, many = train_set(prefix, samples=5), train_set(prefix, samples=500)
     for i in range(5):
@@ -331,7 +331,7 @@ def test_a_truncated_bin_is_named(world, make_corpus, left):
 def test_a_bin_of_another_corpus_is_an_error(world, make_corpus):
     prefix, other = make_corpus(numbered(SIZES)), make_corpus(numbered([9]), "other")
     Path(f"{other}.bin").replace(f"{prefix}.bin")
-    with pytest.raises(ValueError, match="truncated, or of another corpus"):
+    with pytest.raises(ValueError, match="truncated or belongs to another corpus"):
         train_set(prefix)
 
 

@@ -9,7 +9,7 @@ from megatron.core.datasets.indexed_dataset import DType, _IndexWriter
 
 from pose_megatron.config.flags import DataFlags
 from pose_megatron.data.dataset import build_datasets
-from pose_megatron.data.indexed_corpus import Corpus
+from pose_megatron.data.indexed_corpus import IndexedCorpus
 from pose_megatron.data.source import Source
 from pose_megatron.positions.sampler import PoseSampler
 
@@ -53,7 +53,7 @@ def test_each_way_an_index_is_corrupt_is_an_error(corpus, at, content, message):
         match=rf"--data-path {corpus}: {corpus}\.idx is truncated or "
         rf"not a Megatron index \(.*{message}.*\); preprocess",
     ):
-        Corpus(corpus)
+        IndexedCorpus(corpus)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -63,13 +63,13 @@ def test_values_that_are_no_tokens_are_an_error(tmp_path, dtype):
     with _IndexWriter(f"{prefix}.idx", dtype) as writer:
         writer.write([30], None, [0, 1])
     with pytest.raises(ValueError, match=f"its values are {np.dtype(dtype).name}, not token ids"):
-        Corpus(prefix)
+        IndexedCorpus(prefix)
 
 
 def test_the_index_of_another_type_is_an_error(corpus):
     overwrite(corpus, 17, bytes([DType.code_from_dtype(np.int32)]))  # it says 4 bytes, not 2
     with pytest.raises(ValueError, match="do not adjoin"):
-        Corpus(corpus)
+        IndexedCorpus(corpus)
 
 
 def test_the_index_of_another_corpus_is_an_error(corpus, make_corpus):
@@ -78,14 +78,14 @@ def test_the_index_of_another_corpus_is_an_error(corpus, make_corpus):
     with pytest.raises(
         ValueError,
         match=r"corpus\.bin has 200 bytes, its index describes 198: "
-        "truncated, or of another corpus",
+        "truncated or belongs to another corpus",
     ):
-        Corpus(corpus)
+        IndexedCorpus(corpus)
 
 
 def test_the_flag_that_named_it_is_in_the_message(tmp_path):
     with pytest.raises(ValueError, match=r"--materialized .*none: .*none\.idx is missing"):
-        Corpus(str(tmp_path / "none"), "--materialized")
+        IndexedCorpus(str(tmp_path / "none"), "--materialized")
 
 
 @pytest.mark.parametrize("mode", ["document", "packed"])
@@ -114,7 +114,7 @@ def test_one_enormous_document_is_drawn_from_to_its_end(world, tmp_path, mode):
 
 
 def test_a_stretch_over_pieces_reads_them_end_to_end(corpus):
-    source = Source(Corpus(corpus), ((0, 25, 5), (1, 0, 20), (2, 10, 40)))
+    source = Source(IndexedCorpus(corpus), ((0, 25, 5), (1, 0, 20), (2, 10, 40)))
     whole = [*range(25, 30), *range(20), *range(10, 50)]
     assert source.length == 64
     for start in range(64):

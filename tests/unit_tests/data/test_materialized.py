@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
 from pose_megatron.config.flags import DataFlags
 from pose_megatron.data import materialized
@@ -84,6 +84,22 @@ def test_any_trainer_can_read_the_files(written):
             assert stock[i].tolist() == flat[i].tolist() == data[i][name].tolist()
 
 
+def test_the_bytes_are_those_of_megatron_cores_builder(written, tmp_path):
+    prefix, data = written
+    for part, name, dtype in (
+        ("tokens", "tokens", np.uint16),
+        ("labels", "labels", np.uint16),
+        ("positions", "position_ids", np.int32),
+    ):
+        builder = IndexedDatasetBuilder(f"{tmp_path}/stock.bin", dtype=dtype)
+        for i in range(SAMPLES):
+            builder.add_document(data[i][name].tolist(), [64])
+        builder.finalize(f"{tmp_path}/stock.idx")
+        for ending in ("bin", "idx"):
+            ours = Path(f"{prefix}_{part}.{ending}").read_bytes()
+            assert ours == (tmp_path / f"stock.{ending}").read_bytes()
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -117,13 +133,15 @@ def test_damaged_and_foreign_files_are_named(written, make_corpus):
     path = Path(f"{prefix}_labels.bin")
     content = path.read_bytes()
     path.write_bytes(content[:-2])
-    with pytest.raises(ValueError, match=f"--materialized {prefix}_labels: .*truncated, or of"):
+    with pytest.raises(
+        ValueError, match=f"--materialized {prefix}_labels: .*truncated or belongs to"
+    ):
         read(prefix)
     path.write_bytes(content)
     other = make_corpus([[1] * 64] * (SAMPLES - 1))
     for ending in ("bin", "idx"):
         Path(f"{other}.{ending}").replace(f"{prefix}_labels.{ending}")
-    with pytest.raises(ValueError, match="_labels.idx is not of the run"):
+    with pytest.raises(ValueError, match="_labels.idx does not hold the samples"):
         read(prefix)
     Path(f"{prefix}.json").write_text('{"window": 64}')
     with pytest.raises(ValueError, match=f"{prefix}.json is not what tools/materialize_positions"):

@@ -105,7 +105,7 @@ def test_a_text_skip_never_crosses_a_document(world, make_corpus, content):
     assert any((np.diff(data[i]["position_ids"]) > 1).any() for i in range(180))
 
 
-def test_non_default_flags_the_text_skips_along_the_stream(world, make_corpus):
+def test_when_asked_the_text_skips_along_the_stream(world, make_corpus):
     documents = numbered([20] * 50)
     data = packed(make_corpus(documents), samples=200, target=300, skips="stream", num_chunks=3)
     crossed = reach = 0

@@ -349,9 +349,9 @@ def test_tokens_are_missed():
 
 
 def test_a_new_sampler_is_a_function_and_a_line(monkeypatch):
-    def shifted(draw, ask, target, source, cuts):
-        start = draw.integer(0, target - ask.window)
-        return SkipPlan(*np.array([[ask.window], [start], [0]]))
+    def shifted(draw, sampler, target, source, chunk_starts):
+        start = draw.integer(0, target - sampler.window)
+        return SkipPlan(*np.array([[sampler.window], [start], [0]]))
 
     monkeypatch.setitem(SAMPLERS, "shifted", Sampler(shifted))
     sampler = PoseSampler(8, 64, "shifted")

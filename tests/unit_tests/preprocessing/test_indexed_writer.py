@@ -11,8 +11,8 @@ from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, Indexe
 
 from pose_megatron.preprocessing import indexed_writer
 from pose_megatron.preprocessing.indexed_writer import (
-    TokenFiles,
-    TokenWriter,
+    IndexedReader,
+    IndexedWriter,
     join,
     publish,
     token_dtype,
@@ -35,8 +35,12 @@ def content(prefix):
 
 
 def append(writer, folder, documents):
-    ids, lengths = folder / "ids", np.array([len(d) for d in documents], np.int64)
-    np.concatenate([[], *documents]).astype(writer.dtype).tofile(ids)
+    """From a file and from an array, in turn."""
+    ids = np.concatenate([[], *documents]).astype(writer.dtype)
+    if writer.size.documents % 2:
+        ids.tofile(folder / "ids")
+        ids = folder / "ids"
+    lengths = np.array([len(d) for d in documents], np.int64)
     writer.append(ids, lengths[lengths > 0], np.cumsum(lengths > 0))
 
 
@@ -52,7 +56,7 @@ def test_bytes_are_megatron_cores_however_they_come(tmp_path, monkeypatch, dtype
     @settings(max_examples=60, deadline=None)
     @given(DOCUMENTS.filter(any), st.integers(1, 12), st.integers(0, 12))
     def holds(documents, step, crash):
-        writer = TokenWriter(tmp_path, "x", dtype)
+        writer = IndexedWriter(tmp_path, "x", dtype)
         for start in range(0, len(documents), step):
             append(writer, tmp_path, documents[start : start + step])
             if start == crash:  # more than was synced is in the files
@@ -60,14 +64,14 @@ def test_bytes_are_megatron_cores_however_they_come(tmp_path, monkeypatch, dtype
                 size = dataclasses.replace(writer.size)
                 append(writer, tmp_path, [[1, 2, 3]])
                 writer.close()
-                writer = TokenWriter(tmp_path, "x", dtype, size)
+                writer = IndexedWriter(tmp_path, "x", dtype, size)
         writer.finish()
         writer.close()
         publish(tmp_path, "x", str(tmp_path / "ours"))
         assert content(tmp_path / "ours") == stock(tmp_path / "stock", documents, dtype)
         read = IndexedDataset(str(tmp_path / "ours"))
         assert [read[i].tolist() for i in range(len(read))] == [d for d in documents if d]
-        assert writer.size == TokenFiles(str(tmp_path / "ours")).size
+        assert writer.size == IndexedReader(str(tmp_path / "ours")).size
 
     holds()
 
@@ -134,7 +138,15 @@ def test_damaged_shards_are_named(tmp_path, damage, message):
 
 
 def test_a_document_beyond_the_format_is_refused(tmp_path):
-    writer = TokenWriter(tmp_path, "x", np.uint16)
+    writer = IndexedWriter(tmp_path, "x", np.uint16)
     with pytest.raises(ValueError, match="a document of 2,147,483,648 tokens.*split it"):
         writer.append(tmp_path / "ids", np.array([1 << 31]), np.array([1]))
+    writer.close()
+
+
+def test_a_file_of_ids_that_is_cut_short_is_named(tmp_path):
+    writer = IndexedWriter(tmp_path, "x", np.uint16)
+    (tmp_path / "ids").write_bytes(bytes(8))
+    with pytest.raises(ValueError, match=r"ids: has 8 bytes where 10 are due; it changed"):
+        writer.append(tmp_path / "ids", np.array([3, 2]), np.array([1, 2]))
     writer.close()

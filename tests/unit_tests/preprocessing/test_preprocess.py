@@ -15,7 +15,7 @@ import sentencepiece
 from pose_megatron.preprocessing import fast_tokenizer, readers, resume
 from pose_megatron.preprocessing import preprocess as preprocess_module
 from pose_megatron.preprocessing.encoding import Encoder
-from pose_megatron.preprocessing.preprocess import Job, preprocess
+from pose_megatron.preprocessing.preprocess import PreprocessingJob, preprocess
 from pose_megatron.preprocessing.tokenizer import build_tokenizer
 
 STDLIB = Path(sysconfig.get_path("stdlib"))
@@ -46,12 +46,12 @@ def model(tmp_path_factory):
 def job(tmp_path, model, monkeypatch):
     """Several parts of each of two files, saved after each part."""
     monkeypatch.setattr(readers, "PART_BYTES", 6000)
-    monkeypatch.setattr(resume, "COMMIT_SECONDS", 0.0)
+    monkeypatch.setattr(resume, "SAVE_SECONDS", 0.0)
     paths = [tmp_path / name for name in ("a.jsonl", "b.jsonl")]
     rows = [{"text": text, "title": str(i)} for i, text in enumerate([*TEXTS[:4], "", *TEXTS[4:]])]
     for path in paths:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return Job(
+    return PreprocessingJob(
         list(map(str, paths)),
         str(tmp_path / "out" / "c"),
         "SentencePieceTokenizer",
@@ -71,13 +71,13 @@ def counts(summary):
 
 
 POINTS = [  # the call at whose beginning or end the run is killed
-    (resume.TokenWriter, "append", 5, "end"),  # between the two keys of a part
-    (resume.TokenWriter, "append", 14, "begin"),
-    (resume.Unfinished, "add", 1, "end"),
-    (resume.Unfinished, "add", 11, "end"),
+    (resume.IndexedWriter, "append", 5, "end"),  # between the two keys of a part
+    (resume.IndexedWriter, "append", 14, "begin"),
+    (resume.UnfinishedRun, "add", 1, "end"),
+    (resume.UnfinishedRun, "add", 11, "end"),
     (resume, "write_atomically", 2, "begin"),
-    (resume.TokenWriter, "finish", 1, "end"),
-    (resume.TokenWriter, "finish", 2, "end"),
+    (resume.IndexedWriter, "finish", 1, "end"),
+    (resume.IndexedWriter, "finish", 2, "end"),
     (preprocess_module, "publish", 1, "begin"),
     (preprocess_module, "publish", 1, "end"),
     (preprocess_module, "publish", 2, "end"),
@@ -217,7 +217,7 @@ def test_gigatoken_that_goes_wrong_later_is_caught(job, monkeypatch):
 
 
 def test_two_runs_of_one_output_are_refused(job):
-    run = resume.Unfinished(job.output_prefix, {}, False)
+    run = resume.UnfinishedRun(job.output_prefix, {}, False)
     if not (child := os.fork()):
         try:
             preprocess(job)

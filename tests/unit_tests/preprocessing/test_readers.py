@@ -16,7 +16,7 @@ from pyarrow import parquet
 
 from pose_megatron.preprocessing import readers
 from pose_megatron.preprocessing.jsonl import LineError, Lines, parse_line, read_lines, read_range
-from pose_megatron.preprocessing.readers import Place, corpus_files, parts, sample, texts
+from pose_megatron.preprocessing.readers import Cursor, corpus_files, parts, sample, texts
 
 TEXTS = [
     (Path(sysconfig.get_path("stdlib")) / name).read_text("utf-8")
@@ -163,7 +163,7 @@ def files(tmp_path, monkeypatch):
     return found, [row["text"] for row in rows] * (len(found) - 1)
 
 
-def _read(files, workers, place=Place()):
+def _read(files, workers, place=Cursor()):
     """(texts, end) of each part."""
     return [
         ([text for batch in part.batches(["text"]) for text in batch.texts["text"]], part.end)
@@ -190,7 +190,7 @@ def test_parts_end_where_their_file_does(files):
         assert 0 < part.position <= part.path.stat().st_size
     last = {part.path: part for part in parts(paths)}
     assert all(part.position == path.stat().st_size for path, part in last.items())
-    assert part.end in (Place(len(paths)), Place(len(paths) - 1, part.end.offset))
+    assert part.end in (Cursor(len(paths)), Cursor(len(paths) - 1, part.end.offset))
 
 
 def test_a_sample_comes_from_all_over_and_has_its_size(files):

@@ -15,7 +15,7 @@ LIKE = {"full_like": (7,)}
 
 @pytest.mark.parametrize("name", cpu.FACTORIES)
 @pytest.mark.parametrize("device", ["cuda", "cuda:0", torch.device("cuda", 0)], ids=str)
-def test_a_factory_non_default_flags_cuda_answers_on_the_cpu(name, device):
+def test_a_factory_asked_for_cuda_answers_on_the_cpu(name, device):
     if name.endswith("_like"):
         arguments = (torch.ones(2), *LIKE.get(name, ()))
     else:

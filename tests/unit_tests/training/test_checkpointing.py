@@ -393,7 +393,7 @@ def test_what_a_killed_save_left_is_never_picked_up(tmp_path):
     assert not list(tmp_path.glob("*.tmp"))
 
 
-def test_an_older_iteration_can_be_non_default_flags(tmp_path):
+def test_an_older_iteration_can_be_asked_for(tmp_path):
     trainer = trainer_of(MODEL, "--save", str(tmp_path))
     save(trainer)
     with torch.no_grad():
