@@ -8,13 +8,11 @@ compared, and only then renamed: it is whole or it is not there.
 import contextlib
 import dataclasses
 import hashlib
-import multiprocessing
 import os
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -204,6 +202,9 @@ def _rope_check(
     if "transformers" in sys.modules or not folders:
         yield lambda: _rope_errors(folders, model)
         return
+    import multiprocessing
+    from concurrent.futures import ProcessPoolExecutor
+
     with ProcessPoolExecutor(
         1, multiprocessing.get_context("fork"), initializer=end_with_parent, initargs=(os.getpid(),)
     ) as pool:

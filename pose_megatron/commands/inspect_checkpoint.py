@@ -64,7 +64,8 @@ def main() -> None:
         else:
             print("\n\n".join(map(str, summaries)))
         return
-    differences = compare(*summaries, args.values)
+    one, other = summaries
+    differences = compare(one, other, args.values)
     if args.json:
         print(json.dumps(differences, indent=2))
     else:
