@@ -4,6 +4,7 @@ PoseSampler, SkipPlan       numpy: which tokens and positions a sample has
 RopeScaling                 torch: how rotary frequencies are interpolated
 PoseGPTModel, install_pose  megatron-core: a GPTModel that honours position ids
 PoseDataset, build_datasets samples over indexed corpora
+convert                     torch: a checkpoint from one format to another
 """
 
 import importlib
@@ -18,6 +19,7 @@ _HOMES = {
     "install_pose": "models.gpt",
     "PoseDataset": "data.dataset",
     "build_datasets": "data.dataset",
+    "convert": "checkpoints.convert",
     "ConfigError": "errors",
     "DamagedCheckpoint": "errors",
 }

@@ -1,278 +1,170 @@
-"""Three formats behind one interface: a source reads rows of the conversion table, a sink writes
-them. What is in memory at a time is the row that is read and the row that is written.
+"""Checkpoint formats: what each of them implements, and the table of them.
+
+A format is a frozen dataclass whose fields are its own parameters, spelled as the flags of
+`pose-megatron convert`. It opens a folder as a CheckpointReader and starts a new one with a
+CheckpointWriter. Both speak of Megatron's tensors, one `ParamMapping` each, so a conversion holds
+one tensor that is read and one that is written, whatever the size of the model.
+
+A new format is one file and its line in FORMATS. Nothing here imports torch: `--help` stays quick.
 """
 
-import dataclasses
-import queue
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
-from pose_megatron.checkpoints import meta
-from pose_megatron.checkpoints.huggingface import config_json, shards
-from pose_megatron.checkpoints.mapping import (
-    ParamMapping,
-    check_hf,
-    check_megatron,
-    one_dtype,
-    param_mappings,
-)
-from pose_megatron.checkpoints.megatron import torch_dist
-from pose_megatron.checkpoints.tensor_files import size
-from pose_megatron.errors import ConfigError
-from pose_megatron.models.shape import ModelConfig
+    from pose_megatron.checkpoints.mapping import ParamMapping
+    from pose_megatron.checkpoints.stored_weights import StoredWeights
+    from pose_megatron.models.shape import ModelConfig
 
-FORMATS = ("hf", "megatron", "meta")
+FORMATS = {  # name: module and class; imported on first use
+    "hf": "huggingface.format:HuggingFace",
+    "megatron": "megatron.format:Megatron",
+    "meta": "meta.format:Meta",
+}
 
 
-class Source:
-    """A model on disk, row by row; all names and shapes are checked when it is opened.
-
-    Args:
-        format: of FORMATS.
-        iteration: megatron: which one, None for the latest.
-        window: meta: max_position_embeddings, None for the published model's.
-        make_vocab_size_divisible_by: hf, meta: of the embedding's padding.
-        as_llama: makes of a Baichuan2 the LLaMA that computes the same: the rows of its head have
-            length one already. Its own code cannot interpolate, LLaMA's can.
+class CheckpointReader(Protocol):
+    """One checkpoint on disk.
 
     Attributes:
+        path: the folder that holds the weights.
+        layout: the format's name, "megatron legacy" for Megatron-LM's old layout.
         model: shape and rope.
-        rows: the table.
-        by_row: whether it stores the rows themselves, padding included.
-        dtypes: by the rows' names.
-        tokenizer: folder where its tokenizer may be.
-        hashes: (algorithm, digest) of files that came with one.
-        warnings: what is odd and harms nothing.
+        weights: the tensors under the names they are stored by.
+        megatron_names: whether these are Megatron's, vocabulary padding included; else they are
+            Hugging Face's.
+        mappings: Megatron's tensors, in the order of the forward pass.
+        dtypes: what each mapping is stored in, by its name.
+        sidecars: files of the tokenizer and other companions, by their names in a Hugging Face
+            folder.
+        progress: what is known of the training run, by name; empty for weights alone.
 
     Raises:
-        ConfigError: it is missing, damaged, incomplete, or no model of ours.
+        ConfigError: `mappings`: no Hugging Face family has a model like this one.
     """
 
-    def __init__(
-        self,
-        format: str,
-        folder: Path,
-        iteration: int | None = None,
-        window: int | None = None,
-        make_vocab_size_divisible_by: int = 128,
-        as_llama: bool = False,
-    ):
-        self.folder, self.tokenizer = folder, folder
-        if format == "megatron":
-            self._tensors = torch_dist.open_weights(folder, iteration)
-            self.model, self.tokenizer = self._tensors.model, folder / "tokenizer"
-        elif format == "meta":
-            self._tensors = meta.Tensors(folder)
-            with config_json.naming(folder):
-                self.model = meta.read_config(self._tensors, window, make_vocab_size_divisible_by)
-        else:
-            self.model = config_json.read_config(folder, make_vocab_size_divisible_by)
-            self._tensors = shards.Tensors(folder)
-        self.hashes = getattr(self._tensors, "hashes", {})
-        self.warnings = getattr(self._tensors, "warnings", [])
-        self.by_row = format == "megatron"
-        with config_json.naming(folder):
-            sizes = config_json.sizes(self.model)
-            self.rows = list(param_mappings(**sizes))
-            shapes, dtypes = self._tensors.shapes, self._tensors.dtypes
-            if self.by_row:
-                check_megatron(shapes, self.rows)
-                self.dtypes = dict(dtypes)
-            else:
-                self._check_heads(check_hf(shapes, self.rows, sizes["tied"]))
-                self.dtypes = {
-                    row.name: one_dtype(row, (dtypes[part] for part in row.parts))
-                    for row in self.rows
-                }
-            self._normalized, self._own_rows = as_llama, {row.name: row for row in self.rows}
-            if as_llama:
-                if self.model.family != "baichuan":
-                    raise ConfigError(f"--as-llama is for Baichuan2, not {self.model.family}")
-                self.model = dataclasses.replace(self.model, family="llama")
-                self.rows = list(param_mappings(**config_json.sizes(self.model)))
+    path: Path
+    layout: str
+    model: ModelConfig
+    weights: StoredWeights
+    megatron_names: bool
+    sidecars: Mapping[str, Path]
+    progress: Mapping[str, Any]
 
-    def _check_heads(self, heads: Iterable[str]) -> None:
-        (embedding,) = self.rows[0].parts
-        for head in heads:
-            if self._tensors.shapes[head] != self._tensors.shapes[embedding] or not torch.equal(
-                self._tensors[head], self._tensors[embedding]
-            ):
-                raise ConfigError(f"the embeddings are tied, but {head} differs from {embedding}")
+    @property
+    def mappings(self) -> Sequence[ParamMapping]: ...
 
-    def read(self, row: ParamMapping, out: Tensor) -> Tensor:
-        """Fills `out` with Megatron's tensor of the row."""
-        if self.by_row:
-            self._tensors.read(row.name, out)
-        else:
-            self._own_rows[row.name].join(self._tensors.read, out)
-        if self._normalized and row.name == "output_layer.weight":
-            out.copy_(torch.nn.functional.normalize(out.float()))
-        return out
+    @property
+    def dtypes(self) -> Mapping[str, torch.dtype]: ...
+
+    def check(self) -> None:
+        """Holds the names and shapes of the stored tensors to the model's.
+
+        Raises:
+            ConfigError: a tensor is missing, unknown, of another shape, or not one the model ties.
+        """
+
+    def read(self, mapping: ParamMapping, out: Tensor) -> Tensor:
+        """Fills `out`, of the mapping's shape and dtype, with Megatron's tensor; returns it.
+
+        Raises:
+            DamagedCheckpoint: a file is cut off or damaged.
+        """
 
 
-class HuggingFaceSink:
-    """safetensors, a file for each of `jobs`.
+class CheckpointWriter(Protocol):
+    """A checkpoint that is being written: prepare, write each job, finish.
 
     Attributes:
-        jobs: rows that are to be written together, in one process.
+        jobs: mappings that one process writes together, in this order.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        rows: list[ParamMapping],
-        dtypes: Mapping[str, torch.dtype],
-        shard_bytes: int,
-    ):
-        self.folder, self._dtypes = folder, dtypes
-        items = {name: dtype.itemsize for name, dtype in dtypes.items()}
-        self.jobs = shards.plan(rows, items, shard_bytes)
+    jobs: Sequence[Sequence[ParamMapping]]
 
-    def write(self, number: int, tensors: Iterable[tuple[ParamMapping, Tensor]]) -> None:
-        """Writes job `number`."""
-        path = self.folder / shards.name_of(number, len(self.jobs))
-        with shards.create(path, self.jobs[number], self._dtypes) as file:
-            for row, tensor in tensors:
-                for name, pieces in row.pieces(tensor).items():
-                    file.put(name, *pieces)
+    def prepare(self) -> None:
+        """Writes what stands beside the weights; called once, before the first job.
 
-    def finish(self, results: list) -> None:
-        """Once, when all jobs are written; `results` is what they returned."""
-        shards.write_index(self.folder, self.jobs, self._dtypes)
+        Raises:
+            ConfigError: the format has no such model or rope.
+        """
 
+    def write(self, job: int, tensors: Iterable[tuple[ParamMapping, Tensor]]) -> Any:
+        """Writes job number `job`, in any process; the result can be pickled."""
 
-class MegatronSink:
-    """A torch_dist checkpoint named `release`, a file for each of `ranks` processes."""
+    def finish(self, results: Sequence[Any]) -> None:
+        """Completes the checkpoint; called once, after all jobs, with their results in order."""
 
-    def __init__(
-        self,
-        folder: Path,
-        rows: list[ParamMapping],
-        dtypes: Mapping[str, torch.dtype],
-        model: ModelConfig,
-        ranks: int,
-    ):
-        self.folder, self._model = folder, model
-        whole = sum(size(dtypes[row.name], row.shape) for row in rows)
-        self.jobs, done = [[] for _ in range(ranks)], 0
-        for row in rows:
-            self.jobs[min(done * ranks // whole, ranks - 1)].append(row)
-            done += size(dtypes[row.name], row.shape)
-        self.jobs = [job for job in self.jobs if job]
+    def read_back(self) -> CheckpointReader:
+        """Opens what was written, to compare it with its source.
 
-    def write(self, number: int, tensors: Iterable[tuple[ParamMapping, Tensor]]) -> list:
-        with torch_dist.Writer(self.folder, number) as file:
-            for row, tensor in tensors:
-                file.put(row.name, tensor)
-        return file.places
+        Raises:
+            ConfigError, DamagedCheckpoint: it is not what was to be written.
+        """
 
-    def finish(self, results: list) -> None:
-        torch_dist.finish(
-            self.folder, self._model, [place for places in results for place in places]
-        )
+    def notes(self) -> list[str]:
+        """What the user should know about the finished checkpoint, in sentences."""
 
 
-class MetaSink:
-    """consolidated.NN.pth for `ranks` tensor-parallel ranks of Meta's code."""
+@dataclass(frozen=True)
+class Contents:
+    """What a writer is to write.
 
-    def __init__(
-        self,
-        folder: Path,
-        rows: list[ParamMapping],
-        dtypes: Mapping[str, torch.dtype],
-        model: ModelConfig,
-        ranks: int,
-    ):
-        self.folder, self._model, self._ranks = folder, model, ranks
-        self.jobs = [rows] * ranks
-        parts = [
-            (part, shape, dtypes[row.name]) for row in rows for part, shape in row.parts.items()
-        ]
-        self._shapes = {part: shape for part, shape, _ in parts}
-        self._dtypes = {part: dtype for part, _, dtype in parts}
-        self._tied = not model.untie_embeddings_and_output_weights
-        if self._tied:  # Meta's code has a head of its own all the same
-            for of in (self._shapes, self._dtypes):
-                of["lm_head.weight"] = of["model.embed_tokens.weight"]
-
-    def write(self, number: int, tensors: Iterable[tuple[ParamMapping, Tensor]]) -> None:
-        with meta.Writer(
-            self.folder, self._model, self._shapes, self._dtypes, number, self._ranks
-        ) as file:
-            for row, tensor in tensors:
-                for name, pieces in row.pieces(tensor).items():
-                    part = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
-                    file.put(name, part)
-                    if self._tied and name == "model.embed_tokens.weight":
-                        file.put("lm_head.weight", part)
-
-    def finish(self, results: list) -> None:
-        pass
-
-
-def read_ahead(
-    source: Source,
-    rows: Iterable[ParamMapping],
-    dtypes: Mapping[str, torch.dtype],
-    look: Callable[[ParamMapping, Tensor], None] = lambda row, tensor: None,
-    buffers: int = 2,
-) -> Iterator[tuple[ParamMapping, Tensor]]:
-    """The rows' tensors in `dtypes`; the next one is read while the caller works on this one.
-
-    A tensor is the caller's until it asks for the next one.
-
-    Args:
-        look: called with each.
-        buffers: of the size of the largest row. With one, nothing is read ahead.
+    Attributes:
+        dtypes: what each mapping is written in, by its name.
+        sidecars: as CheckpointReader's.
     """
-    rows = list(rows)
-    largest = max(size(source.dtypes[row.name], row.shape) for row in rows)
-    free, ready = queue.Queue(), queue.Queue()
-    for _ in range(buffers):  # used again and again: fresh memory costs as much as reading does
-        free.put(torch.empty(largest, dtype=torch.uint8))
 
-    def produce() -> None:
-        try:
-            for row in rows:
-                if (buffer := free.get()) is None:
-                    return
-                dtype = source.dtypes[row.name]
-                out = buffer[: size(dtype, row.shape)].view(dtype).view(row.shape)
-                tensor = source.read(row, out).to(dtypes[row.name])
-                look(row, tensor)
-                ready.put((row, tensor, buffer))
-        except BaseException as error:  # the caller's to raise
-            ready.put(error)
-
-    thread = threading.Thread(target=produce, daemon=True)
-    thread.start()
-    try:
-        for _ in rows:
-            item = ready.get()
-            if isinstance(item, BaseException):
-                raise item
-            row, tensor, buffer = item
-            yield row, tensor
-            free.put(buffer)
-    finally:
-        free.put(None)
-        thread.join()
+    model: ModelConfig
+    mappings: Sequence[ParamMapping]
+    dtypes: Mapping[str, torch.dtype]
+    sidecars: Mapping[str, Path]
 
 
-def differing(one: Tensor, other: Tensor) -> bool:
-    """Whether a bit differs; NaN is like itself."""
-    return one.dtype != other.dtype or not torch.equal(
-        one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8)
-    )
+class CheckpointFormat(Protocol):
+    """A format with its parameters.
+
+    Attributes:
+        mark: the file by which its folders are known.
+        read_by_transformers: whether transformers reads its folders, so that the rope it reads
+            there can be checked.
+
+    Raises:
+        ConfigError: when it is made with a parameter that cannot be.
+    """
+
+    mark: ClassVar[str]
+    read_by_transformers: ClassVar[bool]
+
+    def open(self, folder: Path) -> CheckpointReader:
+        """Opens a checkpoint; headers are read, tensors are not.
+
+        Raises:
+            ConfigError: there is none, or its model is not supported.
+            DamagedCheckpoint: a file of it is missing, damaged or incomplete.
+        """
+
+    def create(self, folder: Path, contents: Contents, processes: int) -> CheckpointWriter:
+        """A writer into an empty folder.
+
+        Args:
+            processes: how many share the jobs.
+        """
 
 
-def count_nonfinite(tensor: Tensor) -> int:
-    """Values that are NaN or infinite."""
-    wide = torch.float32 if tensor.dtype == torch.float16 else tensor.dtype
-    if torch.isfinite(tensor.sum(dtype=wide)):
-        return 0
-    return int((~torch.isfinite(tensor)).sum())
+def format_class(name: str) -> Any:
+    """The class of a format in FORMATS, a CheckpointFormat; its arguments are its parameters."""
+    module, _, member = FORMATS[name].partition(":")
+    return getattr(importlib.import_module(f"pose_megatron.checkpoints.{module}"), member)
+
+
+def marks() -> dict[str, str]:
+    """The formats by the file that marks a folder of theirs."""
+    return {format_class(name).mark: name for name in FORMATS}

@@ -1,53 +1,48 @@
 """What a checkpoint is, without loading it: shape, parameters, precision, rope, progress.
 
-Any that we can read: Hugging Face folders, Meta's (consolidated.NN.pth with params.json), and
-Megatron's, ours or others', torch_dist or legacy. Tensors are known by name, shape and dtype, from
-headers and mapped files; `compare` reads values only when asked to.
+Any format that can be converted is understood. Tensors are known by name, shape and dtype, from
+headers; `compare` reads values only when asked to.
 """
 
-import dataclasses
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from pose_megatron.checkpoints import meta
-from pose_megatron.checkpoints.huggingface import config_json, shards
-from pose_megatron.checkpoints.mapping import param_mappings
-from pose_megatron.checkpoints.megatron.directory import Checkpoint, find
-from pose_megatron.checkpoints.megatron.torch_dist import open_weights
+from pose_megatron.checkpoints.formats import CheckpointReader, format_class, marks
 from pose_megatron.errors import ConfigError
-from pose_megatron.models.shape import ModelConfig
 from pose_megatron.rope.scaling import attention_factor, inverse_frequencies
 
 
-@dataclasses.dataclass(frozen=True)
 class Summary:
-    """One checkpoint.
+    """One checkpoint, from its headers.
 
     Attributes:
+        path: the folder that holds the weights.
         format: "hf", "meta", "megatron" or "megatron legacy".
         model: shape and rope.
-        progress: what is known of the training, by name; empty of weights alone.
-        tensors: every weight as an empty tensor on the meta device, of an undivided model; Meta's
-            under Hugging Face's names.
+        progress: what is known of the training run, by name; empty for weights alone.
+        tensors: every weight of the undivided model as an empty tensor on the meta device, under
+            Megatron's names or (hf, meta) Hugging Face's.
         tokenizer: names of its files.
     """
 
-    path: Path
-    format: str
-    model: ModelConfig
-    progress: dict
-    tensors: Mapping[str, Tensor]
-    tokenizer: list[str]
-
-    @property
-    def by_row(self) -> bool:
-        """Whether names are Megatron's, not Hugging Face's."""
-        return self.format.startswith("megatron")
+    def __init__(self, reader: CheckpointReader):
+        self.reader = reader
+        self.path, self.format, self.model = reader.path, reader.layout, reader.model
+        self.progress = reader.progress
+        weights = reader.weights
+        self.tensors = {
+            name: _empty(shape, weights.dtypes[name]) for name, shape in weights.shapes.items()
+        }
+        self.tokenizer = sorted(
+            file.name
+            for name, file in reader.sidecars.items()
+            if name not in ("config.json", "generation_config.json")
+        )
 
     @property
     def config(self) -> dict:
@@ -60,7 +55,7 @@ class Summary:
     @property
     def dtypes(self) -> dict[str, int]:
         """Number of tensors of each precision."""
-        return dict(Counter(_word(tensor.dtype) for tensor in self.tensors.values()))
+        return dict(Counter(_name_of(tensor.dtype) for tensor in self.tensors.values()))
 
     @property
     def rope(self) -> str:
@@ -112,37 +107,40 @@ class Summary:
 def summarise(path: str | Path, iteration: int | None = None) -> Summary:
     """Looks at a checkpoint.
 
+    Args:
+        iteration: the one of a Megatron checkpoint; None for its latest.
+
     Raises:
-        ConfigError: there is none of a known format, or it is damaged.
+        ConfigError: there is no checkpoint of a known format, or its model is not supported.
+        DamagedCheckpoint: a file is missing or damaged.
     """
     path = Path(path)
-    if (path / "config.json").is_file():
-        return _huggingface(path)
-    if (path / "params.json").is_file():
-        return _meta(path)
+    for mark, name in marks().items():
+        if name != "megatron" and (path / mark).is_file():
+            return Summary(format_class(name)().open(path))
     if not path.is_dir():
         raise ConfigError(f"{path} is not a folder")
-    return _megatron(find(path, iteration))
+    return Summary(format_class("megatron")(iteration).open(path))  # or of one iteration
 
 
 def compare(one: Summary, other: Summary, values: bool = False) -> dict:
     """What differs between two checkpoints, {} when nothing does.
 
-    Two of Megatron's are compared under Megatron's names, all others under Hugging
-    Face's. Two ropes of the same frequencies are the same, however they are spelt.
+    Two Megatron checkpoints are compared under Megatron's names, all others under Hugging Face's.
+    Ropes of the same frequencies are the same, however they are spelled.
 
     Args:
-        values: reads every tensor, and gives the largest absolute difference of each that differs.
+        values: also read every tensor and give the largest absolute difference where one differs.
 
     Returns:
-        Under `config`, `only in one`, `only in other`, `shape`, `dtype`, `values`: by name, what
-        each side has, or the difference.
+        Under `config`, `only in one`, `only in other`, `shape`, `dtype` and `values`: what each
+        side has, or the difference, by name.
     """
-    across = one.by_row != other.by_row
+    across = one.reader.megatron_names != other.reader.megatron_names
     found = {"config": _compare_configs(one, other, across)}
     a, b = (_names(side, across) for side in (one, other))
-    found["only in one"] = {name: _word(a[name].dtype) for name in a.keys() - b.keys()}
-    found["only in other"] = {name: _word(b[name].dtype) for name in b.keys() - a.keys()}
+    found["only in one"] = {name: _name_of(a[name].dtype) for name in a.keys() - b.keys()}
+    found["only in other"] = {name: _name_of(b[name].dtype) for name in b.keys() - a.keys()}
     both = [name for name in a if name in b]
     found["shape"] = {
         name: [list(a[name].shape), list(b[name].shape)]
@@ -150,13 +148,13 @@ def compare(one: Summary, other: Summary, values: bool = False) -> dict:
         if a[name].shape != b[name].shape
     }
     found["dtype"] = {
-        name: [_word(a[name].dtype), _word(b[name].dtype)]
+        name: [_name_of(a[name].dtype), _name_of(b[name].dtype)]
         for name in both
         if a[name].dtype != b[name].dtype
     }
     if values:
         found["values"] = {}
-        read_one, read_other = (_reader(side, across) for side in (one, other))
+        read_one, read_other = (_value_of(side, across) for side in (one, other))
         for name in both:
             if name not in found["shape"]:
                 pair = read_one(name).double(), read_other(name).double()
@@ -172,7 +170,7 @@ def _compare_configs(one: Summary, other: Summary, across: bool) -> dict:
         | {f"rope_scaling.{k}": v for k, v in side.config["rope_scaling"].items() if v is not None}
         for side in (one, other)
     )
-    ignored = {"make_vocab_size_divisible_by"} if across else set()  # Megatron's alone
+    ignored = {"make_vocab_size_divisible_by"} if across else set()  # only Megatron keeps it
     if _same_rope(one, other):
         ignored |= {k for k in a.keys() | b.keys() if k.startswith("rope_scaling.")}
         ignored |= {"rotary_base"}
@@ -187,7 +185,7 @@ def _same_rope(one: Summary, other: Summary) -> bool:
     if one.model.rotary_dim != other.model.rotary_dim:
         return False
     scalings = [side.model.rope_scaling for side in (one, other)]
-    windows = [s.original_max_position_embeddings for s in scalings if s.depends_on_length]
+    windows = [s.original_max_position_embeddings or 1 for s in scalings if s.depends_on_length]
     for length in {1, *windows, *(window + 1 for window in windows), 10**6}:
         a, b = (
             inverse_frequencies(
@@ -201,77 +199,29 @@ def _same_rope(one: Summary, other: Summary) -> bool:
 
 
 def _names(side: Summary, across: bool) -> Mapping[str, Tensor]:
-    """Empty tensors, by Hugging Face's names if the other side has those."""
-    if not across or not side.by_row:
+    """Empty tensors, under Hugging Face's names if the other side has those."""
+    if not across or not side.reader.megatron_names:
         return side.tensors
     return {
-        part: _empty(shape, side.tensors[row.name].dtype)
-        for row in param_mappings(**config_json.sizes(side.model))
-        if row.name in side.tensors
-        for part, shape in row.parts.items()
+        part: _empty(shape, side.tensors[mapping.name].dtype)
+        for mapping in side.reader.mappings
+        if mapping.name in side.tensors
+        for part, shape in mapping.parts.items()
     }
 
 
-def _reader(side: Summary, across: bool) -> Callable[[str], Tensor]:
+def _value_of(side: Summary, across: bool) -> Callable[[str], Tensor]:
     """Reads a tensor that `_names` names."""
-    if side.format == "hf":
-        return shards.Tensors(side.path).__getitem__
-    if side.format == "meta":
-        return meta.Tensors(side.path).__getitem__
-    weights = open_weights(side.path)
-    if not across:
+    weights = side.reader.weights
+    if not across or not side.reader.megatron_names:
         return weights.__getitem__
-    rows = {
-        part: row for row in param_mappings(**config_json.sizes(side.model)) for part in row.parts
-    }
-    return lambda part: torch.cat(rows[part].pieces(weights[rows[part].name])[part])
+    mappings = {part: mapping for mapping in side.reader.mappings for part in mapping.parts}
+    return lambda part: torch.cat(mappings[part].pieces(weights[mappings[part].name])[part])
 
 
-def _huggingface(path: Path) -> Summary:
-    model, tensors = config_json.read_config(path), shards.Tensors(path)
-    files = config_json.find_sidecars(path).keys() - {"config.json", "generation_config.json"}
-    return Summary(path, "hf", model, {}, _empties(tensors), sorted(files))
-
-
-def _meta(path: Path) -> Summary:
-    tensors = meta.Tensors(path)
-    with config_json.naming(path):
-        model = meta.read_config(tensors)
-    tokenizer = sorted(file.name for file in path.glob("tokenizer*"))
-    return Summary(path, "meta", model, {}, _empties(tensors), tokenizer)
-
-
-def _megatron(found: Checkpoint) -> Summary:
-    args = vars(found.common["args"])
-    progress = (
-        {}
-        if found.is_release
-        else {
-            "iteration": found.iteration,
-            "samples": args.get("consumed_train_samples"),
-            "optimizer state": "no" if args.get("no_save_optim") else "yes",
-            "tensor ranks": args.get("tensor_model_parallel_size"),
-            "pipeline ranks": args.get("pipeline_model_parallel_size"),
-            "ranks": args.get("world_size"),
-        }
-    )
-    return Summary(
-        found.path,
-        "megatron legacy" if found.is_legacy else "megatron",
-        found.model,
-        {k: v for k, v in progress.items() if v is not None},
-        _empties(open_weights(found.path)),
-        [file.name for file in found.tokenizer_files],
-    )
-
-
-def _empties(tensors) -> dict[str, Tensor]:
-    return {name: _empty(shape, tensors.dtypes[name]) for name, shape in tensors.shapes.items()}
-
-
-def _empty(shape, dtype: torch.dtype) -> Tensor:
+def _empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     return torch.empty(tuple(shape), dtype=dtype, device="meta")
 
 
-def _word(dtype: torch.dtype) -> str:
+def _name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")

@@ -1,25 +1,27 @@
-"""Tensors inside files: where each lies, and how its bytes come and go.
+"""Tensors inside files: where each lies, and how its bytes are read and written.
 
-Headers are read at once, bytes on demand with pread into the caller's buffer and with pwrite out of
-it. No file is mapped: memory is what the caller allocates, however large the file, and a damaged
-disk is an error message instead of SIGBUS. torch.save's files are unpickled with
-`weights_only=True` and onto no device.
+Headers are read when a file is opened, bytes on demand, with preadv into the caller's buffer and
+pwritev out of it. No file is mapped: memory is what the caller allocates, however large the file,
+and a damaged disk ends in an error message instead of SIGBUS. Files of torch.save are unpickled
+with `weights_only=True`, onto no device.
 """
 
 import json
 import os
 import struct
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Self
 
 import torch
 from torch import Tensor
 
-from pose_megatron.errors import ConfigError
+from pose_megatron.errors import ConfigError, DamagedCheckpoint
 from pose_megatron.runtime.atomic_files import gist
 
-_DTYPES = {  # of safetensors
+_DTYPES = {  # by safetensors' names
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -34,7 +36,7 @@ _DTYPES = {  # of safetensors
     "BOOL": torch.bool,
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-_MOST_VIEWS = 1024  # that one call takes, on Linux and others
+_MOST_VIEWS = 1024  # buffers that one preadv or pwritev takes, on Linux and others
 _LARGEST_HEADER = 100_000_000  # bytes, safetensors' own limit
 
 
@@ -55,35 +57,37 @@ class Stored:
         """Fills contiguous tensors of this dtype, one after the other.
 
         Raises:
-            ConfigError: the file ends too early.
+            DamagedCheckpoint: the file ends too early.
         """
         with open(self.path, "rb", buffering=0) as file:
             if not _transfer(os.preadv, file.fileno(), out, self.offset):
                 size = os.fstat(file.fileno()).st_size
-                raise ConfigError(f"{self.path} is cut off: it ends at byte {size}")
+                raise DamagedCheckpoint(f"{self.path} is cut off: it ends at byte {size}")
 
 
 def size(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
-    """Bytes."""
+    """Bytes of a contiguous tensor."""
     return torch.Size(shape).numel() * dtype.itemsize
 
 
 def data(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous tensor on the CPU."""
-    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())
+    return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
 
 
 def read_safetensors(path: Path) -> dict[str, Stored]:
     """The tensors of a safetensors file by name.
 
     Raises:
-        ConfigError: its header is damaged, or it is not as long as the header says.
+        DamagedCheckpoint: its header is damaged, or it is not as long as the header says.
     """
     length = path.stat().st_size
     with open(path, "rb") as file:
         (header,) = struct.unpack("<Q", file.read(8).ljust(8, b"\xff"))
         if header > min(_LARGEST_HEADER, length - 8):
-            raise ConfigError(f"{path} is damaged or cut off: its header does not fit into it")
+            raise DamagedCheckpoint(
+                f"{path} is damaged or cut off: its header does not fit into it"
+            )
         try:
             entries = json.loads(file.read(header))
             entries.pop("__metadata__", None)
@@ -97,14 +101,18 @@ def read_safetensors(path: Path) -> dict[str, Stored]:
                 for name, entry in entries.items()
             }
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ConfigError(f"{path} is damaged: header unreadable ({gist(error)})") from None
+            raise DamagedCheckpoint(
+                f"{path} is damaged: header unreadable ({gist(error)})"
+            ) from None
     end = 8 + header
     for stored in sorted(found.values(), key=lambda stored: stored.offset):
         if stored.offset != end:
-            raise ConfigError(f"{path} is damaged: a gap or an overlap at byte {end}")
+            raise DamagedCheckpoint(f"{path} is damaged: a gap or an overlap at byte {end}")
         end += stored.nbytes
     if end != length:
-        raise ConfigError(f"{path} is damaged or cut off: {length} bytes, its header says {end}")
+        raise DamagedCheckpoint(
+            f"{path} is damaged or cut off: {length} bytes, its header says {end}"
+        )
     return found
 
 
@@ -112,19 +120,26 @@ def read_torch(path: Path) -> dict[str, Stored]:
     """The tensors of a dict that torch.save wrote, by name.
 
     Raises:
-        ConfigError: the file is damaged, holds more than tensors, or is of before torch 1.6.
+        DamagedCheckpoint: the file is damaged, or holds more than tensors.
+        ConfigError: it holds no tensors by name, or was written by torch before 1.6.
     """
     try:
         tensors = torch.load(path, map_location="meta", weights_only=True)
-    except Exception as error:  # of many classes, for damaged bytes
-        raise ConfigError(f"{path} is damaged, or holds more than tensors: {gist(error)}") from None
+    except Exception as error:  # damaged bytes raise errors of many classes
+        raise DamagedCheckpoint(
+            f"{path} is damaged, or holds more than tensors: {gist(error)}"
+        ) from None
     if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
         raise ConfigError(f"{path} does not hold tensors by name")
     return {name: locate(path, name, tensor) for name, tensor in tensors.items()}
 
 
 def locate(path: Path, name: str, tensor: Tensor, base: int = 0) -> Stored:
-    """Where a tensor that was loaded onto the meta device lies."""
+    """Where a tensor lies in a file from which it was loaded onto the meta device.
+
+    Args:
+        base: byte at which torch's archive begins in the file.
+    """
     offset = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
     if offset is None:
         raise ConfigError(f"{path} is in torch's format of before 1.6; load and save it anew first")
@@ -136,17 +151,27 @@ def locate(path: Path, name: str, tensor: Tensor, base: int = 0) -> Stored:
     return Stored(path, offset, tensor.dtype, tuple(tensor.shape))
 
 
-class Written:
-    """A file that is being written: closed where an error ends its `with`, else by close()."""
+class OutputFile(ABC):
+    """A file that is being written. Leaving its `with` block calls close(), or, after an error,
+    only closes the file."""
 
-    def __enter__(self):
+    _file: IO[bytes]
+
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind, *_):
-        self._file.close() if kind else self.close()
+    def __exit__(self, kind, *_) -> None:
+        if kind:
+            self._file.close()
+        else:
+            self.close()
+
+    @abstractmethod
+    def close(self) -> None:
+        """Completes the file and puts it on disk."""
 
 
-class SafetensorsWriter(Written):
+class SafetensorsWriter(OutputFile):
     """A safetensors file whose tensors are put one by one, in any order.
 
     Args:
@@ -154,7 +179,8 @@ class SafetensorsWriter(Written):
     """
 
     def __init__(self, path: Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]):
-        header, begin = {"__metadata__": {"format": "pt"}}, 0
+        header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+        begin = 0
         for name, (dtype, shape) in tensors.items():
             end = begin + size(dtype, shape)
             header[name] = {
@@ -166,34 +192,35 @@ class SafetensorsWriter(Written):
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
         base = 8 + len(text)
-        self._places = {
+        self._missing = {
             name: (base + header[name]["data_offsets"][0], *tensors[name]) for name in tensors
         }
         self._file = open(path, "xb", buffering=0)
-        header = torch.frombuffer(bytearray(struct.pack("<Q", len(text)) + text), dtype=torch.uint8)
-        write_at(self._file.fileno(), 0, header)
+        start = bytearray(struct.pack("<Q", len(text)) + text)
+        write_at(self._file.fileno(), 0, torch.frombuffer(start, dtype=torch.uint8))
 
     def put(self, name: str, *pieces: Tensor) -> None:
-        """`pieces`: contiguous, of rows that follow each other."""
-        offset, dtype, shape = self._places.pop(name)
+        """Writes a tensor, given as contiguous pieces whose rows follow each other."""
+        offset, dtype, shape = self._missing.pop(name)
         assert {(piece.dtype, piece.shape[1:]) for piece in pieces} == {(dtype, shape[1:])}, name
         assert sum(piece.numel() for piece in pieces) == torch.Size(shape).numel(), name
         write_at(self._file.fileno(), offset, *pieces)
 
     def close(self) -> None:
-        """Puts it on disk; every tensor must have been put."""
-        assert not self._places, f"never put: {', '.join(self._places)}"
+        """Puts the file on disk; every tensor must have been put."""
+        assert not self._missing, f"never put: {', '.join(self._missing)}"
         os.fsync(self._file.fileno())
         self._file.close()
 
 
 def write_at(handle: int, offset: int, *tensors: Tensor) -> None:
-    """Writes contiguous tensors one after the other."""
+    """Writes contiguous tensors one after the other, from byte `offset` on."""
     _transfer(os.pwritev, handle, tensors, offset)
 
 
 def _transfer(call: Callable, handle: int, tensors: Iterable[Tensor], offset: int) -> bool:
-    """Between a file and tensors with preadv or pwritev; False where the file ends too early."""
+    """Moves bytes between a file and tensors with preadv or pwritev; False where the file ends too
+    early."""
     views = [view for view in map(data, tensors) if view]
     while views:
         if not (count := call(handle, views[:_MOST_VIEWS], offset)):

@@ -20,8 +20,12 @@ from pose_megatron.runtime.distributed import device
 
 @dataclass(frozen=True)
 class Difference:
-    """The largest difference of a logit, and what it may be; both in units of the largest logit
-    where that is above 1."""
+    """The largest difference between two logits, and its bound; both relative to the largest logit
+    where that is above 1.
+
+    Attributes:
+        where: at which positions, for messages.
+    """
 
     where: str
     error: float
@@ -34,8 +38,12 @@ class Difference:
 def check(found: Checkpoint, folder: Path, tokens: int = 128, seed: int = 0) -> list[Difference]:
     """Compares a checkpoint with a Hugging Face folder, prints the differences and returns them.
 
+    Args:
+        tokens: per row, of two rows.
+        seed: what the tokens are drawn with.
+
     Raises:
-        ConfigError: one of them is too large.
+        ConfigError: a difference is above its bound.
     """
     differences = logits_differences(found, folder, tokens, seed)
     for difference in differences:
@@ -50,11 +58,8 @@ def check(found: Checkpoint, folder: Path, tokens: int = 128, seed: int = 0) -> 
 def logits_differences(
     found: Checkpoint, folder: Path, tokens: int = 128, seed: int = 0
 ) -> list[Difference]:
-    """At plain positions, at both ends of the window, and there with transformers' angles exact.
-
-    Args:
-        tokens: per row, of two rows.
-    """
+    """Differences at plain positions, at both ends of the window, and there once more with exact
+    angles in transformers; arguments as `check`."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -74,20 +79,20 @@ def logits_differences(
     if scaling.interpolation.keeps_window:
         target = int(target * scaling.factor)
     length = min(tokens, target // 2 * 2)
-    words = torch.randint(
+    token_ids = torch.randint(
         model.vocab_size, (2, length), generator=torch.Generator().manual_seed(seed)
     ).to(device())
     plain = torch.arange(length, device=device()).expand(2, -1)
     ends = torch.where(plain < length // 2, plain, target - length + plain)
-    # 4-D, or transformers takes a jump of positions for the start of another document.
+    # A 4-D mask, or transformers takes a jump of positions for the start of another document.
     mask = torch.full((length, length), torch.finfo(torch.float32).min, device=device()).triu(1)
     mask = mask[None, None].expand(2, 1, -1, -1)
 
     def difference(positions) -> float:
         expected = theirs(
-            words, position_ids=positions, attention_mask=mask, use_cache=False
+            token_ids, position_ids=positions, attention_mask=mask, use_cache=False
         ).logits
-        wrong = (ours(words, length, positions) - expected).abs().max()
+        wrong = (ours(token_ids, length, positions) - expected).abs().max()
         return (wrong / expected.abs().max().clamp(min=1)).item()
 
     far = f"positions up to {target - 1:,}"
@@ -109,10 +114,10 @@ def logits_differences(
 
 
 class ExactAngles(torch.nn.Module):
-    """transformers' rotary embedding with its angles taken in float64.
+    """transformers' rotary embedding with angles computed in float64.
 
-    Its own are a float32 product of a float32 frequency, off by up to 8e-3 radians at position
-    131,071. That its frequencies are ours is `rope_check.rope_errors`' to check.
+    transformers multiplies in float32 by a float32 frequency, and is off by up to 8e-3 radians at
+    position 131,071. `rope_check.rope_errors` checks the frequencies themselves.
     """
 
     def __init__(self, inv_freq: torch.Tensor, attention_scaling: float):

@@ -56,8 +56,6 @@ __all__ = [
 # The library has no error of its own for damaged files, and torch's is no Exception.
 ANY_FAILURE = (Exception, CheckpointException)
 
-register_safe_globals()
-
 
 def save(
     root: str | Path,
@@ -212,6 +210,7 @@ def load(checkpoint: Checkpoint, stages: list, optimizer=None, scheduler=None) -
             p.get_pipeline_model_parallel_world_size(),
         ):
             sharded["rng_state"] = _random_state()
+    register_safe_globals()  # classes in Megatron-LM's common.pt
     try:
         state = dist_checkpointing.load(sharded, str(checkpoint.path))
     except (MemoryError, torch.OutOfMemoryError):

@@ -9,7 +9,6 @@ from a float32 product, off by up to 8e-3 radians at 131,071, so it is asked onc
 angles.
 """
 
-import importlib.util
 import json
 import math
 import sys
@@ -399,13 +398,10 @@ def meta_logits(case: Case, folder: Path, positions, exact: bool):
 
 
 def convert_tool():
-    """tools/checkpoint/convert.py as a function of words."""
-    path = ROOT / "tools" / "checkpoint" / "convert.py"
-    spec = importlib.util.spec_from_file_location("convert_tool", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return lambda *words: module.convert(module.parser().parse_args([str(w) for w in words]))
+    """tools/checkpoint/convert.py as a function of its command line."""
+    from pose_megatron.commands import convert
+
+    return lambda *argv: convert.run(convert.parser().parse_args([str(a) for a in argv]))
 
 
 def our_logits(folder: Path) -> Callable:

@@ -1,4 +1,4 @@
-"""tools/checkpoint/: convert, verify and inspect as programs, on one small extended LLaMA."""
+"""tools/checkpoint/: convert, verify and checkpoint_inspector as programs, on one small extended LLaMA."""
 
 import dataclasses
 import json
@@ -79,7 +79,7 @@ def test_an_export_is_verified_compared_and_inspected(megatron, tmp_path):
     assert code == 0 and said.count("(bound") == 5, wrong
 
     code, said, wrong = run(
-        "inspect", "--diff", "--json", megatron.parent / "source", tmp_path / "hf"
+        "checkpoint_inspector", "--diff", "--json", megatron.parent / "source", tmp_path / "hf"
     )
     assert code == 1, wrong
     changed = json.loads(said)
@@ -89,6 +89,6 @@ def test_an_export_is_verified_compared_and_inspected(megatron, tmp_path):
 
 
 def test_a_mistake_is_answered_in_one_sentence(tmp_path):
-    code, _, wrong = run("inspect", tmp_path)
+    code, _, wrong = run("checkpoint_inspector", tmp_path)
     assert code == 1 and wrong.count("\n") == 1
     assert wrong.endswith("has no latest_checkpointed_iteration.txt\n")

@@ -234,7 +234,7 @@ def test_a_disk_that_fills_up(run, hf, tmp_path, monkeypatch):
 @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_a_conversion_that_is_stopped_leaves_nothing_that_looks_whole(run, hf, tmp_path, sign):
     stop = (
-        "import os, pose_megatron.checkpoints.megatron.torch_dist as w; put = w.Writer.put; w.Writer.put = lambda s, n,"
+        "import os, pose_megatron.checkpoints.megatron.torch_dist as w; put = w.DistcpWriter.put; w.DistcpWriter.put = lambda s, n,"
         f" t: (put(s, n, t), 'layers.1' in n and os.kill(os.getpid(), {int(sign)}))"
     )
     done = start(hf, tmp_path / "out", stop)

@@ -1,7 +1,6 @@
 """tools/checkpoint/convert.py on small random models that transformers itself made and saved."""
 
 import dataclasses
-import importlib.util
 import json
 import os
 import shutil
@@ -15,23 +14,16 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from pose_megatron.commands import convert
+
 ROOT = Path(__file__).resolve().parents[2]
 TOOL = ROOT / "tools" / "checkpoint" / "convert.py"
 
 
 @pytest.fixture(scope="module")
-def tool():
-    spec = importlib.util.spec_from_file_location("convert_tool", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def run(tool):
-    """Runs the tool in this process on words of its command line."""
-    return lambda *words: tool.convert(tool.parser().parse_args([str(w) for w in words]))
+def run():
+    """Runs the tool in this process on a command line."""
+    return lambda *argv: convert.run(convert.parser().parse_args([str(a) for a in argv]))
 
 
 def save_llama(folder, dtype=torch.float32, shard="5GB", **more):

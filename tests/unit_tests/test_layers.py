@@ -22,6 +22,7 @@ ROOMS = [
     "checkpoints",
     "training",
     "evaluation",
+    "commands",
     "pretrain",
 ]
 FLOOR = {room: floor for floor, room in enumerate(ROOMS)}
@@ -138,6 +139,10 @@ def test_no_file_outgrows_its_noun(path):
         ),
         ("preprocessing.indexed_writer", {"torch", "megatron"}),
         ("runtime.cli", {"numpy", "torch", "megatron"}),
+        ("commands.convert", {"torch", "megatron", "transformers"}),
+        ("commands.verify", {"torch", "megatron", "transformers"}),
+        ("commands.inspect_checkpoint", {"torch", "megatron", "transformers"}),
+        ("checkpoints.convert", {"megatron", "transformers", "torch.distributed.checkpoint"}),
     ],
 )
 def test_light_modules_stay_light(module, absent):

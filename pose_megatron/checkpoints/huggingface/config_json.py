@@ -8,11 +8,9 @@ What transformers will make of the rope in config.json is asked of transformers 
 rope_check.py.
 """
 
-import contextlib
-import json
 import math
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,6 +20,7 @@ from pose_megatron.errors import ConfigError
 from pose_megatron.models.shape import ModelConfig
 from pose_megatron.preprocessing.tokenizer import FOLDER_FILES
 from pose_megatron.rope.huggingface import from_hf, rotary_percent, to_hf
+from pose_megatron.runtime.json_files import naming, read_json, write_json
 
 # config.json goes along for the ids of special tokens.
 SIDECARS = (*FOLDER_FILES, "chat_template.json", "generation_config.json", "config.json")
@@ -324,33 +323,3 @@ def _special_tokens(folder: Path, sidecars: Mapping[str, Path]) -> dict:
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     return {name: getattr(tokenizer, name) for name in names}
-
-
-@contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Puts the path in front of a message about what is in it."""
-    try:
-        yield
-    except ValueError as error:
-        raise ConfigError(f"{path}: {error}") from error
-
-
-def read_json(path: Path) -> dict:
-    """A JSON object.
-
-    Raises:
-        ConfigError: the file is missing or something else.
-    """
-    if not path.is_file():
-        raise ConfigError(f"{path} is missing")
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise ConfigError(f"{path} is not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} is not a JSON object")
-    return content
-
-
-def write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""Weights in a Hugging Face folder, in one file or in shards with an index.
+"""The weights in a Hugging Face folder, in one file or in shards with an index.
 
 model*.safetensors(.index.json)     read and written
 pytorch_model*.bin(.index.json)     the same in torch's format, only read
@@ -6,67 +6,52 @@ pytorch_model*.bin(.index.json)     the same in torch's format, only read
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from pose_megatron.checkpoints.huggingface.config_json import read_json, write_json
 from pose_megatron.checkpoints.mapping import ParamMapping
+from pose_megatron.checkpoints.stored_weights import StoredWeights
 from pose_megatron.checkpoints.tensor_files import (
     SafetensorsWriter,
+    Stored,
     read_safetensors,
     read_torch,
     size,
 )
-from pose_megatron.errors import ConfigError
+from pose_megatron.errors import DamagedCheckpoint
+from pose_megatron.runtime.json_files import read_json, write_json
 
 
-class Tensors(Mapping):
-    """The weights of a folder by name; each is read from disk when it is asked for.
-
-    Attributes:
-        shapes, dtypes: by name, known without reading.
-        hashes: sha256 of files, where huggingface_hub left a note of them when it downloaded.
-        warnings: what is odd and harms nothing.
+class ShardedWeights(StoredWeights):
+    """The weights of a folder by Hugging Face's names. Hashes are the sha256 sums that
+    huggingface_hub noted when it downloaded the files.
 
     Raises:
-        ConfigError: there are no weights, or a shard is missing, damaged or incomplete.
+        DamagedCheckpoint: there are no weights, or a shard is missing, damaged or incomplete.
     """
 
     def __init__(self, folder: Path):
-        weight_map, kind = {}, None
-        for kind in ("model.safetensors", "pytorch_model.bin"):
-            index = folder / f"{kind}.index.json"
-            if index.is_file() or (folder / kind).is_file():
-                break
-        else:
-            raise ConfigError(
-                f"{folder}: no weights are here: neither model.safetensors, "
-                "model.safetensors.index.json, nor pytorch_model.bin with its own"
-            )
-        total = None
-        if index.is_file():
-            content = read_json(index)
-            weight_map, total = content.get("weight_map"), content.get("metadata", {})
-            if not isinstance(weight_map, dict):
-                raise ConfigError(f"{index} has no weight_map")
-            total = total.get("total_size") if isinstance(total, dict) else None
-        read = read_safetensors if kind.endswith("safetensors") else read_torch
-        self._tensors, self.hashes, self.warnings = {}, {}, []
-        for shard in sorted(set(weight_map.values())) or [kind]:
+        super().__init__()
+        single_file, index = _find(folder)
+        weight_map, total = _read_index(index) if index.is_file() else ({}, None)
+        read = read_safetensors if single_file.endswith("safetensors") else read_torch
+        self._tensors: dict[str, Stored] = {}
+        for shard in sorted(set(weight_map.values())) or [single_file]:
             path = folder / shard
             if path.parent != folder or not path.is_file():
-                raise ConfigError(f"{folder}: shard {shard} is missing")
+                raise DamagedCheckpoint(f"{folder}: shard {shard} is missing")
             tensors = read(path)
             if twice := tensors.keys() & self._tensors.keys():
-                raise ConfigError(f"{path} has {min(twice)}, which another shard has too")
+                raise DamagedCheckpoint(f"{path} has {min(twice)}, which another shard has too")
             self._tensors |= tensors
             if digest := _downloaded_hash(folder, shard):
                 self.hashes[path] = ("sha256", digest)
         for name, shard in weight_map.items():
             if name not in self._tensors or self._tensors[name].path != folder / shard:
-                raise ConfigError(
+                raise DamagedCheckpoint(
                     f"{folder}: shard {shard} lacks {name}, which {index.name} says it has"
                 )
         self.shapes = {name: stored.shape for name, stored in self._tensors.items()}
@@ -75,20 +60,29 @@ class Tensors(Mapping):
         if total not in (None, found):
             self.warnings.append(f"{index} says {total} bytes of tensors, the shards have {found}")
 
-    def read(self, name: str, pieces: Sequence[torch.Tensor]) -> None:
-        """Fills pieces, each contiguous, with the tensor's rows one after the other."""
+    def read(self, name: str, pieces: Sequence[Tensor]) -> None:
         self._tensors[name].read(*pieces)
 
-    def __getitem__(self, name: str) -> torch.Tensor:
-        tensor = torch.empty(self.shapes[name], dtype=self.dtypes[name])
-        self.read(name, [tensor])
-        return tensor
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
+def _find(folder: Path) -> tuple[str, Path]:
+    """Name of a single weights file, and path of the index that shards have in its place."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{name}.index.json"
+        if index.is_file() or (folder / name).is_file():
+            return name, index
+    raise DamagedCheckpoint(
+        f"{folder}: no weights are here: neither model.safetensors, "
+        "model.safetensors.index.json, nor pytorch_model.bin with its own"
+    )
 
-    def __len__(self) -> int:
-        return len(self._tensors)
+
+def _read_index(path: Path) -> tuple[dict[str, str], int | None]:
+    """Shards by tensor name, and all tensors' bytes where the index says them."""
+    content = read_json(path, DamagedCheckpoint)
+    weight_map, metadata = content.get("weight_map"), content.get("metadata")
+    if not isinstance(weight_map, dict):
+        raise DamagedCheckpoint(f"{path} has no weight_map")
+    return weight_map, metadata.get("total_size") if isinstance(metadata, dict) else None
 
 
 def _downloaded_hash(folder: Path, file: str) -> str | None:
@@ -101,48 +95,57 @@ def _downloaded_hash(folder: Path, file: str) -> str | None:
 
 
 def plan(
-    rows: Sequence[ParamMapping], item: int | Mapping[str, int], limit: int
+    mappings: Sequence[ParamMapping], itemsizes: Mapping[str, int], limit: int
 ) -> list[list[ParamMapping]]:
-    """Rows in their order, a new shard where `limit` bytes would be exceeded.
+    """Mappings in their order, a new shard where `limit` bytes would be exceeded.
 
     Args:
-        item: bytes of a value of each row, by its name.
+        itemsizes: bytes per value of each mapping's tensor, by its name.
     """
-    shards, filled = [[]], 0
-    for row in rows:
-        nbytes = sum(math.prod(shape) for shape in row.parts.values()) * item[row.name]
+    shards: list[list[ParamMapping]] = [[]]
+    filled = 0
+    for mapping in mappings:
+        values = sum(math.prod(shape) for shape in mapping.parts.values())
+        nbytes = values * itemsizes[mapping.name]
         if shards[-1] and filled + nbytes > limit:
             shards.append([])
             filled = 0
-        shards[-1].append(row)
+        shards[-1].append(mapping)
         filled += nbytes
     return shards
 
 
 def name_of(number: int, count: int) -> str:
+    """File name of shard `number`, counted from 0, among `count`."""
     part = f"-{number + 1:05d}-of-{count:05d}" if count > 1 else ""
     return f"model{part}.safetensors"
 
 
 def create(
-    path: Path, rows: Sequence[ParamMapping], dtypes: Mapping[str, torch.dtype]
+    path: Path, mappings: Sequence[ParamMapping], dtypes: Mapping[str, torch.dtype]
 ) -> SafetensorsWriter:
-    """A file for the parts of some rows; dtypes by the rows' names."""
+    """A file for the parts of some mappings; dtypes by the mappings' names."""
     return SafetensorsWriter(
-        path, {part: (dtypes[row.name], shape) for row in rows for part, shape in row.parts.items()}
+        path,
+        {
+            part: (dtypes[mapping.name], shape)
+            for mapping in mappings
+            for part, shape in mapping.parts.items()
+        },
     )
 
 
 def write_index(
     folder: Path, shards: Sequence[Sequence[ParamMapping]], dtypes: Mapping[str, torch.dtype]
 ) -> None:
-    """The index of several shards; none for a single one."""
+    """Writes the index of several shards; a single one has none."""
     if len(shards) == 1:
         return
-    weight_map, total = {}, 0
-    for number, rows in enumerate(shards):
-        for row in rows:
-            weight_map |= dict.fromkeys(row.parts, name_of(number, len(shards)))
-            total += sum(size(dtypes[row.name], shape) for shape in row.parts.values())
+    weight_map: dict[str, str] = {}
+    total = 0
+    for number, mappings in enumerate(shards):
+        for mapping in mappings:
+            weight_map |= dict.fromkeys(mapping.parts, name_of(number, len(shards)))
+            total += sum(size(dtypes[mapping.name], shape) for shape in mapping.parts.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     write_json(folder / "model.safetensors.index.json", index)

@@ -1,26 +1,28 @@
-"""The directory of a checkpoint: Megatron-LM's names, the tracker, and common.pt.
+"""A checkpoint's directory: Megatron-LM's names, the tracker, and common.pt.
 
     <dir>/latest_checkpointed_iteration.txt    an iteration, or `release` (converted weights)
     <dir>/iter_0000100/                        torch_dist: __R_N.distcp, .metadata, common.pt,
                                                metadata.json (written last)
     <dir>/tokenizer/                           the tokenizer's files, for export
 
-The tracker is written, atomically, only once everything it points at is complete; a directory that
-a killed run left unfinished is never pointed at. Nothing here imports megatron-core, which takes
-seconds: tools that only look into a checkpoint start at once.
+The tracker is written, atomically, once everything it points at is complete; it never points at a
+directory that a killed run left unfinished. Nothing here imports megatron-core, which takes
+seconds, as long as common.pt is our own: programs that only look into a checkpoint start at once.
 """
 
+import argparse
 import pickle
 import re
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from pose_megatron.checkpoints.megatron import args as megatron_args
-from pose_megatron.checkpoints.megatron.legacy import Legacy, is_legacy
+from pose_megatron.checkpoints.megatron.legacy import LegacyWeights, is_legacy
 from pose_megatron.checkpoints.megatron.torch_dist_metadata import read_index
 from pose_megatron.errors import ConfigError, DamagedCheckpoint
 from pose_megatron.models.shape import ModelConfig
@@ -71,34 +73,39 @@ def exists(root: str | Path) -> bool:
 
 
 def find(root: str | Path, iteration: int | None = None) -> Checkpoint:
-    """The latest checkpoint of a folder, or that of `iteration`.
+    """The latest checkpoint of a folder, or the one of `iteration`.
 
-    The folder of one iteration, or `release`, may be named itself. Megatron-LM's and
-    Megatron-Bridge's checkpoints are found too, also those in Megatron-LM's legacy layout.
+    `root` may also be the folder of one iteration, or `release`, itself. Checkpoints of Megatron-LM
+    and Megatron-Bridge are found too, and those in Megatron-LM's legacy layout.
 
     Raises:
-        DamagedCheckpoint: there is none, it is damaged, or is of no model of ours; names the file.
+        ConfigError: there is none, or its model is not supported.
+        DamagedCheckpoint: a file of it, which the message names, is missing or damaged.
     """
-    root, word = Path(root), None if iteration is None else str(iteration)
+    root, entry = Path(root), None if iteration is None else str(iteration)
     tracker = root / TRACKER
-    if word is None and not exists(root) and re.fullmatch(r"iter_\d{7,}|release", root.name):
-        root, word = root.parent, root.name.removeprefix("iter_")
+    if entry is None and not exists(root) and re.fullmatch(r"iter_\d{7,}|release", root.name):
+        root, entry = root.parent, root.name.removeprefix("iter_")
     elif not exists(root):
-        lost = DamagedCheckpoint if whole_iterations(root) else ConfigError
-        raise lost(f"{root} is not a checkpoint folder: it has no {TRACKER}")
-    word = word or tracker.read_text(errors="replace").strip()
-    if word != "release" and not word.isdecimal():
-        raise DamagedCheckpoint(f"{tracker} says '{word}': neither an iteration nor 'release'")
-    path = path_of(root, word)
-    steps = 0 if word == "release" else int(word)
+        kind = DamagedCheckpoint if whole_iterations(root) else ConfigError
+        raise kind(f"{root} is not a checkpoint folder: it has no {TRACKER}")
+    entry = entry or tracker.read_text(errors="replace").strip()
+    if entry != "release" and not entry.isdecimal():
+        raise DamagedCheckpoint(f"{tracker} says '{entry}': neither an iteration nor 'release'")
+    path = path_of(root, entry)
+    steps = 0 if entry == "release" else int(entry)
     return Checkpoint(root, steps, path, *model_and_common(path))
 
 
 def fall_back(root: str | Path, error: ValueError, below: int | None = None) -> Checkpoint:
-    """The newest checkpoint of a folder that can be found, below an iteration that failed.
+    """The newest checkpoint of a folder that `find` accepts.
+
+    Args:
+        error: why the latest one cannot be used.
+        below: take iterations before this one only.
 
     Raises:
-        DamagedCheckpoint: `error`, when there is none.
+        DamagedCheckpoint: there is none; the message begins with `error`.
     """
     for iteration in whole_iterations(Path(root)):
         if below is None or iteration < below:
@@ -109,14 +116,15 @@ def fall_back(root: str | Path, error: ValueError, below: int | None = None) -> 
     raise DamagedCheckpoint(f"{error}; and {root} has no other checkpoint to fall back to")
 
 
-def path_of(root: Path, word: str | int) -> Path:
-    """Where a checkpoint is; `word` as in the tracker."""
-    return root / (word if word == "release" else f"iter_{int(word):07d}")
+def path_of(root: Path, entry: str | int) -> Path:
+    """The folder of a tracker's entry: an iteration, or `release`."""
+    return root / ("release" if entry == "release" else f"iter_{int(entry):07d}")
 
 
-def content_metadata() -> dict:
+def content_metadata() -> dict[str, Any]:
+    """What megatron-core keeps in common.pt about the form of the optimizer's state."""
     return {
-        # The one form of optimizer state that every other layout of ranks can read back.
+        # The one form that every other layout of ranks can read back.
         "distrib_optim_sharding_type": "fully_reshardable",
         "singleton_local_shards": False,
         "chained_optim_avoid_prefix": True,
@@ -125,25 +133,26 @@ def content_metadata() -> dict:
 
 def whole_iterations(root: Path) -> list[int]:
     """Iterations of the complete checkpoints in a folder, newest first."""
-    # The writer makes metadata.json last.
+    # metadata.json is written last.
     found = (p.parent.name.removeprefix("iter_") for p in root.glob("iter_*/metadata.json"))
     return sorted((int(i) for i in found if i.isdecimal()), reverse=True)
 
 
-def publish(root: Path, path: Path, word) -> None:
-    """Makes a complete checkpoint the one that is found."""
+def publish(root: Path, path: Path, entry: str | int) -> None:
+    """Puts a complete checkpoint on disk and points the tracker at it."""
     for file in path.iterdir():
         fsync(file)
     fsync(path)
-    write_atomically(root / TRACKER, str(word))
+    write_atomically(root / TRACKER, str(entry))
 
 
-def forget(root: Path, word) -> None:
-    """Before a checkpoint is written over: the tracker points at the one before, or at none."""
+def forget(root: Path, entry: str | int) -> None:
+    """Points the tracker at the newest other checkpoint, or removes it, before `entry` is written
+    over."""
     tracker = root / TRACKER
-    if not tracker.is_file() or tracker.read_text().strip() != str(word):
+    if not tracker.is_file() or tracker.read_text().strip() != str(entry):
         return
-    others = [i for i in whole_iterations(root) if i != word]
+    others = [i for i in whole_iterations(root) if i != entry]
     if others:
         write_atomically(tracker, str(others[0]))
     else:
@@ -151,6 +160,7 @@ def forget(root: Path, word) -> None:
 
 
 def copy_tokenizer(root: Path, files: Iterable[Path]) -> None:
+    """Keeps a tokenizer's files in the checkpoint, for export."""
     folder = root / "tokenizer"
     for file in map(Path, files):
         folder.mkdir(exist_ok=True)
@@ -159,20 +169,21 @@ def copy_tokenizer(root: Path, files: Iterable[Path]) -> None:
 
 
 def model_and_common(path: Path) -> tuple[ModelConfig, dict]:
-    """The model of one iteration, and its common.pt, with Megatron-LM's `args` in it.
+    """One iteration's model and its common.pt, with Megatron-LM's `args` in it.
 
     Raises:
-        DamagedCheckpoint: a file is missing or damaged, or the model is no LLaMA; names it.
+        ConfigError: the model is not supported.
+        DamagedCheckpoint: a file, which the message names, is missing or damaged.
     """
     if is_legacy(path):
-        old = Legacy(path)
+        old = LegacyWeights(path)
         return old.model, {"args": old.args, "iteration": old.iteration}
     for name in ("metadata.json", "common.pt", ".metadata"):
         if not (path / name).is_file():
             raise DamagedCheckpoint(f"checkpoint {path} is incomplete: {name} is missing")
     try:
         common = _read_common(path / "common.pt")
-    except Exception as error:  # unpickling fails in many ways on damaged bytes
+    except Exception as error:  # damaged bytes raise errors of many classes
         raise DamagedCheckpoint(
             f"checkpoint {path}: common.pt cannot be read ({gist(error)})"
         ) from None
@@ -185,9 +196,10 @@ def model_and_common(path: Path) -> tuple[ModelConfig, dict]:
             "run_config.yaml"
         )
     try:
-        rows = read_index(path).state_dict_metadata["embedding.word_embeddings.weight"].size[0]
+        embedding = read_index(path).tensors["embedding.word_embeddings.weight"]
     except KeyError as error:
         raise ConfigError(f"checkpoint {path} holds no {error}") from None
+    rows = embedding.size[0]
     try:
         if "args" in common:
             return megatron_args.from_args(vars(common["args"]), rows), common
@@ -204,9 +216,12 @@ def model_and_common(path: Path) -> tuple[ModelConfig, dict]:
 
 def _read_common(path: Path) -> dict:
     """What every rank shares; only plain values are unpickled."""
+    # Only what is not allowed yet: on its way out, the context manager takes back all it names.
+    classes = {argparse.Namespace}.difference(torch.serialization.get_safe_globals())
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:  # Megatron-LM's has some classes of megatron-core
+        with torch.serialization.safe_globals(list(classes)):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:  # Megatron-LM's file has some classes of megatron-core
         from megatron.core.safe_globals import register_safe_globals
 
         register_safe_globals()

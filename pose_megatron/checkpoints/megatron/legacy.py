@@ -3,28 +3,30 @@
     <dir>/iter_0000100/mp_rank_TT/model_optim_rng.pt         TT of the tensor ranks
     <dir>/iter_0000100/mp_rank_TT_PPP/model_optim_rng.pt     and PPP of the pipeline ranks
 
-Each file holds its rank's part of the model under `model`, or `model0`, `model1`, ... of an
-interleaved pipeline. Here the parts are whole again, one tensor at a time, under the names of an
+Each file holds its rank's part of the model under `model`, or under `model0`, `model1`, ... for an
+interleaved pipeline. Here the parts are joined, one tensor at a time, under the names of an
 undivided model; files are mapped into memory, not read. Both generations of names are understood:
-megatron-core's, and the `language_model` tree of the models before it.
+megatron-core's, and those of the `language_model` tree that came before it.
 """
 
 import argparse
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from pose_megatron.checkpoints.mapping import scatter
 from pose_megatron.checkpoints.megatron.args import from_args
+from pose_megatron.checkpoints.stored_weights import StoredWeights
 from pose_megatron.errors import ConfigError, DamagedCheckpoint
 from pose_megatron.models.shape import ModelConfig
 
 _FOLDER = re.compile(r"mp_rank_(\d{2})(?:_(\d{3}))?")
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
 _EMBEDDING = "embedding.word_embeddings.weight"
-_RENAMED = [  # what both generations call a tensor, and what a checkpoint calls it today
+_RENAMED = [  # both generations' names, and today's in their place
     (r"^language_model\.", ""),
     (r"^(encoder|transformer)\.", "decoder."),
     (r"^decoder\.final_norm\.", "decoder.final_layernorm."),
@@ -45,20 +47,21 @@ def is_legacy(path: Path) -> bool:
     return any(path.glob("mp_rank_*"))
 
 
-class Legacy(Mapping):
-    """The weights of one iteration by their names in an undivided model.
+class LegacyWeights(StoredWeights):
+    """The weights of one iteration by the names of an undivided model.
 
     Attributes:
-        shapes, dtypes: by name.
-        args: Megatron-LM's, of the run that wrote it.
+        args: Megatron-LM's arguments in the run that wrote it.
         iteration: steps trained.
         model: shape and rope.
 
     Raises:
-        ConfigError: a rank's file is missing or damaged, or the model is no LLaMA.
+        ConfigError: the model is no LLaMA, or the file's version is too old.
+        DamagedCheckpoint: a rank's file is missing or damaged.
     """
 
     def __init__(self, path: Path):
+        super().__init__()
         files = _files(path)
         states = {rank: _read(file) for rank, file in files.items()}
         first = states[0, 0]
@@ -95,15 +98,15 @@ class Legacy(Mapping):
                 f"{self.model.num_layers}: a pipeline rank is missing"
             )
 
-    def read(self, name: str, out: Tensor) -> Tensor:
-        """Fills `out`, of the tensor's shape and dtype."""
-        return out.copy_(self[name])
+    def read(self, name: str, pieces: Sequence[Tensor]) -> None:
+        scatter(self[name], pieces)
 
     def _whole_model(self, states: dict[tuple[int, int], dict]) -> dict[str, list[Tensor]]:
         """Each tensor's parts, in the order of the tensor ranks."""
         stages = 1 + max(stage for _, stage in states)
         chunks = sum(bool(re.fullmatch(r"model\d*", key)) for key in states[0, 0])
-        result, layers_before = {}, 0
+        result: dict[str, list[Tensor]] = {}
+        layers_before = 0
         for chunk in range(chunks):  # the first chunk of every stage, then the second, ...
             key = "model" if chunks == 1 else f"model{chunk}"
             for stage in range(stages):
@@ -136,21 +139,16 @@ class Legacy(Mapping):
                 return torch.cat(parts)
             halves = [part.chunk(2) for part in parts]  # a rank holds [its gate; its up]
             return torch.cat([gate for gate, _ in halves] + [up for _, up in halves])
-        return parts[0]  # norms, and biases of what is split by columns, are the same everywhere
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._parts)
-
-    def __len__(self) -> int:
-        return len(self._parts)
+        return parts[0]  # norms, and biases of matrices split by columns, are the same everywhere
 
 
 def _meta(tensor: Tensor) -> Tensor:
+    """An empty tensor of the same shape and dtype, on the meta device."""
     return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
 
 
 def _files(path: Path) -> dict[tuple[int, int], Path]:
-    """By (tensor rank, pipeline rank), none missing."""
+    """The ranks' files by (tensor rank, pipeline rank), none missing."""
     files = {}
     for folder in sorted(path.glob("mp_rank_*")):
         match = _FOLDER.fullmatch(folder.name)
@@ -160,9 +158,9 @@ def _files(path: Path) -> dict[tuple[int, int], Path]:
     tensor, pipeline = (1 + max(ranks) for ranks in zip(*files, strict=True))
     suffix = "_{1:03d}" if any(file.parent.name.count("_") > 2 for file in files.values()) else ""
     for rank in range(tensor * pipeline):
-        place = rank % tensor, rank // tensor
-        name = ("mp_rank_{0:02d}" + suffix).format(*place)
-        if place not in files or not files[place].is_file():
+        ranks = rank % tensor, rank // tensor
+        name = ("mp_rank_{0:02d}" + suffix).format(*ranks)
+        if ranks not in files or not files[ranks].is_file():
             raise DamagedCheckpoint(
                 f"checkpoint {path} is incomplete: {name}/model_optim_rng.pt is missing"
             )
@@ -173,11 +171,11 @@ def _read(file: Path) -> dict:
     from megatron.core.safe_globals import register_safe_globals  # imports much
 
     register_safe_globals()
-    for mapped in (True, False):  # files of torch before 1.6 cannot be mapped
+    for mapped in (True, False):  # files that torch wrote before 1.6 cannot be mapped
         try:
             state = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
             break
-        except Exception as error:  # unpickling fails in many ways on damaged bytes
+        except Exception as error:  # damaged bytes raise errors of many classes
             failure = " ".join(str(error).split())[:300]
     else:
         raise DamagedCheckpoint(f"{file} cannot be read: {failure}")
@@ -187,7 +185,7 @@ def _read(file: Path) -> dict:
 
 
 def _named(tree: Mapping, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Tensors under today's names; the tree before megatron-core is one of dicts in dicts."""
+    """Tensors by today's names; before megatron-core, a state dict held dicts in dicts."""
     for key, value in tree.items():
         name = f"{prefix}{key}"
         if isinstance(value, Mapping):

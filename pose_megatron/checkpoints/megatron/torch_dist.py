@@ -1,26 +1,28 @@
-"""Whole tensors in and out of a torch_dist checkpoint, one by one: what conversion works on.
+"""Undivided tensors in and out of a torch_dist checkpoint, one by one: what conversion works on.
 
-    .metadata        pickle: of each key its dtype, shape and chunks, and of each chunk the place
+    .metadata        pickle: each stored tensor's dtype, size and chunks, and where each chunk lies
     __R_N.distcp     chunks end to end, each as torch.save writes one tensor
 
-Names are those of an undivided model; in the checkpoint the layer is a leading axis. What a
+Names are those of an undivided model; in the checkpoint, the layer is a leading axis. What a
 training run saved in any layout of ranks is read without ranks, a GPU or megatron-core, and what is
-written here every layout loads. The optimizer's tensors are passed over.
+written here loads in every layout. The optimizer's tensors are passed over.
 """
 
 import io
 import json
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from pose_megatron.checkpoints.mapping import scatter
 from pose_megatron.checkpoints.megatron.args import common_state
 from pose_megatron.checkpoints.megatron.directory import (
+    Checkpoint,
     content_metadata,
     copy_tokenizer,
     find,
@@ -28,9 +30,14 @@ from pose_megatron.checkpoints.megatron.directory import (
     path_of,
     publish,
 )
-from pose_megatron.checkpoints.megatron.legacy import Legacy
-from pose_megatron.checkpoints.megatron.torch_dist_metadata import Place, read_index, write_index
-from pose_megatron.checkpoints.tensor_files import Stored, Written, data, locate
+from pose_megatron.checkpoints.megatron.legacy import LegacyWeights
+from pose_megatron.checkpoints.megatron.torch_dist_metadata import (
+    ChunkLocation,
+    read_index,
+    write_index,
+)
+from pose_megatron.checkpoints.stored_weights import StoredWeights
+from pose_megatron.checkpoints.tensor_files import OutputFile, Stored, data, locate
 from pose_megatron.errors import DamagedCheckpoint
 from pose_megatron.models.shape import ModelConfig
 from pose_megatron.runtime.atomic_files import fsync, gist
@@ -51,120 +58,93 @@ _BACKEND = {
 }
 
 
-@dataclass(frozen=True)
-class _Chunk:
-    """A box of a stored tensor: `length` bytes at `offset` of a file."""
+class TorchDistWeights(StoredWeights):
+    """The weights of an iteration by the names of an undivided model.
 
-    path: Path
-    offset: int
-    length: int
-    start: tuple[int, ...]
-    shape: tuple[int, ...]
-
-
-class Weights(Mapping):
-    """The weights of a checkpoint by the names of an undivided model; each is read when asked for.
-
-    Attributes:
-        model: shape and rope.
-        shapes, dtypes: by name, known without reading.
+    Args:
+        path: the iteration's folder.
 
     Raises:
-        DamagedCheckpoint: there is no such checkpoint, or it is damaged.
+        ConfigError: the checkpoint is not in the torch_dist format.
+        DamagedCheckpoint: a file is missing or damaged.
     """
 
-    def __init__(self, root: str | Path, iteration: int | None = None):
-        checkpoint = find(root, iteration)
-        self.path, self.model = checkpoint.path, checkpoint.model
-        self.shapes, self.dtypes, self._chunks = {}, {}, {}
-        index = read_index(self.path)
-        damaged = f"checkpoint {self.path} cannot be loaded:"
-        for key, tensor in index.state_dict_metadata.items():
-            if key.startswith(("optimizer.", "rng_state")) or not hasattr(tensor, "chunks"):
+    def __init__(self, path: Path):
+        super().__init__()
+        self.path = path
+        self._chunks: dict[str, list[ChunkLocation]] = {}
+        sizes: dict[Path, int] = {}
+        for key, tensor in read_index(path).tensors.items():
+            if key.startswith(("optimizer.", "rng_state")):
                 continue
             layers = range(tensor.size[0]) if key.startswith("decoder.layers.") else [None]
             for layer in layers:
                 name = key if layer is None else key.replace("layers.", f"layers.{layer}.", 1)
                 self.shapes[name] = tensor.size[layer is not None :]
-                self.dtypes[name] = tensor.properties.dtype
-        sizes = {}
-        for place, info in index.storage_data.items():
-            chunk = index.chunk_sizes.get((place.fqn, getattr(place, "offset", None)))
-            if chunk is None:
-                continue
-            path = self.path / info.relative_path
-            if path not in sizes:
-                if path.parent != self.path or not path.is_file():
-                    raise DamagedCheckpoint(f"{damaged} {path.name} is missing")
-                sizes[path] = path.stat().st_size
-            if sizes[path] < info.offset + info.length:
-                raise DamagedCheckpoint(f"{damaged} {path.name} is cut off")
-            self._chunks.setdefault(place.fqn, []).append(
-                _Chunk(path, info.offset, info.length, place.offset, chunk)
-            )
+                self.dtypes[name] = tensor.dtype
+            for chunk in tensor.chunks:
+                self._check_file(chunk, sizes)
+            self._chunks[key] = tensor.chunks
 
-    def read(self, name: str, out: Tensor) -> Tensor:
-        """Fills `out`, contiguous and of the tensor's shape and dtype."""
-        key, layer = _key(name)
+    def _check_file(self, chunk: ChunkLocation, sizes: dict[Path, int]) -> None:
+        """That a chunk's file is there and long enough; `sizes` remembers what was asked before."""
+        damaged, file = f"checkpoint {self.path} cannot be loaded:", self.path / chunk.file
+        if file not in sizes:
+            if file.parent != self.path or not file.is_file():
+                raise DamagedCheckpoint(f"{damaged} {file.name} is missing")
+            sizes[file] = file.stat().st_size
+        if sizes[file] < chunk.offset + chunk.length:
+            raise DamagedCheckpoint(f"{damaged} {file.name} is cut off")
+
+    def read(self, name: str, pieces: Sequence[Tensor]) -> None:
+        if len(pieces) > 1:
+            return scatter(self[name], pieces)
+        (out,) = pieces
+        key, layer = _split_layer(name)
+        # The part of the stored tensor that `out` is: [start, end) along every axis.
         box = out if layer is None else out[None]
-        corner = (0,) * box.dim() if layer is None else (layer, *(0,) * out.dim())
+        start = [0] * box.dim() if layer is None else [layer] + [0] * out.dim()
+        end = [a + n for a, n in zip(start, box.shape, strict=True)]
         filled = 0
         for chunk in self._chunks.get(key, ()):
-            low = [max(a, b) for a, b in zip(corner, chunk.start, strict=True)]
-            high = [
-                min(a + n, b + m)
-                for a, n, b, m in zip(corner, box.shape, chunk.start, chunk.shape, strict=True)
-            ]
+            chunk_end = [a + n for a, n in zip(chunk.corner, chunk.shape, strict=True)]
+            low = [max(pair) for pair in zip(start, chunk.corner, strict=True)]
+            high = [min(pair) for pair in zip(end, chunk_end, strict=True)]
             if any(a >= b for a, b in zip(low, high, strict=True)):
                 continue
-            target = box[
-                tuple(slice(a - c, b - c) for a, b, c in zip(low, high, corner, strict=True))
-            ]
-            stored = self._place(name, chunk)
+            target = box[_slices(low, high, start)]
+            stored = self._locate(name, chunk)
             if tuple(target.shape) == chunk.shape and target.is_contiguous():
                 stored.read(target)
             else:
                 stored.read(whole := torch.empty(chunk.shape, dtype=stored.dtype))
-                target.copy_(
-                    whole[
-                        tuple(
-                            slice(a - s, b - s)
-                            for a, b, s in zip(low, high, chunk.start, strict=True)
-                        )
-                    ]
-                )
+                target.copy_(whole[_slices(low, high, chunk.corner)])
             filled += target.numel()
         if filled != out.numel():
             raise DamagedCheckpoint(f"checkpoint {self.path}: {name} is stored only in part")
-        return out
 
-    def _place(self, name: str, chunk: _Chunk) -> Stored:
-        with open(chunk.path, "rb") as file:
+    def _locate(self, name: str, chunk: ChunkLocation) -> Stored:
+        with open(self.path / chunk.file, "rb") as file:
             try:
-                tensor = torch.load(
-                    _Part(file, chunk.offset, chunk.length), map_location="meta", weights_only=True
-                )
-                stored = locate(chunk.path, name, tensor, chunk.offset)
-            except Exception as error:  # of many classes, for damaged bytes
+                archive: Any = _Part(file, chunk.offset, chunk.length)
+                tensor = torch.load(archive, map_location="meta", weights_only=True)
+                stored = locate(self.path / chunk.file, name, tensor, chunk.offset)
+            except Exception as error:  # damaged bytes raise errors of many classes
                 raise DamagedCheckpoint(
-                    f"checkpoint {self.path} cannot be loaded: {chunk.path.name} is damaged at "
+                    f"checkpoint {self.path} cannot be loaded: {chunk.file} is damaged at "
                     f"{name} ({gist(error)})"
                 ) from None
         if stored.shape != chunk.shape or stored.dtype != self.dtypes[name]:
             raise DamagedCheckpoint(
-                f"checkpoint {self.path}: {name} in {chunk.path.name} is of shape "
+                f"checkpoint {self.path}: {name} in {chunk.file} is of shape "
                 f"{stored.shape}, .metadata says {chunk.shape}"
             )
         return stored
 
-    def __getitem__(self, name: str) -> Tensor:
-        return self.read(name, torch.empty(self.shapes[name], dtype=self.dtypes[name]))
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.shapes)
-
-    def __len__(self) -> int:
-        return len(self.shapes)
+def _slices(low: Sequence[int], high: Sequence[int], origin: Sequence[int]) -> tuple[slice, ...]:
+    """[low, high) along every axis, counted from `origin`."""
+    return tuple(slice(a - o, b - o) for a, b, o in zip(low, high, origin, strict=True))
 
 
 class _Part(io.RawIOBase):
@@ -194,46 +174,41 @@ class _Part(io.RawIOBase):
         return len(content)
 
 
-class Writer(Written):
-    """Writes whole tensors into one file of the `release` checkpoint of a folder, one by one.
+class DistcpWriter(OutputFile):
+    """Writes undivided tensors into one .distcp file of a folder's `release`, one by one.
 
-    Several processes may write a file each; the `places` of all of them go to `finish`.
+    Several processes may write a file each; the `chunks` of all of them go to `finish`.
 
     Args:
         root: the checkpoint folder.
         rank: the file's number.
 
     Attributes:
-        places: of what was put.
+        chunks: where what was put lies.
     """
 
     def __init__(self, root: Path, rank: int = 0):
-        self.path, self.places = path_of(Path(root), "release") / f"__{rank}_0.distcp", []
+        self.path = path_of(Path(root), "release") / f"__{rank}_0.distcp"
+        self.chunks: list[ChunkLocation] = []
         self._file = open(self.path, "xb")
 
     def put(self, name: str, tensor: Tensor) -> None:
-        """`name` is that of an undivided model (`decoder.layers.3.mlp.linear_fc2.weight`)."""
-        key, layer = _key(name)
+        """`name`: in an undivided model, such as `decoder.layers.3.mlp.linear_fc2.weight`."""
+        key, layer = _split_layer(name)
         begin = self._file.tell()
         tensor = tensor.contiguous()
-        axis = () if layer is None else (1,)
+        shape, corner = tuple(tensor.shape), (0,) * tensor.dim()
+        if layer is not None:
+            shape, corner = (1, *shape), (layer, *corner)
         # A storage of its own size, without a copy: torch.save would write all of a buffer's.
         alone = torch.frombuffer(data(tensor), dtype=tensor.dtype)
         try:
-            torch.save(alone.view(*axis, *tensor.shape), self._file)
+            torch.save(alone.view(shape), self._file)
         except RuntimeError as error:  # torch's own, over what the disk said
             raise error.__context__ if isinstance(error.__context__, OSError) else error from None
-        corner = (*(layer for _ in axis), *(0 for _ in tensor.shape))
-        self.places.append(
-            Place(
-                key,
-                corner,
-                (*axis, *tensor.shape),
-                tensor.dtype,
-                self.path.name,
-                begin,
-                self._file.tell() - begin,
-            )
+        length = self._file.tell() - begin
+        self.chunks.append(
+            ChunkLocation(key, corner, shape, tensor.dtype, self.path.name, begin, length)
         )
 
     def close(self) -> None:
@@ -242,18 +217,22 @@ class Writer(Written):
         self._file.close()
 
 
-def finish(root: Path, model: ModelConfig, places: list[Place]) -> None:
-    """Makes of the files of Writers a checkpoint: metadata.json comes last."""
+def finish(root: Path, model: ModelConfig, chunks: Sequence[ChunkLocation]) -> None:
+    """Completes the checkpoint whose tensors DistcpWriters have written; metadata.json comes last.
+
+    Args:
+        chunks: of all writers.
+    """
     path = path_of(root, "release")
-    # Stock Megatron-LM does not load, by default, a checkpoint that lacks the extra state of its
-    # layers or of Transformer Engine's. All of that is one None, in a file of its own.
-    empty = path / f"__{1 + max(int(place.file.split('_')[2]) for place in places)}_0.distcp"
+    # By default, stock Megatron-LM loads no checkpoint that lacks the extra state of its layers or
+    # of Transformer Engine's. Here all extra state is one None, in a file of its own.
+    empty = path / f"__{1 + max(int(chunk.file.split('_')[2]) for chunk in chunks)}_0.distcp"
     torch.save([None], empty)  # as megatron-core wraps an object
     fsync(empty)
     count = {f"decoder.layers.{part}": model.num_layers for part in _EXTRA}
     count["decoder.final_layernorm"] = 1
     extra = [f"{name}._extra_state/shard_{i}_{n}" for name, n in count.items() for i in range(n)]
-    write_index(path, places, model.num_layers, extra, empty)
+    write_index(path, chunks, model.num_layers, extra, empty)
     state = common_state(
         model,
         0,
@@ -264,7 +243,7 @@ def finish(root: Path, model: ModelConfig, places: list[Place]) -> None:
         data_parallel_size=1,
         no_save_optim=True,
         no_save_rng=True,
-        params_dtype=places[0].dtype,
+        params_dtype=chunks[0].dtype,
     )
     torch.save(state | {"content_metadata": content_metadata()}, path / "common.pt")
     (path / "metadata.json").write_text(json.dumps(_BACKEND))
@@ -277,22 +256,22 @@ def write_weights(
     model: ModelConfig,
     tokenizer_files: Iterable[Path] = (),
 ) -> Path:
-    """Writes whole tensors as the `release` checkpoint of a folder, in one process.
+    """Writes a folder's `release` checkpoint in one process; returns the path of `release`.
 
     Args:
         tensors: by the names of an undivided model, as checkpoints.mapping makes them.
     """
     root = Path(root)
     path = begin(root, tokenizer_files)
-    with Writer(root) as writer:
+    with DistcpWriter(root) as writer:
         for name, tensor in tensors.items():
             writer.put(name, tensor)
-    finish(root, model, writer.places)
+    finish(root, model, writer.chunks)
     return path
 
 
 def begin(root: Path, tokenizer_files: Iterable[Path]) -> Path:
-    """An empty `release` folder for Writers; what was there is no longer found."""
+    """An empty `release` folder for DistcpWriters; what was there is no longer found."""
     path = path_of(root, "release")
     root.mkdir(parents=True, exist_ok=True)
     if path.exists():
@@ -306,18 +285,24 @@ def begin(root: Path, tokenizer_files: Iterable[Path]) -> Path:
 def read_weights(
     root: str | Path, iteration: int | None = None
 ) -> tuple[dict[str, Tensor], ModelConfig]:
-    """All tensors at once, and the model."""
-    weights = open_weights(root, iteration)
-    return dict(weights), weights.model
+    """All tensors at once by the names of an undivided model, and the model; errors as `find`."""
+    checkpoint = find(root, iteration)
+    return dict(weights_of(checkpoint)), checkpoint.model
 
 
-def open_weights(root: str | Path, iteration: int | None = None) -> Weights | Legacy:
+def open_weights(root: str | Path, iteration: int | None = None) -> StoredWeights:
+    """The weights of a folder's checkpoint; errors as `find`."""
+    return weights_of(find(root, iteration))
+
+
+def weights_of(checkpoint: Checkpoint) -> StoredWeights:
     """The weights of a checkpoint, in Megatron-LM's legacy layout too."""
-    found = find(root, iteration)
-    return Legacy(found.path) if found.is_legacy else Weights(root, iteration)
+    kind = LegacyWeights if checkpoint.is_legacy else TorchDistWeights
+    return kind(checkpoint.path)
 
 
-def _key(name: str) -> tuple[str, int | None]:
+def _split_layer(name: str) -> tuple[str, int | None]:
+    """The stored tensor's key, and the layer along its first axis, if it has that axis."""
     match = _LAYER.match(name)
     if not match:
         return name, None

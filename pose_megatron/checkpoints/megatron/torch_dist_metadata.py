@@ -1,8 +1,8 @@
 """The index of a torch_dist checkpoint: .metadata, a pickle of classes of
 torch.distributed.checkpoint.
 
-Here it is read without trusting what it names, and read and written without importing those
-classes, which takes longer than to convert a small model.
+It is read without trusting what it names, and read and written without importing those classes,
+which would take longer than converting a small model.
 """
 
 import json
@@ -10,20 +10,21 @@ import pickle
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from pose_megatron.errors import DamagedCheckpoint
+from pose_megatron.errors import ConfigError, DamagedCheckpoint
 from pose_megatron.runtime.atomic_files import gist
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a box of a tensor is: `length` bytes at `offset` of a file.
+class ChunkLocation:
+    """Where a chunk (a box) of a stored tensor lies: `length` bytes at `offset` of a file.
 
     Attributes:
-        key: the tensor's; that of a layer's tensor stands for all layers, which are its first axis.
-        corner, shape: of the box.
+        key: the stored tensor's name. A tensor of the layers has the layer as its first axis.
+        corner: the chunk's first index along each axis.
     """
 
     key: str
@@ -35,28 +36,49 @@ class Place:
     length: int
 
 
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in the index; a tensor of the layers has the layer as its first axis."""
+
+    size: tuple[int, ...]
+    dtype: torch.dtype
+    chunks: list[ChunkLocation]
+
+
+@dataclass(frozen=True)
+class Index:
+    """What .metadata says.
+
+    Attributes:
+        tensors: by their keys; other objects are left out.
+    """
+
+    tensors: dict[str, StoredTensor]
+
+
 def write_index(
-    path: Path, places: Iterable[Place], layers: int, objects: Iterable[str], file: Path
+    path: Path, chunks: Iterable[ChunkLocation], layers: int, objects: Iterable[str], file: Path
 ) -> None:
     """Writes .metadata.
 
     Args:
         path: the iteration's folder.
-        places: whole tensors, or one layer of them.
-        layers: how many a layer's tensor has.
-        objects: keys of what is no tensor; `file` holds them all at once.
+        chunks: whole tensors, or one layer of them.
+        layers: the size of the layer axis.
+        objects: keys of what is no tensor; `file` holds all of them as one object.
     """
-    tensors, storage = {}, {}
-    for p in places:
-        layer = p.key.startswith("decoder.layers.")
-        size = torch.Size((layers, *p.shape[1:]) if layer else p.shape)
+    tensors: dict[str, Any] = {}
+    storage = {}
+    for chunk in chunks:
+        of_layers = chunk.key.startswith("decoder.layers.")
+        size = torch.Size((layers, *chunk.shape[1:]) if of_layers else chunk.shape)
         tensor = tensors.setdefault(
-            p.key, _Tensor(properties=_Properties(dtype=p.dtype), size=size, chunks=[])
+            chunk.key, _Tensor(properties=_Properties(dtype=chunk.dtype), size=size, chunks=[])
         )
-        corner = torch.Size(p.corner)
-        tensor.chunks.append(_Box(offsets=corner, sizes=torch.Size(p.shape)))
-        storage[_Key(fqn=p.key, offset=corner, index=None)] = _File(
-            relative_path=p.file, offset=p.offset, length=p.length
+        corner = torch.Size(chunk.corner)
+        tensor.chunks.append(_Box(offsets=corner, sizes=torch.Size(chunk.shape)))
+        storage[_Key(fqn=chunk.key, offset=corner, index=None)] = _File(
+            relative_path=chunk.file, offset=chunk.offset, length=chunk.length
         )
     for key in objects:
         tensors[key] = _Bytes()
@@ -76,7 +98,7 @@ def write_index(
 
 
 class _StandIn:
-    """An object whose class the pickle says to be one of torch's, of the same name."""
+    """Pickled as an object of torch's class of the same name."""
 
     module = "torch.distributed.checkpoint.metadata"
 
@@ -105,9 +127,13 @@ _Properties = type(
         "__getstate__": lambda self: (self.dtype, torch.strided, False, _Format(), False)
     },
 )
+# The pickler written in C imports every class; typeshed leaves out the one written in Python.
+_Pickler: Any = pickle._Pickler
 
 
-class _Namer(pickle._Pickler):  # the one written in C imports every class
+class _Namer(_Pickler):
+    """Writes a stand-in's class as torch's, by name."""
+
     def save_global(self, obj, name=None) -> None:
         if not (isinstance(obj, type) and issubclass(obj, _StandIn)):
             return super().save_global(obj, name)
@@ -118,10 +144,10 @@ class _Namer(pickle._Pickler):  # the one written in C imports every class
 
 
 class _Plain(pickle.Unpickler):
-    """Unpickles .metadata into plain values and objects that have attributes and do nothing.
+    """Unpickles .metadata into plain values and inert objects with attributes.
 
-    No class or function that the file names is ever called, and torch.distributed.checkpoint, whose
-    classes they are, need not be imported.
+    No class or function that the file names is ever called, and torch.distributed.checkpoint need
+    not be imported.
     """
 
     def find_class(self, module: str, name: str):
@@ -140,29 +166,54 @@ class _Inert:
         if isinstance(state, dict):
             self.__dict__.update(state)
         elif isinstance(state, tuple) and state and isinstance(state[0], torch.dtype):
-            self.dtype = state[0]  # of TensorProperties
+            self.dtype = state[0]  # TensorProperties'
 
 
-def read_index(path: Path):
-    """.metadata, and of each chunk its shape by (key, corner)."""
+def read_index(path: Path) -> Index:
+    """The index of an iteration's folder.
+
+    Raises:
+        ConfigError: the checkpoint is not in the torch_dist format.
+        DamagedCheckpoint: metadata.json or .metadata is damaged.
+    """
+    name = "metadata.json"
     try:
-        name = "metadata.json"
-        backend = json.loads((path / name).read_text())
-        if backend.get("sharded_backend") != "torch_dist":
-            raise DamagedCheckpoint(
-                f"sharded_backend {backend.get('sharded_backend')!r} is not supported"
-            )
-        name = ".metadata"
-        with open(path / name, "rb") as file:
-            index = _Plain(file).load()
-        index.chunk_sizes = {
-            (key, chunk.offsets): chunk.sizes
-            for key, tensor in index.state_dict_metadata.items()
-            for chunk in getattr(tensor, "chunks", ())
-        }
-        index.storage_data.items()
-    except Exception as error:  # of many classes, for damaged bytes
+        backend = json.loads((path / name).read_text()).get("sharded_backend")
+        if backend == "torch_dist":
+            name = ".metadata"
+            with open(path / name, "rb") as file:
+                return _index(_Plain(file).load())
+    except Exception as error:  # damaged bytes raise errors of many classes
         raise DamagedCheckpoint(
             f"checkpoint {path} cannot be loaded: {name} is damaged ({gist(error)})"
         ) from None
-    return index
+    raise ConfigError(
+        f"checkpoint {path}: sharded_backend {backend!r} is not supported, only 'torch_dist' is; "
+        "save it anew with --ckpt-format torch_dist first"
+    )
+
+
+def _index(metadata: Any) -> Index:
+    """From torch's Metadata, unpickled by _Plain."""
+    tensors: dict[str, StoredTensor] = {}
+    shapes: dict[tuple, tuple[int, ...]] = {}
+    for key, tensor in metadata.state_dict_metadata.items():
+        if not hasattr(tensor, "chunks"):  # not a tensor but an object: BytesStorageMetadata
+            continue
+        tensors[key] = StoredTensor(tensor.size, tensor.properties.dtype, [])
+        shapes |= {(key, chunk.offsets): chunk.sizes for chunk in tensor.chunks}
+    for where, info in metadata.storage_data.items():
+        if (shape := shapes.get((where.fqn, getattr(where, "offset", None)))) is not None:
+            tensor = tensors[where.fqn]
+            tensor.chunks.append(
+                ChunkLocation(
+                    where.fqn,
+                    where.offset,
+                    shape,
+                    tensor.dtype,
+                    info.relative_path,
+                    info.offset,
+                    info.length,
+                )
+            )
+    return Index(tensors)

@@ -16,9 +16,9 @@ from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import (
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 
-from pose_megatron.checkpoints.formats import Source
 from pose_megatron.checkpoints.megatron import args as megatron_args
 from pose_megatron.checkpoints.megatron import directory, torch_dist
+from pose_megatron.checkpoints.megatron.format import Megatron
 from pose_megatron.config.layout import lay_out
 from pose_megatron.evaluation.logits import load_logits
 from pose_megatron.models.build import transformer_config
@@ -646,11 +646,12 @@ def test_legacy_parts_become_whole(tmp_path, tp, pp, vpp, rename, tree):
 def test_legacy_parts_are_a_source_of_conversion(tmp_path):
     tensors = whole_tensors()
     save_legacy(tmp_path, tensors, 2, 2)
-    source = Source("megatron", tmp_path)
-    assert [row.name for row in source.rows if row.name not in tensors] == []
-    for row in source.rows:
-        out = torch.empty(row.shape, dtype=source.dtypes[row.name])
-        assert torch.equal(source.read(row, out), tensors[row.name])
+    reader = Megatron().open(tmp_path)
+    reader.check()
+    assert [m.name for m in reader.mappings if m.name not in tensors] == []
+    for mapping in reader.mappings:
+        out = torch.empty(mapping.shape, dtype=reader.dtypes[mapping.name])
+        assert torch.equal(reader.read(mapping, out), tensors[mapping.name])
 
 
 def test_a_tied_head_is_not_read_twice(tmp_path):

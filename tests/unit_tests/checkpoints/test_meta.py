@@ -1,4 +1,4 @@
-"""meta.py: params.json of the published models, and folders that are wrong."""
+"""Meta's format: params.json of the published models, and folders that are wrong."""
 
 import dataclasses
 import hashlib
@@ -9,7 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pose_megatron.checkpoints import meta
+from pose_megatron.checkpoints.meta import params as meta_params
+from pose_megatron.checkpoints.meta.consolidated import MetaWeights
+from pose_megatron.checkpoints.meta.params import read_config, write_params
 from pose_megatron.models.shape import ModelConfig
 from pose_megatron.rope.scaling import RopeScaling
 
@@ -37,12 +39,12 @@ MODEL = ModelConfig(
     ],
 )
 def test_the_width_of_the_mlp_is_that_of_the_published_models(words, ffn):
-    assert meta.ffn_hidden_size(*words) == ffn
+    assert meta_params.ffn_hidden_size(*words) == ffn
 
 
 @given(width=st.integers(2, 2000).map(lambda n: 4 * n), ffn=st.integers(1, 40000))
 def test_every_width_of_the_mlp_can_be_said(width, ffn):
-    assert meta.ffn_hidden_size(width, *meta._ffn_words(width, ffn)) == ffn
+    assert meta_params.ffn_hidden_size(width, *meta_params.ffn_parameters(width, ffn)) == ffn
 
 
 def folder(tmp_path, ranks=2, **params):
@@ -78,6 +80,10 @@ def folder(tmp_path, ranks=2, **params):
     return tmp_path
 
 
+def config_of(path, window=None):
+    return read_config(path, MetaWeights(path), window)
+
+
 def edit(path, **tensors):
     content = torch.load(path, weights_only=True) | tensors
     torch.save({n: t for n, t in content.items() if t is not None}, path)
@@ -106,7 +112,7 @@ def test_folders_that_are_wrong(tmp_path, case):
     spoil, words = BAD[case]
     spoil(folder(tmp_path))
     with pytest.raises(ValueError, match=words) as error:
-        meta.Tensors(tmp_path)
+        MetaWeights(tmp_path)
     assert str(tmp_path) in str(error.value)
 
 
@@ -118,21 +124,21 @@ def test_the_window_is_that_of_the_published_models(tmp_path):
         ({"rope_theta": 5e5}, 8192),
         ({"rope_theta": 5e5, "use_scaled_rope": True}, 131072),
     ]:
-        config = meta.read_config(meta.Tensors(folder(tmp_path, **params)))
+        config = config_of(folder(tmp_path, **params))
         assert config.max_position_embeddings == window
         assert config.rope_scaling.method == ("llama3" if "use_scaled_rope" in params else "none")
-        meta.write_params(tmp_path, config, 2)  # and the other way
-        assert meta.read_config(meta.Tensors(tmp_path)) == config
+        write_params(tmp_path, config, 2)  # and the other way
+        assert config_of(tmp_path) == config
     with pytest.raises(ValueError, match="give --max-position-embeddings"):
-        meta.read_config(meta.Tensors(folder(tmp_path, rope_theta=7e5)))
-    assert meta.read_config(meta.Tensors(tmp_path), 77).max_position_embeddings == 77
+        config_of(folder(tmp_path, rope_theta=7e5))
+    assert config_of(tmp_path, 77).max_position_embeddings == 77
 
 
 def test_equal_tables_are_tied(tmp_path):
     path = folder(tmp_path, ranks=1) / "consolidated.00.pth"
-    assert meta.read_config(meta.Tensors(tmp_path)).untie_embeddings_and_output_weights
+    assert config_of(tmp_path).untie_embeddings_and_output_weights
     edit(path, **{"output.weight": torch.load(path)["tok_embeddings.weight"]})
-    assert not meta.read_config(meta.Tensors(tmp_path)).untie_embeddings_and_output_weights
+    assert not config_of(tmp_path).untie_embeddings_and_output_weights
 
 
 def test_what_the_format_cannot_say(tmp_path):
@@ -143,11 +149,11 @@ def test_what_the_format_cannot_say(tmp_path):
         ({"rope_scaling": RopeScaling("yarn", 8.0, 4096)}, 1, "--rope-scaling yarn cannot be said"),
     ]:
         with pytest.raises(ValueError, match=words):
-            meta.write_params(tmp_path, dataclasses.replace(MODEL, **change), ranks)
+            write_params(tmp_path, dataclasses.replace(MODEL, **change), ranks)
 
 
 def test_the_checklist_is_read(tmp_path):
     path = folder(tmp_path) / "consolidated.00.pth"
     digest = hashlib.md5(path.read_bytes()).hexdigest()
     (tmp_path / "checklist.chk").write_text(f"{digest}  {path.name}\n{digest}  absent.pth\n")
-    assert meta.Tensors(tmp_path).hashes == {path: ("md5", digest)}
+    assert MetaWeights(tmp_path).hashes == {path: ("md5", digest)}

@@ -1,4 +1,4 @@
-"""inspection.py: checkpoints that transformers, megatron-core and this file wrote, and their
+"""summary.py: checkpoints that transformers, megatron-core and this file wrote, and their
 differences."""
 
 import dataclasses

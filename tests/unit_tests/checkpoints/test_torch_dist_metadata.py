@@ -14,19 +14,19 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from pose_megatron.checkpoints.megatron.torch_dist_metadata import Place, write_index
+from pose_megatron.checkpoints.megatron.torch_dist_metadata import ChunkLocation, write_index
 
 LAYERED = "decoder.layers.mlp.linear_fc2.weight"
-PLACES = [
-    Place("output_layer.weight", (0, 0), (7, 4), torch.bfloat16, "__0_0.distcp", 0, 900),
-    Place(LAYERED, (0, 0, 0), (1, 3, 5), torch.float32, "__0_0.distcp", 900, 800),
-    Place(LAYERED, (1, 0, 0), (1, 3, 5), torch.float32, "__1_0.distcp", 0, 801),
+CHUNKS = [
+    ChunkLocation("output_layer.weight", (0, 0), (7, 4), torch.bfloat16, "__0_0.distcp", 0, 900),
+    ChunkLocation(LAYERED, (0, 0, 0), (1, 3, 5), torch.float32, "__0_0.distcp", 900, 800),
+    ChunkLocation(LAYERED, (1, 0, 0), (1, 3, 5), torch.float32, "__1_0.distcp", 0, 801),
 ]
 
 
 def test_it_is_what_torchs_classes_pickle_to(tmp_path):
     (tmp_path / "__2_0.distcp").write_bytes(bytes(33))
-    write_index(tmp_path, PLACES, 2, ["a._extra_state/shard_0_1"], tmp_path / "__2_0.distcp")
+    write_index(tmp_path, CHUNKS, 2, ["a._extra_state/shard_0_1"], tmp_path / "__2_0.distcp")
     size = torch.Size
     expected = Metadata(
         state_dict_metadata={

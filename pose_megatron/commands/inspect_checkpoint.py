@@ -1,32 +1,23 @@
-"""Says what a checkpoint is: Hugging Face's, Meta's or Megatron's, without loading its tensors."""
-
-import os
-import sys
-
-# Not this folder: its inspect.py would hide Python's own from all that is imported below.
-HERE = os.path.dirname(os.path.abspath(__file__))
-ROOT = os.path.dirname(os.path.dirname(HERE))
-sys.path[:] = [ROOT, *(path for path in sys.path if os.path.abspath(path) != HERE)]
+"""Says what a checkpoint is (Hugging Face's, Meta's or Megatron's) without loading its tensors."""
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
-from pose_megatron.checkpoints.summary import compare, summarise
 from pose_megatron.runtime.cli import command
 
 EXAMPLES = """examples:
   # shape, parameters, dtype, rope and training progress
-  python tools/checkpoint/inspect.py checkpoints/llama-2-7b-pose-128k
+  python tools/checkpoint/checkpoint_inspector.py checkpoints/llama-2-7b-pose-128k
 
   # what an export changed; exit code 1 if anything differs
-  python tools/checkpoint/inspect.py --diff --values checkpoints/pose models/pose
+  python tools/checkpoint/checkpoint_inspector.py --diff --values checkpoints/pose models/pose
 """
 
 
 def parse() -> argparse.Namespace:
     p = argparse.ArgumentParser(
-        prog="inspect.py",
         description=__doc__,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -36,9 +27,11 @@ def parse() -> argparse.Namespace:
         nargs="+",
         type=Path,
         metavar="FOLDER",
-        help="of a checkpoint, or of one iteration of it",
+        help="a checkpoint, or one iteration of it",
     )
-    p.add_argument("--iteration", type=int, help="of a Megatron checkpoint [the latest]")
+    p.add_argument(
+        "--iteration", type=int, help="the one of a Megatron checkpoint to look at [the latest]"
+    )
     p.add_argument(
         "--diff",
         action="store_true",
@@ -61,6 +54,8 @@ def parse() -> argparse.Namespace:
 @command
 def main() -> None:
     args = parse()
+    from pose_megatron.checkpoints.summary import compare, summarise
+
     summaries = [summarise(path, args.iteration) for path in args.checkpoints]
     if not args.diff:
         if args.json:
@@ -69,7 +64,8 @@ def main() -> None:
         else:
             print("\n\n".join(map(str, summaries)))
         return
-    differences = compare(*summaries, args.values)
+    one, other = summaries
+    differences = compare(one, other, args.values)
     if args.json:
         print(json.dumps(differences, indent=2))
     else:
@@ -94,7 +90,3 @@ def print_differences(differences: dict, paths: list[Path]) -> None:
             print(f"  ... and {len(names) - 20} more")
     if values := differences.get("values"):
         print(f"largest difference: {max(values.values()):.3e}")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,11 @@
+"""Megatron-LM's name for `pose-megatron inspect`."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a clone need not be installed
+
+from pose_megatron.commands.inspect_checkpoint import main
+
+if __name__ == "__main__":
+    sys.exit(main())
