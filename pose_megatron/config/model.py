@@ -41,10 +41,8 @@ def resolve_model(
 
 
 def _shape_of_flags(flags: ModelFlags) -> dict:
-    for name in ("num_layers", "hidden_size", "num_attention_heads"):
-        if getattr(flags, name) is None:
-            raise ConfigError(f"{spell(name)} is missing: give it, or --load a checkpoint")
-    hidden, heads = flags.hidden_size, flags.num_attention_heads
+    layers = _given(flags, "num_layers")
+    hidden, heads = _given(flags, "hidden_size"), _given(flags, "num_attention_heads")
     if flags.kv_channels is None and hidden % heads:
         raise ConfigError(
             f"--hidden-size {hidden} is not a multiple of --num-attention-heads {heads}; "
@@ -53,7 +51,7 @@ def _shape_of_flags(flags: ModelFlags) -> dict:
     if flags.num_query_groups and not flags.group_query_attention:
         raise ConfigError("--num-query-groups has no effect without --group-query-attention")
     shape = {
-        "num_layers": flags.num_layers,
+        "num_layers": layers,
         "hidden_size": hidden,
         # Megatron-LM's width for SwiGLU: 2/3 of 4h, in whole multiples of 64.
         "ffn_hidden_size": flags.ffn_hidden_size or max(int(hidden * 4 * 2 / 3) // 64, 1) * 64,
@@ -79,6 +77,13 @@ def _shape_of_flags(flags: ModelFlags) -> dict:
     return shape
 
 
+def _given(flags: ModelFlags, name: str) -> int:
+    value = getattr(flags, name)
+    if value is None:
+        raise ConfigError(f"{spell(name)} is missing: give it, or --load a checkpoint")
+    return value
+
+
 def _shape_of_checkpoint(flags: ModelFlags, loaded: ModelConfig) -> dict:
     shape = {f.name: getattr(loaded, f.name) for f in dataclasses.fields(loaded)}
     for name, value in shape.items():
@@ -97,47 +102,43 @@ def _resolve_scaling(
     flags: ModelFlags, target: int, seq_length: int, loaded: ModelConfig | None
 ) -> RopeScaling:
     """The scaling for the target window: the checkpoint's, a new one, or a new one over it."""
-    before = loaded.rope_scaling if loaded else RopeScaling()
     asked = _asked_scaling(flags)
+    if loaded is None:
+        return _new_scaling(asked, seq_length, target)
+    before, window = loaded.rope_scaling, loaded.max_position_embeddings
     if before.method == "none":
-        if (
-            loaded
-            and target > loaded.max_position_embeddings
-            and not (asked or flags.rotary_base is not None)
-        ):
+        if target > window and not (asked or flags.rotary_base is not None):
             raise ConfigError(
-                f"--max-position-embeddings {target} is beyond the checkpoint's "
-                f"{loaded.max_position_embeddings}: choose a --rope-scaling, such as yarn, or say "
-                "--rope-scaling none to train on angles that it has never seen"
+                f"--max-position-embeddings {target} is beyond the checkpoint's {window}: choose "
+                "a --rope-scaling, such as yarn, or say --rope-scaling none to train on angles "
+                "that it has never seen"
             )
-        original = loaded.max_position_embeddings if loaded else seq_length
-        return _new_scaling(asked, original, target)
+        return _new_scaling(asked, window, target)
     if all(getattr(before, name) == value for name, value in asked.items()):
-        if target == loaded.max_position_embeddings:
+        if target == window:
             return before  # trained further, or resumed
-    if target <= loaded.max_position_embeddings or not asked.get("method"):
+    if target <= window or not asked.get("method"):
         raise ConfigError(
-            f"the checkpoint is interpolated already, to {loaded.max_position_embeddings} "
+            f"the checkpoint is interpolated already, to {window} "
             f"positions (--rope-scaling {before.method} --rope-scaling-factor {before.factor:g}); "
             "leave the rope flags out to train it further, or give --rope-scaling and a greater "
             "--max-position-embeddings to extend it once more"
         )
-    further = target / loaded.max_position_embeddings
     if asked["method"] != before.method:
-        return _new_scaling(asked, loaded.max_position_embeddings, target, over=before)
+        return _new_scaling(asked, window, target, over=before)
     # The same method again is one extension from the first window, by the product of both factors.
-    again = {"factor": before.factor * further} | asked
+    again = {"factor": before.factor * (target / window)} | asked
     if again["factor"] < before.factor:
         raise ConfigError(
             f"--rope-scaling-factor {again['factor']:g} is less than {before.factor:g}, the "
-            f"checkpoint's: of the same method give the whole factor, from the first window to "
-            f"{target}"
+            f"checkpoint's: with the same method, give the whole factor, from the first window "
+            f"to {target}"
         )
     return dataclasses.replace(before, **again)
 
 
 def _asked_scaling(flags: ModelFlags) -> dict:
-    """Fields of RopeScaling that the flags name."""
+    """The fields of RopeScaling that the flags give."""
     named = {
         "method": flags.rope_scaling,
         "factor": flags.rope_scaling_factor,
@@ -149,10 +150,7 @@ def _asked_scaling(flags: ModelFlags) -> dict:
             raise ConfigError(
                 f"--rope-scaling-config says {name} {asked[name]!r}, another flag {value!r}"
             )
-    for name in ("short_factor", "long_factor"):
-        if isinstance(asked.get(name), list):
-            asked[name] = tuple(asked[name])
-    return asked
+    return {name: tuple(v) if isinstance(v, list) else v for name, v in asked.items()}
 
 
 def _new_scaling(

@@ -294,16 +294,17 @@ def _yarn(args: dict) -> RopeScaling:
             "position_embedding_type 'yarn' needs yarn_rotary_scaling_factor and "
             f"yarn_original_max_position_embeddings, which are {factor} and {original}"
         )
-    plain = RopeScaling(
+    top, bottom = value("mscale", None), value("mscale_all_dim", None)
+    temperature = None
+    if not (top is None or bottom is None or (top, bottom) == (1.0, 0.0)):
+        step = 0.1 * math.log(factor)
+        temperature = (step * top + 1) / (step * bottom + 1)
+    return RopeScaling(
         "yarn",
         float(factor),
         original,
         beta_fast=float(value("beta_fast", 32.0)),
         beta_slow=float(value("beta_slow", 1.0)),
         truncate=bool(value("correction_range_round_to_int", True)),
+        attention_factor=temperature,
     )
-    top, bottom = value("mscale", None), value("mscale_all_dim", None)
-    if top is None or bottom is None or (top, bottom) == (1.0, 0.0):
-        return plain
-    step = 0.1 * math.log(factor)
-    return dataclasses.replace(plain, attention_factor=(step * top + 1) / (step * bottom + 1))
