@@ -56,8 +56,7 @@ class IndexedCorpus:
         if have != needed:
             raise ConfigError(
                 f"{flag} {prefix}: {get_bin_path(prefix)} has {have} bytes, its index "
-                f"describes {needed}: it is truncated or belongs to another corpus; preprocess it "
-                "again"
+                f"describes {needed}: truncated or from another corpus; preprocess it again"
             )
         self.tokens = IndexedDataset(prefix)
         self.lengths = self.tokens.sequence_lengths

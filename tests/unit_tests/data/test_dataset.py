@@ -331,7 +331,7 @@ def test_a_truncated_bin_is_named(world, make_corpus, left):
 def test_a_bin_of_another_corpus_is_an_error(world, make_corpus):
     prefix, other = make_corpus(numbered(SIZES)), make_corpus(numbered([9]), "other")
     Path(f"{other}.bin").replace(f"{prefix}.bin")
-    with pytest.raises(ValueError, match="truncated or belongs to another corpus"):
+    with pytest.raises(ValueError, match="truncated or from another corpus"):
         train_set(prefix)
 
 

@@ -78,7 +78,7 @@ def test_the_index_of_another_corpus_is_an_error(corpus, make_corpus):
     with pytest.raises(
         ValueError,
         match=r"corpus\.bin has 200 bytes, its index describes 198: "
-        "truncated or belongs to another corpus",
+        "truncated or from another corpus",
     ):
         IndexedCorpus(corpus)
 

@@ -134,7 +134,7 @@ def test_damaged_and_foreign_files_are_named(written, make_corpus):
     content = path.read_bytes()
     path.write_bytes(content[:-2])
     with pytest.raises(
-        ValueError, match=f"--materialized {prefix}_labels: .*truncated or belongs to"
+        ValueError, match=f"--materialized {prefix}_labels: .*truncated or from"
     ):
         read(prefix)
     path.write_bytes(content)
