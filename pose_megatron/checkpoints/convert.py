@@ -46,7 +46,7 @@ class Conversion:
     Attributes:
         tensors: how many Megatron's side has.
         bytes: their size as written, vocabulary padding included.
-        processes: that shared the work.
+        processes: how many shared the work.
         seconds: from the call to its end.
         phases: seconds of "convert" and "verify".
         nonfinite: values that are NaN or infinite.
