@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from layouts import COMMON, CP, PP, SHARDED, SP, TP, VPP2, train
+from tests.functional_tests.layouts import COMMON, CP, PP, SHARDED, SP, TP, VPP2, train
 
 RELAYOUTS = {
     "TP4 SP, 2 query groups": f"{TP} 4 {SP}",
