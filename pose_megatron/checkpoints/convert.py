@@ -46,7 +46,7 @@ class Conversion:
     Attributes:
         tensors: how many Megatron's side has.
         bytes: their size as written, vocabulary padding included.
-        processes: that shared the work.
+        processes: how many shared the work.
         seconds: from the call to its end.
         phases: seconds of "convert" and "verify".
         nonfinite: values that are NaN or infinite.
@@ -70,7 +70,7 @@ def convert(
     loader: str | CheckpointFormat,
     saver: str | CheckpointFormat,
     dtype: torch.dtype | None = None,
-    tokenizer: Path | None = None,
+    tokenizer: str | Path | None = None,
     overwrite: bool = False,
     verify: bool = True,
     strict: bool = False,
@@ -90,8 +90,8 @@ def convert(
         strict: raise ConfigError for what is otherwise a warning, such as NaN.
         as_llama: make of a Baichuan2 the LLaMA that computes the same.
         check: called with the finished folder and its model before the folder takes its place;
-            if it raises, the folder is removed. Not called where several processes
-            share the work.
+            if it raises, the folder is removed. Not called where several processes share
+            the work.
         quiet: print neither progress nor notes (warnings go to stderr all the same).
 
     Raises:
@@ -103,6 +103,7 @@ def convert(
     phases: dict[str, float] = {}
     source, target = (format_class(f)() if isinstance(f, str) else f for f in (loader, saver))
     load, save = Path(load).resolve(), Path(save).resolve()
+    tokenizer = Path(tokenizer) if tokenizer else None
     _check_folders(load, save, tokenizer)
     team = Team()
     report = Report(quiet or team.rank > 0, phases)

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+from pose_megatron.errors import ConfigError
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
@@ -160,7 +162,13 @@ class CheckpointFormat(Protocol):
 
 
 def format_class(name: str) -> Any:
-    """The class of a format in FORMATS, a CheckpointFormat; its arguments are its parameters."""
+    """The class of a format in FORMATS, a CheckpointFormat; its arguments are its parameters.
+
+    Raises:
+        ConfigError: there is no such format.
+    """
+    if name not in FORMATS:
+        raise ConfigError(f"unknown checkpoint format {name!r}; known are {', '.join(FORMATS)}")
     module, _, member = FORMATS[name].partition(":")
     return getattr(importlib.import_module(f"pose_megatron.checkpoints.{module}"), member)
 

@@ -38,7 +38,7 @@ EXAMPLES = """examples:
   python tools/checkpoint/convert.py --loader megatron --saver hf --dtype bfloat16 \\
       --load-dir checkpoints/llama-2-7b-pose-128k --save-dir models/llama-2-7b-pose-128k
 
-  # a large one, as Meta gives it away, by eight processes
+  # a large one in Meta's own format, by eight processes
   torchrun --nproc-per-node 8 tools/checkpoint/convert.py --loader meta --saver megatron \\
       --load-dir Meta-Llama-3-70B/original --save-dir checkpoints/llama-3-70b
 """
@@ -78,17 +78,19 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--tokenizer-model",
         type=Path,
-        help="tokenizer file or folder to copy [the one that the source carries]",
+        help="tokenizer file or folder to copy [the one beside the source]",
     )
     p.add_argument(
-        "--max-shard-size", default="5GB", help="saver hf: of one safetensors file [5GB]"
+        "--max-shard-size",
+        default="5GB",
+        help="saver hf: largest size of one safetensors file [5GB]",
     )
     p.add_argument(
         "--target-tensor-parallel-size",
         type=int,
         default=1,
         metavar="N",
-        help="saver meta: files, one for each rank of Meta's code [1]",
+        help="saver meta: number of files, one for each tensor-parallel rank of Meta's code [1]",
     )
     p.add_argument(
         "--strict", action="store_true", help="fail on what is otherwise a warning, such as NaN"
@@ -107,7 +109,7 @@ def parser() -> argparse.ArgumentParser:
         "--verify",
         action=argparse.BooleanOptionalAction,
         help="check hashes that came along, read the result back and compare every bit, then its "
-        "logits with transformers' [logits of models up to 100M parameters only; the rope is "
+        "logits with transformers' [all of this, logits only up to 100M parameters; the rope is "
         "always checked]",
     )
     p.add_argument(

@@ -113,6 +113,7 @@ def test_damage_and_mistakes_have_errors_of_their_own(llama, tmp_path):
     fails(ConfigError, "is not a checkpoint folder", loader="megatron")
     fails(DamagedCheckpoint, "params.json is missing", loader="meta")
     fails(ConfigError, "--tokenizer-model .*none does not exist", tokenizer=tmp_path / "none")
+    fails(ConfigError, "unknown checkpoint format 'gguf'; known are hf", saver="gguf")
     fails(ConfigError, "--as-llama is for Baichuan2, not llama", as_llama=True)
     fails(ConfigError, "4 does not divide num_query_groups 2", saver=Meta(None, 128, 4))
 
