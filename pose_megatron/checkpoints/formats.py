@@ -23,6 +23,7 @@ from pose_megatron.checkpoints.mapping import (
 from pose_megatron.checkpoints.megatron import torch_dist
 from pose_megatron.checkpoints.tensor_files import size
 from pose_megatron.errors import ConfigError
+from pose_megatron.models.families import family_as_llama, family_named
 from pose_megatron.models.shape import ModelConfig
 
 FORMATS = ("hf", "megatron", "meta")
@@ -88,11 +89,11 @@ class Source:
                     row.name: one_dtype(row, (dtypes[part] for part in row.parts))
                     for row in self.rows
                 }
-            self._normalized, self._own_rows = as_llama, {row.name: row for row in self.rows}
+            self._own_rows = {row.name: row for row in self.rows}
+            self._family = family_named(self.model.family) if as_llama else None
             if as_llama:
-                if self.model.family != "baichuan":
-                    raise ConfigError(f"--as-llama is for Baichuan2, not {self.model.family}")
-                self.model = dataclasses.replace(self.model, family="llama")
+                llama = family_as_llama(self.model.family)
+                self.model = dataclasses.replace(self.model, family=llama)
                 self.rows = list(param_mappings(**config_json.sizes(self.model)))
 
     def _check_heads(self, heads: Iterable[str]) -> None:
@@ -109,8 +110,8 @@ class Source:
             self._tensors.read(row.name, out)
         else:
             self._own_rows[row.name].join(self._tensors.read, out)
-        if self._normalized and row.name == "output_layer.weight":
-            out.copy_(torch.nn.functional.normalize(out.float()))
+        if self._family:
+            self._family.weight_as_llama(row.name, out)
         return out
 
 

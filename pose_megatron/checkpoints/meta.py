@@ -21,6 +21,7 @@ from torch import Tensor
 from pose_megatron.checkpoints.mapping import scatter
 from pose_megatron.checkpoints.tensor_files import Stored, Written, read_torch, write_at
 from pose_megatron.errors import ConfigError
+from pose_megatron.models.families import family_named
 from pose_megatron.models.shape import ModelConfig
 from pose_megatron.rope.huggingface import from_hf, to_hf
 from pose_megatron.runtime.atomic_files import fsync, gist
@@ -196,7 +197,7 @@ def write_params(folder: Path, model: ModelConfig, ranks: int) -> None:
     Raises:
         ConfigError: Meta's code has no such model, rope or number of ranks.
     """
-    plain = model.family == "llama" and model.rotary_percent == 1.0
+    plain = family_named(model.family).in_meta_format and model.rotary_percent == 1.0
     if not plain or model.kv_channels * model.num_attention_heads != model.hidden_size:
         raise ConfigError(
             f"Meta's format has LLaMA only, not {model.family} with heads of "

@@ -455,8 +455,8 @@ def errors(logits: Callable, theirs: Callable) -> dict[str, float]:
 
 def measure(case: Case, folder: Path) -> list[dict]:
     """Rows of the table: the family in, out, and out after an extension. In a world of one rank."""
-    from pose_megatron.checkpoints import mapping
     from pose_megatron.checkpoints.megatron import directory, torch_dist
+    from pose_megatron.models.families import FAMILIES
     from pose_megatron.rope.scaling import RopeScaling
 
     run, meta = convert_tool(), case.name == "Meta"
@@ -465,11 +465,11 @@ def measure(case: Case, folder: Path) -> list[dict]:
     # It compares logits itself, and would not leave a wrong model behind.
     checks = ["--no-verify"] if case.fault else []
     make(case, theirs)
-    table = mapping.TABLES["qwen3"]
+    qwen3 = FAMILIES["qwen3"]
     if case.fault:  # as easily mistaken as any: the shapes are the same
-        (name,) = (n for n in table if n.endswith("linear_qkv.weight"))
-        q, k, v = table[name]
-        mapping.TABLES["qwen3"] = table | {name: [q, v, k]}
+        (name,) = (n for n in qwen3.tensors if n.endswith("linear_qkv.weight"))
+        q, k, v = qwen3.tensors[name]
+        FAMILIES["qwen3"] = replace(qwen3, tensors=qwen3.tensors | {name: (q, v, k)})
     try:
         run(
             "--loader",
@@ -501,7 +501,7 @@ def measure(case: Case, folder: Path) -> list[dict]:
             *checks,
         )
     finally:
-        mapping.TABLES["qwen3"] = table
+        FAMILIES["qwen3"] = qwen3
     logits = our_logits(megatron)
     rows = [
         {

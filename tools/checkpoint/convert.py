@@ -38,6 +38,7 @@ from pose_megatron.checkpoints.huggingface import config_json, rope_check
 from pose_megatron.checkpoints.megatron import torch_dist
 from pose_megatron.checkpoints.megatron.directory import TRACKER, find
 from pose_megatron.checkpoints.tensor_files import size
+from pose_megatron.models.families import family_named
 from pose_megatron.rope.huggingface import notes
 from pose_megatron.runtime.atomic_files import staged, write_atomically
 from pose_megatron.runtime.cli import command
@@ -407,7 +408,7 @@ def _check_hashes(source: Source, team: Team) -> None:
 
 def _check_logits(sides: dict[str, Path], model, args) -> list:
     """Compared in Megatron and transformers: of small models, and with --verify of any."""
-    comparable = {"hf", "megatron"} <= sides.keys() and model.family != "baichuan"
+    comparable = {"hf", "megatron"} <= sides.keys() and family_named(model.family).in_transformers
     if args.as_llama or not comparable or not (args.verify or model.num_parameters <= SMALL):
         return []
     found = find(sides["megatron"], args.iteration)
