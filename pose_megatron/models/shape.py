@@ -14,9 +14,9 @@ from pose_megatron.rope.scaling import RopeScaling, inverse_frequencies
 class ModelConfig:
     """The shape of a model with rotary positions.
 
-    `family` is a name in models.families.FAMILIES, None where Hugging Face has no such family: it
-    says what the layers and the output layer are, which in LLaMA's relatives `add_qkv_bias` and
-    `qk_layernorm` repeat.
+    `family` is a name in models.families.FAMILIES and says what the layers and the output layer
+    are; None stands for Qwen2's biases and Qwen3's norms together, which Hugging Face does not
+    have. `add_qkv_bias` and `qk_layernorm` are the family's, by the names of Megatron's flags.
 
     `rotary_base` and `rope_scaling` say how positions turn into angles; the model accepts position
     ids in [0, max_position_embeddings). `vocab_size` is the tokenizer's; the embedding has
