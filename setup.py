@@ -38,6 +38,15 @@ setup(
         # The range that megatron-core 0.16.1 itself declares.
         "gpu": ["transformer-engine[pytorch]>=2.9,<2.12"],
         "track": ["tensorboard", "wandb"],
-        "dev": ["pytest", "hypothesis", "ruff", "mypy", "types-PyYAML", "types-tqdm", "tensorboard", "wandb"],
+        "dev": [
+            "pytest",
+            "hypothesis",
+            "ruff",
+            "mypy",
+            "types-PyYAML",
+            "types-tqdm",
+            "tensorboard",
+            "wandb",
+        ],
     },
 )

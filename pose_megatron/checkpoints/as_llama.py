@@ -3,13 +3,12 @@
 import dataclasses
 from functools import cached_property
 
-import torch
 from torch import Tensor
 
 from pose_megatron.checkpoints.formats import CheckpointReader
 from pose_megatron.checkpoints.huggingface import config_json
 from pose_megatron.checkpoints.mapping import ParamMapping, param_mappings
-from pose_megatron.errors import ConfigError
+from pose_megatron.models.families import family_as_llama, family_named
 from pose_megatron.runtime.json_files import naming
 
 
@@ -22,13 +21,11 @@ class AsLlama(CheckpointReader):
     """
 
     def __init__(self, reader: CheckpointReader):
-        if reader.model.family != "baichuan":
-            raise ConfigError(
-                f"{reader.path}: --as-llama is for Baichuan2, not {reader.model.family}"
-            )
+        with naming(reader.path):
+            llama = family_as_llama(reader.model.family)
         self._reader = reader
         self._own_mappings = {mapping.name: mapping for mapping in reader.mappings}
-        self.model = dataclasses.replace(reader.model, family="llama")
+        self.model = dataclasses.replace(reader.model, family=llama)
         self.path, self.layout, self.progress = reader.path, reader.layout, reader.progress
         self.weights, self.sidecars = reader.weights, reader.sidecars
         self.megatron_names = reader.megatron_names
@@ -47,6 +44,5 @@ class AsLlama(CheckpointReader):
 
     def read(self, mapping: ParamMapping, out: Tensor) -> Tensor:
         self._reader.read(self._own_mappings[mapping.name], out)
-        if mapping.name == "output_layer.weight":
-            out.copy_(torch.nn.functional.normalize(out.float()))
+        family_named(self._reader.model.family).weight_as_llama(mapping.name, out)
         return out

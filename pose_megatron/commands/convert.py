@@ -188,8 +188,14 @@ def _logits_check(
     """
 
     def check(folder: Path, model: "ModelConfig") -> None:
+        from pose_megatron.models.families import family_named
+
         sides = {args.loader: args.load_dir.resolve(), args.saver: folder}
-        if args.as_llama or not {"hf", "megatron"} <= sides.keys() or model.family == "baichuan":
+        if (
+            args.as_llama
+            or not {"hf", "megatron"} <= sides.keys()
+            or not family_named(model.family).in_transformers
+        ):
             return
         if not args.verify and model.num_parameters > SMALL:
             return

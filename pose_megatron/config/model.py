@@ -4,7 +4,8 @@ import dataclasses
 
 from pose_megatron.config.flags import ModelFlags
 from pose_megatron.errors import ConfigError, spell
-from pose_megatron.models.shape import ModelConfig, family_of
+from pose_megatron.models.families import family_of
+from pose_megatron.models.shape import ModelConfig
 from pose_megatron.rope import huggingface
 from pose_megatron.rope.scaling import RopeScaling
 

@@ -1,11 +1,11 @@
-"""Attention and norms that need neither CUDA nor Transformer Engine, and the layer spec they make.
+"""Attention and RMSNorm without CUDA or Transformer Engine, and the layer spec of LLaMA.
 
 `--transformer-impl torch` runs everywhere: core attention is torch's scaled_dot_product_attention
-(flash attention where the device has it), also under context parallelism, and RMSNorm knows
+(flash attention where the device has it), also under context parallelism, and RMSNorm supports
 sequence parallelism. Parameter names are Transformer Engine's, so one checkpoint serves both specs.
 
-Shapes: s = tokens of this rank (sequence / cp), b = micro-batch, h = heads of this rank, g = query
-groups (key-value heads) of this rank, d = kv_channels.
+Shapes: s = this rank's tokens (sequence / cp), b = micro-batch, h = this rank's heads, g = this
+rank's query groups (key-value heads), d = kv_channels.
 """
 
 import copy
@@ -109,7 +109,7 @@ class SdpaCoreAttention(MegatronModule):
         return self.group.rank(), 2 * self.group.size() - 1 - self.group.rank()
 
     def _whole(self, x):
-        """[s/cp, b, g, d] of this rank -> [s, b, g, d] in token order."""
+        """This rank's [s, b, g, d] -> the whole sequence's [s * cp, b, g, d], in token order."""
         n = self.group.size()
         if n == 1:
             return x
@@ -119,7 +119,7 @@ class SdpaCoreAttention(MegatronModule):
 
 
 class _Gather(torch.autograd.Function):
-    """[s, ...] of each of n ranks -> [n*s, ...] in rank order; the gradient is summed over them."""
+    """[s, ...] on each of n ranks -> [n*s, ...] in rank order; gradients are summed over ranks."""
 
     @staticmethod
     def forward(ctx, x, group):
@@ -136,8 +136,7 @@ class _Gather(torch.autograd.Function):
 
 
 class RMSNorm(torch.nn.Module):
-    """x / rms(x) * weight over the last dimension, with the mark that makes megatron-core sum the
-    weight's gradient over the tensor-parallel ranks under sequence parallelism."""
+    """x / rms(x) * weight over the last dimension."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_):
         super().__init__()
@@ -145,21 +144,30 @@ class RMSNorm(torch.nn.Module):
         self.weight = torch.nn.Parameter(
             torch.ones(hidden_size, dtype=config.params_dtype, device=torch.cuda.current_device())
         )
-        self.weight.sequence_parallel = config.sequence_parallel
+        mark_for_sequence_parallel(self.weight, config)
 
     def forward(self, x):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
-def layer_spec(config: TransformerConfig, implementation: str, vp_stage: int | None = None):
+def mark_for_sequence_parallel(parameter: torch.nn.Parameter, config: TransformerConfig) -> None:
+    """Has megatron-core sum the parameter's gradient over the tensor-parallel ranks, each of which
+    sees a part of the sequence only."""
+    # megatron-core finds the mark as an attribute, which Parameter does not declare.
+    parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+def layer_spec(
+    config: TransformerConfig, implementation: str, vp_stage: int | None = None
+) -> TransformerBlockSubmodules:
     """The layers of this pipeline stage.
 
     Args:
         implementation: `torch` or `transformer_engine`.
-        vp_stage: virtual pipeline stage, None without interleaving.
+        vp_stage: model chunk of an interleaved pipeline's stage, else None.
 
     Raises:
-        ConfigError: Transformer Engine was asked for and cannot be imported.
+        ConfigError: the implementation is Transformer Engine, which cannot be imported.
     """
     if implementation == "transformer_engine":
         try:
@@ -179,5 +187,6 @@ def layer_spec(config: TransformerConfig, implementation: str, vp_stage: int | N
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     layers = get_num_layers_to_build(config, vp_stage=vp_stage)
-    # Given as a block, or the final norm would be the library's, which refuses sequence parallel.
+    # As a block: the final norm of a layer spec would be the library's, which refuses sequence
+    # parallelism.
     return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=RMSNorm)

@@ -1,10 +1,9 @@
-"""A model as megatron-core builds it: its configuration, this rank's stage, fresh weights."""
+"""Building a model with megatron-core: its configuration, this rank's stage, fresh weights."""
 
 import hashlib
 import math
 
 import torch
-import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
@@ -12,10 +11,8 @@ from megatron.core.distributed import finalize_model_grads
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from pose_megatron.models import output_layer
-from pose_megatron.models.attention import layer_spec
+from pose_megatron.models.families import family_named
 from pose_megatron.models.gpt import PoseGPTModel, softmax_scale
-from pose_megatron.models.gptj import gptj_spec
 from pose_megatron.models.shape import ModelConfig
 from pose_megatron.runtime.distributed import device
 
@@ -32,19 +29,19 @@ def transformer_config(
     sequence_parallel: bool = False,
     **recompute,
 ) -> TransformerConfig:
-    """megatron-core's description of a model, of its layout and of its precision.
+    """megatron-core's configuration of a model: its shape, layout and precision.
 
     Args:
         model: shape and rope.
         transformer_impl: `torch` or `transformer_engine`.
         sequence_parallel: has no effect on one tensor rank.
-        recompute: recompute_granularity, _method, _num_layers and _modules, as megatron-core's.
+        recompute: megatron-core's recompute_granularity, _method, _num_layers and _modules.
     """
     dtype = torch.bfloat16 if bf16 else torch.float32
     interleaved = virtual_pipeline_model_parallel_size is not None
     fusions = transformer_impl == "transformer_engine"
-    gptj = model.is_gptj
     return TransformerConfig(
+        **family_named(model.family).transformer_settings(),
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         ffn_hidden_size=model.ffn_hidden_size,
@@ -52,13 +49,8 @@ def transformer_config(
         num_query_groups=model.num_query_groups,
         kv_channels=model.kv_channels,
         layernorm_epsilon=model.norm_epsilon,
-        normalization="LayerNorm" if gptj else "RMSNorm",
-        gated_linear_unit=not gptj,
-        activation_func=_gelu_new if gptj else F.silu,
-        add_bias_linear=gptj,
         add_qkv_bias=model.add_qkv_bias,
         qk_layernorm=model.qk_layernorm,
-        rotary_interleaved=gptj,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         softmax_scale=softmax_scale(model.kv_channels, model.rotary_percent, model.rope_scaling),
@@ -97,13 +89,13 @@ def build_model(
     """This rank's pipeline stage, on its device; `initialize` or a checkpoint sets its weights.
 
     Args:
-        config: of `transformer_config`, for the same model.
-        vp_stage: model chunk of the stage in an interleaved pipeline, else None.
+        config: what `transformer_config` returns for the same model.
+        vp_stage: model chunk of an interleaved pipeline's stage, else None.
     """
-    spec = gptj_spec if model.is_gptj else layer_spec
+    family = family_named(model.family)
     stage = PoseGPTModel(
         config,
-        spec(config, transformer_impl, vp_stage),
+        family.layer_spec(config, transformer_impl, vp_stage),
         vocab_size=model.padded_vocab_size,
         max_sequence_length=model.max_position_embeddings,
         pre_process=parallel_state.is_pipeline_first_stage(
@@ -118,24 +110,19 @@ def build_model(
         rotary_base=model.rotary_base,
         rope_scaling=model.rope_scaling,
     )
-    if stage.post_process and model.is_gptj:
-        output_layer.add_bias(stage.output_layer)
-    if stage.post_process and model.family == "baichuan":
-        output_layer.normalize(stage.output_layer)
+    if stage.post_process:
+        family.adapt_output_layer(stage.output_layer)
     return stage.to(device())
-
-
-def _gelu_new(x):
-    return F.gelu(x, approximate="tanh")
 
 
 @torch.no_grad()
 def initialize(stage: GPTModel, seed: int, std: float, num_layers: int) -> None:
-    """Fresh weights that do not depend on the layout of ranks.
+    """Sets fresh weights, the same for every layout of ranks.
 
-    Each weight is drawn whole from a generator keyed by (seed, name, layer) and every rank keeps
-    its shard. Normal with `std`; projections into the residual stream with std / sqrt(2 * layers)
-    (Radford et al., 2019), as Megatron-LM does; norms are one, biases zero.
+    Each weight is drawn whole from a generator keyed by (seed, name, layer), and every rank keeps
+    its shard. Weights are normal with standard deviation `std`, projections into the residual
+    stream with std / sqrt(2 * num_layers) (Radford et al., 2019), as in Megatron-LM; norms are one
+    and biases zero.
     """
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     sharded = stage.sharded_state_dict(metadata={"dp_cp_group": group})

@@ -3,7 +3,7 @@
 megatron-core's own rotary embedding takes a length and rotates by 0, 1, 2, ...; `position_ids`
 reach only the (absent) learned embedding. Here every pipeline stage turns its position ids into one
 tensor of angles per micro-batch, [s, b, 1, rotary_dim] in float32, and hands it to the stock layers
-in the place of the stock tensor. Nothing reads "the current position ids" later: recomputation and
+in place of the stock tensor. Nothing reads "the current position ids" later: recomputation and
 interleaved schedules see the tensor that their own forward made.
 """
 
@@ -20,7 +20,7 @@ from pose_megatron.rope.scaling import RopeScaling, attention_factor, inverse_fr
 
 
 class PoseRotaryEmbedding(RotaryEmbedding):
-    """Angles at the position ids it is bound to.
+    """Rotary angles at the position ids that it is bound to.
 
     Keeps inverse frequencies as a plain float64 tensor: a registered buffer would be cast to bf16
     with the model, which destroys positions beyond 256. `forward` is not cached: the stock cache is
@@ -51,12 +51,12 @@ class PoseRotaryEmbedding(RotaryEmbedding):
         self._position_ids = None
 
     def set_length(self, length: int | None) -> None:
-        """Takes the frequencies for sequences of `length` tokens; None: those that train."""
+        """Sets the frequencies for sequences of `length` tokens; None for those of training."""
         self.inv_freq = inverse_frequencies(*self._plain, self.scaling, length)
 
     @contextlib.contextmanager
     def bound(self, position_ids):
-        """Within it, `forward` returns the angles at position_ids [b, s]."""
+        """A context in which `forward` returns the angles at position_ids [b, s]."""
         self._position_ids = position_ids
         try:
             yield
@@ -84,16 +84,16 @@ class PoseRotaryEmbedding(RotaryEmbedding):
                 "for context parallelism exactly once"
             )
         if self.training and not self.scaling.interpolation.trains:
-            self.set_length(None)  # says why not
+            self.set_length(None)  # raises: such a method has no frequencies to train with
         self.inv_freq = self.inv_freq.to(ids.device)
         both = angles(ids, self.inv_freq)  # (f, f)
-        if self.rotary_interleaved:  # neighbouring channels make a pair, not the two halves
+        if self.rotary_interleaved:  # pairs of neighbouring channels, not of the two halves
             return both.chunk(2, dim=-1)[0].repeat_interleave(2, dim=-1)
         return both
 
 
-class PositionIdsDriven:
-    """Mixin for GPTModel: `position_ids` of forward() drive the rotary embedding."""
+class PositionIdsDriven(GPTModel):
+    """A GPTModel with a PoseRotaryEmbedding, which forward()'s `position_ids` drive."""
 
     def _preprocess(self, input_ids, position_ids, *args, **kwargs):
         # forward() and megatron-core's overlapped 1F1B schedule both come through here.
@@ -101,17 +101,18 @@ class PositionIdsDriven:
             return super()._preprocess(input_ids, position_ids, *args, **kwargs)
 
 
-class PoseGPTModel(PositionIdsDriven, GPTModel):
+class PoseGPTModel(PositionIdsDriven):
     """A GPTModel whose rotary positions are its `position_ids`, [b, s] int64, on every stage.
 
     Args:
-        config: megatron-core's, with `softmax_scale` from `softmax_scale()` when the scaling has an
-            attention factor.
+        config: megatron-core's; its `softmax_scale` is what `softmax_scale()` returns for
+            `rope_scaling`.
         rope_scaling: interpolation of the rotary frequencies.
         others: GPTModel's.
 
     Raises:
-        ConfigError: the attention temperature of `rope_scaling` is not (or twice) in `config`.
+        ConfigError: `config` lacks the attention temperature of `rope_scaling`, or has it twice;
+            or it has a setting that rotates without the position ids.
     """
 
     def __init__(
@@ -122,7 +123,7 @@ class PoseGPTModel(PositionIdsDriven, GPTModel):
 
 
 def install_pose(model: GPTModel, rope_scaling: RopeScaling = RopeScaling()) -> GPTModel:
-    """Makes a GPTModel that others built honour position ids, in place.
+    """Makes a GPTModel built by others follow its position ids, in place.
 
     Call it before DDP or Float16Module wraps the model, on every pipeline stage and model chunk.
 
@@ -131,8 +132,8 @@ def install_pose(model: GPTModel, rope_scaling: RopeScaling = RopeScaling()) -> 
         rope_scaling: interpolation; replaces whatever the model was built with.
 
     Raises:
-        ConfigError: the model has no rotary embedding of that type, or its attention temperature
-            is not the scaling's (build it with `config.softmax_scale = softmax_scale(...)`).
+        ConfigError: the model has no such rotary embedding, or its attention temperature is not
+            the scaling's (build it with `config.softmax_scale = softmax_scale(...)`).
     """
     if getattr(model, "position_embedding_type", None) != "rope":
         raise ConfigError(
@@ -170,7 +171,7 @@ def _bind_rotary(model: GPTModel, scaling: RopeScaling, base: float) -> None:
         raise ConfigError(
             f"rope scaling '{scaling.method}' needs config.softmax_scale = {wanted} (it is "
             f"{config.softmax_scale}) and no yarn_* attributes: the attention temperature takes "
-            "exactly one route; set it from pose_megatron.model.softmax_scale before building"
+            "exactly one route; set it from pose_megatron.models.gpt.softmax_scale before building"
         )
     model.rotary_pos_emb = PoseRotaryEmbedding(
         config.kv_channels,
@@ -183,14 +184,14 @@ def _bind_rotary(model: GPTModel, scaling: RopeScaling, base: float) -> None:
 
 
 def softmax_scale(kv_channels: int, rotary_percent: float, scaling: RopeScaling) -> float | None:
-    """What multiplies q.k: attention_factor^2 / sqrt(d); None (1 / sqrt(d)) without a temperature.
+    """The factor of q.k: attention_factor^2 / sqrt(d); None (1 / sqrt(d)) without a temperature.
 
-    YaRN multiplies cos and sin by the factor, so every rotated product q.k by its square. Folding
-    it into the scale is the same thing when all of a head rotates, and leaves the rotary kernel
-    alone.
+    YaRN multiplies cos and sin by the attention factor, and so every rotated product q.k by its
+    square. Where the whole head rotates, a larger softmax scale does the same and leaves the rotary
+    kernel alone.
 
     Raises:
-        ConfigError: a temperature on a partly rotating head, where the two differ.
+        ConfigError: the scaling has a temperature and only a part of the head rotates.
     """
     factor = attention_factor(scaling)
     if factor == 1.0:

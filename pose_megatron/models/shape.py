@@ -1,24 +1,30 @@
-"""The shape of a model: what a checkpoint stores of it."""
+"""The shape of a model, as checkpoints store it."""
 
 import dataclasses
 import math
 from dataclasses import dataclass
 
 from pose_megatron.errors import ConfigError, spell
+from pose_megatron.models.families import family_named
+from pose_megatron.models.tensors import LAYER, OUTPUT
 from pose_megatron.rope.scaling import RopeScaling, inverse_frequencies
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a model of LLaMA's kin, or of a GPT-J; rotary positions in all of them.
+    """The shape of a model with rotary positions.
 
-    `family` is a name of models.families, None where Hugging Face has no family like it.
-    `add_qkv_bias` (Qwen2) and `qk_layernorm` (Qwen3) add to LLaMA's layer; `gptj` has a layer and
-    `baichuan` an output layer of its own.
+    `family` is a name in models.families.FAMILIES and says what the layers and the output layer
+    are; None stands for Qwen2's biases and Qwen3's norms together, which Hugging Face does not
+    have. `add_qkv_bias` and `qk_layernorm` are the family's, by the names of Megatron's flags.
 
     `rotary_base` and `rope_scaling` say how positions turn into angles; the model accepts position
     ids in [0, max_position_embeddings). `vocab_size` is the tokenizer's; the embedding has
-    `padded_vocab_size` rows, padded by a divisor that does not depend on the layout of ranks.
+    `padded_vocab_size` rows, a multiple of `make_vocab_size_divisible_by`, which does not depend on
+    the layout of ranks.
+
+    Raises:
+        ConfigError: a size is out of range, or two of them do not fit together; names the flag.
     """
 
     num_layers: int
@@ -65,16 +71,12 @@ class ModelConfig:
                 f"--kv-channels {self.kv_channels} x --rotary-percent {self.rotary_percent} gives "
                 f"{self.rotary_dim} rotary dimensions; they must be even"
             )
-        # What the scaling cannot do with this many dimensions, it says itself.
+        # Raises where the scaling does not suit this many dimensions.
         inverse_frequencies(self.rotary_dim, self.rotary_base, self.rope_scaling, length=1)
 
     @property
     def rotary_dim(self) -> int:
         return int(self.kv_channels * self.rotary_percent)
-
-    @property
-    def is_gptj(self) -> bool:
-        return self.family == "gptj"
 
     @property
     def padded_vocab_size(self) -> int:
@@ -84,28 +86,40 @@ class ModelConfig:
     @property
     def num_parameters(self) -> int:
         """Number of trainable values, vocabulary padding included."""
-        h, d, ffn = self.hidden_size, self.kv_channels, self.ffn_hidden_size
-        qkv = d * (self.num_attention_heads + 2 * self.num_query_groups)
-        layer = h * qkv + h * d * self.num_attention_heads
-        layer += qkv * self.add_qkv_bias + 2 * d * self.qk_layernorm
-        tables = (2 if self.untie_embeddings_and_output_weights else 1) * self.padded_vocab_size * h
-        if self.is_gptj:  # MLP with biases, one norm of weight and bias, bias of the output layer
-            layer += 2 * h * ffn + ffn + h + 2 * h
-            return self.num_layers * layer + tables + self.padded_vocab_size + 2 * h
-        return self.num_layers * (layer + 3 * h * ffn + 2 * h) + tables + h
+        return sum(
+            math.prod(shape) * (self.num_layers if name.startswith(LAYER) else 1)
+            for name, shape in self._tensor_shapes().items()
+        )
 
     def flops_per_token(self, window: int) -> float:
-        """Model FLOPs of training on one token of a window: forward, and twice that backward.
+        """Model FLOPs for training on one token of a window: forward, and twice that backward.
 
         Two for each weight of a matrix that multiplies the token, and two for each of the
         window / 2 keys (on average, under the causal mask) in q.k and again in the sum of values.
         """
-        h, d = self.hidden_size, self.kv_channels
-        projections = h * d * (2 * self.num_attention_heads + 2 * self.num_query_groups)
-        attention = self.num_attention_heads * d * window
-        mlp = (2 if self.is_gptj else 3) * h * self.ffn_hidden_size
-        layer = 2 * (projections + mlp) + 2 * attention
-        return 3.0 * (self.num_layers * layer + 2 * h * self.padded_vocab_size)
+        matrices = sum(
+            math.prod(shape)
+            for name, shape in self._tensor_shapes().items()
+            if name.startswith(LAYER) and len(shape) == 2
+        )
+        attention = self.num_attention_heads * self.kv_channels * window
+        layer = 2 * matrices + 2 * attention
+        return 3.0 * (self.num_layers * layer + 2 * self.hidden_size * self.padded_vocab_size)
+
+    def _tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """By Megatron's name, with `{}` for the layer's number; tied weights once."""
+        shapes = family_named(self.family).tensor_shapes(
+            hidden_size=self.hidden_size,
+            ffn_hidden_size=self.ffn_hidden_size,
+            num_attention_heads=self.num_attention_heads,
+            num_query_groups=self.num_query_groups,
+            kv_channels=self.kv_channels,
+            vocab_size=self.vocab_size,
+            padded_vocab_size=self.padded_vocab_size,
+        )
+        if not self.untie_embeddings_and_output_weights:
+            del shapes[OUTPUT]
+        return {name: tensor.shape for name, tensor in shapes.items()}
 
     def to_dict(self) -> dict:
         """Plain values only, for a checkpoint."""
@@ -116,9 +130,3 @@ class ModelConfig:
         known = {f.name for f in dataclasses.fields(cls)}
         values = {k: v for k, v in values.items() if k in known}
         return cls(**values | {"rope_scaling": RopeScaling(**values.get("rope_scaling", {}))})
-
-
-def family_of(add_qkv_bias: bool, qk_layernorm: bool) -> str | None:
-    """The Hugging Face family that has these beside LLaMA's layer."""
-    families = {(False, False): "llama", (True, False): "qwen2", (False, True): "qwen3"}
-    return families.get((add_qkv_bias, qk_layernorm))

@@ -2,11 +2,11 @@
 
     python tests/functional_tests/families.py
 
-The models are small, random, and made by transformers itself, or (Baichuan2, Meta's format, of
-which it has no classes) by the forward passes below. Logits are float32, of two rows of tokens at
-plain positions and at skip-wise ones up to the last of the window. transformers takes its angles
-from a float32 product, off by up to 8e-3 radians at 131,071, so it is asked once more with float64
-angles.
+The models are small, random, and made by transformers, or by the forward passes below where it has
+no class (Baichuan2, Meta's format). Logits are float32, for two rows of tokens, at plain positions
+and at skip-wise ones up to the end of the window. transformers computes its angles as a float32
+product, off by up to 8e-3 radians at position 131,071, so its logits are also compared with float64
+angles in its place.
 """
 
 import json
@@ -66,14 +66,14 @@ LLAMA3 = {
 
 @dataclass(frozen=True)
 class Case:
-    """A family.
+    """One model of a family.
 
     Attributes:
         name: transformers' class without "ForCausalLM", or "Baichuan" or "Meta".
-        config: beside SHAPE.
-        scaled: whether it is also extended by YaRN and exported then.
-        fault: a mistake in the table that the logits must show.
-        ranks: of Meta's format.
+        config: config.json's keys that are not in SHAPE, or differ from it.
+        scaled: whether it is also extended by YaRN and exported again.
+        fault: whether the name table has a mistake, which the logits must show.
+        ranks: tensor-parallel ranks of a model in Meta's format.
     """
 
     name: str
@@ -126,7 +126,7 @@ CASES = {
 }
 
 
-# How each model is made and computed by others.
+# How others make and compute each model.
 
 
 @torch.no_grad()
@@ -141,7 +141,7 @@ def vivid(named: dict[str, torch.Tensor]) -> None:
 
 
 def make(case: Case, folder: Path) -> None:
-    """Writes the folder as the family's makers would."""
+    """Writes the folder that the family's makers would publish."""
     if case.name == "Meta":
         return make_meta(case, folder)
     if case.name == "Baichuan":
@@ -156,7 +156,7 @@ def make(case: Case, folder: Path) -> None:
 
 
 def inverse_frequencies(config: dict, dim: int) -> tuple[torch.Tensor, float]:
-    """float64 [dim / 2], and the factor of cosine and sine; the papers' formulas."""
+    """Inverse frequencies, float64 [dim / 2], and attention factor, by the papers' formulas."""
     keys = config.get("rope_parameters") or (LLAMA3 if config.get("use_scaled_rope") else {})
     theta = keys.get("rope_theta", config.get("rope_theta", 1e4))
     plain = [theta ** (-2 * i / dim) for i in range(dim // 2)]
@@ -183,7 +183,7 @@ def inverse_frequencies(config: dict, dim: int) -> tuple[torch.Tensor, float]:
 
 
 def cos_sin(positions, frequencies, exact: bool, factor: float = 1.0):
-    """[b, s, dim / 2] each."""
+    """Cosine and sine of the angles, [b, s, dim / 2] each."""
     dtype = torch.float64 if exact else torch.float32
     angles = positions[..., None].to(dtype) * frequencies.to(dtype)
     return (angles.cos() * factor).float(), (angles.sin() * factor).float()
@@ -202,7 +202,8 @@ class ExactRotary(torch.nn.Module):
 
 
 def reference(case: Case, folder: Path) -> Callable:
-    """`logits(positions, exact) -> [b, s, vocabulary]` of the model in a folder."""
+    """`logits(positions, exact) -> [b, s, vocabulary]` for the model in a folder; exact takes
+    angles in float64."""
     if case.name == "Meta":
         return lambda positions, exact: meta_logits(case, folder, positions, exact)
     if case.name == "Baichuan":
@@ -232,7 +233,7 @@ def reference(case: Case, folder: Path) -> Callable:
 
 
 def attend(q, k, v):
-    """Causal, [b, s, heads, d] each, fewer keys and values where they are shared; [b, s, h]."""
+    """Causal attention: q [b, s, heads, d], k and v [b, s, groups, d] -> [b, s, heads * d]."""
     k, v = (x.repeat_interleave(q.size(2) // x.size(2), dim=2) for x in (k, v))
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     scores = q @ k.transpose(-1, -2) / math.sqrt(q.size(-1)) + MASK
@@ -244,7 +245,7 @@ def rms(x, weight, epsilon):
 
 
 def make_baichuan(case: Case, folder: Path) -> None:
-    """As Baichuan2-7B-Base is given away: its own names and config.json."""
+    """Writes names and config.json as in Baichuan2-7B-Base."""
     config = {k: v for k, v in (SHAPE | case.config).items() if k != "num_key_value_heads"}
     h, ffn = config["hidden_size"], config["intermediate_size"]
     shapes = {
@@ -279,8 +280,8 @@ def make_baichuan(case: Case, folder: Path) -> None:
 
 @torch.no_grad()
 def baichuan_logits(folder: Path, positions, exact: bool):
-    """modeling_baichuan.py of Baichuan2-7B: W_pack holds q, k, v in this order, rotary halves, and
-    NormHead gives every row of the head length one."""
+    """Baichuan2-7B's modeling_baichuan.py: W_pack holds q, k, v in this order, RoPE pairs channels
+    of the two halves, and NormHead gives every row of the head length one."""
     config = json.loads((folder / "config.json").read_text())
     w = load_file(folder / "model.safetensors")
     heads, epsilon = config["num_attention_heads"], config["rms_norm_eps"]
@@ -305,7 +306,7 @@ def baichuan_logits(folder: Path, positions, exact: bool):
 
 
 def make_meta(case: Case, folder: Path) -> None:
-    """As Meta gives its models away: one file for each tensor-parallel rank of its code."""
+    """Writes Meta's format: one file for each tensor-parallel rank of its code."""
     params = {
         "dim": 64,
         "n_layers": 2,
@@ -357,7 +358,7 @@ def make_meta(case: Case, folder: Path) -> None:
 
 @torch.no_grad()
 def meta_logits(case: Case, folder: Path, positions, exact: bool):
-    """llama/model.py of Meta: neighbouring channels are one complex number and are turned."""
+    """Meta's llama/model.py: neighbouring channels are one complex number, which is rotated."""
     params = json.loads((folder / "params.json").read_text())
     ranks = [torch.load(path, weights_only=True) for path in sorted(folder.glob("*.pth"))]
     w = {}
@@ -450,9 +451,9 @@ def errors(logits: Callable, theirs: Callable) -> dict[str, float]:
 
 
 def measure(case: Case, folder: Path) -> list[dict]:
-    """Rows of the table: the family in, out, and out after an extension. In a world of one rank."""
-    from pose_megatron.checkpoints import mapping
+    """Rows of the table: the family in, out, and out after an extension; on one rank."""
     from pose_megatron.checkpoints.megatron import directory, torch_dist
+    from pose_megatron.models.families import FAMILIES
     from pose_megatron.rope.scaling import RopeScaling
 
     run, meta = convert_tool(), case.name == "Meta"
@@ -461,11 +462,11 @@ def measure(case: Case, folder: Path) -> list[dict]:
     # It compares logits itself, and would not leave a wrong model behind.
     checks = ["--no-verify"] if case.fault else []
     make(case, theirs)
-    table = mapping.TABLES["qwen3"]
-    if case.fault:  # as easily mistaken as any: the shapes are the same
-        (name,) = (n for n in table if n.endswith("linear_qkv.weight"))
-        q, k, v = table[name]
-        mapping.TABLES["qwen3"] = table | {name: [q, v, k]}
+    qwen3 = FAMILIES["qwen3"]
+    if case.fault:  # an easy mistake, as keys and values have the same shape
+        (name,) = (n for n in qwen3.tensors if n.endswith("linear_qkv.weight"))
+        q, k, v = qwen3.tensors[name]
+        FAMILIES["qwen3"] = replace(qwen3, tensors=qwen3.tensors | {name: (q, v, k)})
     try:
         run(
             "--loader",
@@ -497,7 +498,7 @@ def measure(case: Case, folder: Path) -> list[dict]:
             *checks,
         )
     finally:
-        mapping.TABLES["qwen3"] = table
+        FAMILIES["qwen3"] = qwen3
     logits = our_logits(megatron)
     rows = [
         {
@@ -540,8 +541,8 @@ def measure(case: Case, folder: Path) -> list[dict]:
 
 
 def rope_error(summary: Path, theirs: Path, ours: Path) -> float:
-    """The larger relative error of frequencies and attention factor: as the tool has it from
-    transformers, else (Baichuan, Meta) of the frequencies, from the formula above."""
+    """The larger relative error of frequencies and attention factor, as the tool compared them with
+    transformers; for Baichuan and Meta that of the frequencies, by the formula above."""
     from pose_megatron.checkpoints.megatron import directory
     from pose_megatron.rope import scaling
 

@@ -1,4 +1,4 @@
-"""Every family in and out: the same bits again, and the logits and rope of those who made it."""
+"""Every family in and out: the same bits, and the logits and rope that its makers compute."""
 
 import pytest
 

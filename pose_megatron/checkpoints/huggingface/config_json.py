@@ -1,194 +1,131 @@
 """A model in a Hugging Face folder, read and written without transformers' model classes.
 
-    config.json          shape and rope  <-> ModelConfig
-    tokenizer.*, ...     SIDECARS: what accompanies the weights and is copied
+    config.json          <-> ModelConfig, in the spelling of its family (models/families)
+    tokenizer.*, ...     SIDECARS: files beside the weights, which are copied
     model*.safetensors   weights: shards.py
 
-What transformers will make of the rope in config.json is asked of transformers itself:
-rope_check.py.
+rope_check.py compares the rope that transformers reads from config.json.
 """
 
 import math
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from pose_megatron.errors import ConfigError
+from pose_megatron.models.families import FAMILIES, family_named
+from pose_megatron.models.families.family import Family
 from pose_megatron.models.shape import ModelConfig
 from pose_megatron.preprocessing.tokenizer import FOLDER_FILES
 from pose_megatron.rope.huggingface import from_hf, rotary_percent, to_hf
 from pose_megatron.runtime.json_files import naming, read_json, write_json
 
-# config.json goes along for the ids of special tokens.
+# config.json is among them for its ids of special tokens.
 SIDECARS = (*FOLDER_FILES, "chat_template.json", "generation_config.json", "config.json")
-_NAMES = {  # config.json's name: ModelConfig's
-    "num_hidden_layers": "num_layers",
-    "hidden_size": "hidden_size",
-    "intermediate_size": "ffn_hidden_size",
-    "num_attention_heads": "num_attention_heads",
-    "num_key_value_heads": "num_query_groups",
-    "head_dim": "kv_channels",
-    "vocab_size": "vocab_size",
-    "max_position_embeddings": "max_position_embeddings",
-}
-
-
-@dataclass(frozen=True)
-class Family:
-    """How config.json spells a family of models.
-
-    Attributes:
-        only: keys with the one value that our layers compute; absent is the same.
-        defaults: what transformers takes for an absent key, where it is not `only`'s.
-        names: of sizes, as in _NAMES.
-        epsilon: name of the norms' epsilon and its default.
-        traits: of ModelConfig.
-    """
-
-    architecture: str
-    model_type: str
-    only: dict
-    defaults: dict = field(default_factory=dict)
-    names: dict = field(default_factory=lambda: _NAMES)
-    epsilon: tuple[str, float] = ("rms_norm_eps", 1e-6)
-    traits: dict = field(default_factory=dict)
-
-
-_SILU = {"hidden_act": "silu"}
-_FULL = {"use_sliding_window": False}
-FAMILIES = {  # by the names of pose_megatron.checkpoints.mapping.TABLES
-    "llama": Family(
-        "LlamaForCausalLM", "llama", {**_SILU, "attention_bias": False, "mlp_bias": False}
-    ),
-    "mistral": Family(
-        "MistralForCausalLM",
-        "mistral",
-        {**_SILU, "sliding_window": None},
-        {"sliding_window": 4096, "num_key_value_heads": 8},
-    ),
-    "qwen2": Family(
-        "Qwen2ForCausalLM",
-        "qwen2",
-        _SILU | _FULL,
-        {"num_key_value_heads": 32},
-        traits={"add_qkv_bias": True},
-    ),
-    "qwen3": Family(
-        "Qwen3ForCausalLM",
-        "qwen3",
-        {**_SILU, **_FULL, "attention_bias": False},
-        {"num_key_value_heads": 32, "head_dim": 128},
-        traits={"qk_layernorm": True},
-    ),
-    # Baichuan2-7B; the 13B model has ALiBi, and its config.json no max_position_embeddings.
-    "baichuan": Family("BaichuanForCausalLM", "baichuan", {**_SILU, "tie_word_embeddings": False}),
-    "gptj": Family(
-        "GPTJForCausalLM",
-        "gptj",
-        {
-            "activation_function": "gelu_new",
-            "tie_word_embeddings": False,
-            "scale_attn_weights": True,
-        },
-        {"rotary_dim": 64},
-        {
-            "n_layer": "num_layers",
-            "n_embd": "hidden_size",
-            "n_inner": "ffn_hidden_size",
-            "n_head": "num_attention_heads",
-            "vocab_size": "vocab_size",
-            "n_positions": "max_position_embeddings",
-        },
-        ("layer_norm_epsilon", 1e-5),
-    ),
-}
-_ROPELESS = ("baichuan", "gptj")  # their own code reads no rope keys: base 10000, not interpolated
 
 
 def read_config(folder: Path, make_vocab_size_divisible_by: int = 128) -> ModelConfig:
     """The model that a folder's config.json describes.
 
     Raises:
-        ConfigError: it is missing, broken, or says what none of FAMILIES has.
+        ConfigError: it is missing or broken, or it describes a model that no family in FAMILIES is.
     """
     config = read_json(folder / "config.json")
     with naming(folder):
-        architecture = (config.get("architectures") or [None])[0]
-        named = {f.architecture: name for name, f in FAMILIES.items()}
-        if architecture not in named:
-            raise ConfigError(
-                f"config.json: architecture {architecture} is not supported; supported are "
-                f"{', '.join(named)}"
-            )
-        family = FAMILIES[named[architecture]]
-        config = family.defaults | config
-        for name, only in (family.only | {"quantization_config": None}).items():
-            if (value := config.get(name, only)) != only:
-                raise ConfigError(
-                    f"config.json: {name} {value!r} is not supported, only {only!r} is"
-                )
-        if other := set(config.get("layer_types") or ()) - {"full_attention"}:
-            raise ConfigError(f"config.json: layer_types {min(other)!r} is not supported")
+        family = _family_of_architecture((config.get("architectures") or [None])[0])
+        config = {**family.defaults, **config}
+        _check_only(family, config)
         config = {name: value for name, value in config.items() if value is not None}
-
-        def whole(name: str) -> int:
-            if not isinstance(value := config.get(name), int):
-                raise ConfigError(f"config.json: {name} must be a whole number, not {value!r}")
-            return value
-
-        names = {ours: theirs for theirs, ours in family.names.items()}
-        heads, hidden = whole(names["num_attention_heads"]), whole(names["hidden_size"])
-        sizes = {
-            "num_query_groups": heads,
-            "kv_channels": hidden // max(heads, 1),
-            "ffn_hidden_size": 4 * hidden,
-        }  # of GPT-J; the others say theirs
-        for ours, theirs in names.items():
-            if theirs in config or ours not in sizes or theirs == "intermediate_size":
-                sizes[ours] = whole(theirs)
-        if architecture == "GPTJForCausalLM":
-            sizes["rotary_percent"] = _percent(whole("rotary_dim"), sizes["kv_channels"])
+        sizes = _read_sizes(family, config)
         base, scaling = from_hf(config)
         if rotary_percent(config) != 1:
             raise ConfigError(
-                f"config.json: a rotary share other than 1 is no layout of {architecture}"
+                "config.json: a rotary share other than 1 is not supported for "
+                f"{family.architecture}"
             )
-        name, epsilon = family.epsilon
+        percent = 1.0
+        if family.rotary_dim_key:
+            percent = _percent(_whole(config, family.rotary_dim_key), sizes["kv_channels"])
+        epsilon_key, epsilon = family.epsilon
         return ModelConfig(
-            **sizes,
-            **family.traits,
-            family=named[architecture],
+            num_layers=sizes["num_layers"],
+            hidden_size=sizes["hidden_size"],
+            ffn_hidden_size=sizes["ffn_hidden_size"],
+            num_attention_heads=sizes["num_attention_heads"],
+            num_query_groups=sizes["num_query_groups"],
+            kv_channels=sizes["kv_channels"],
+            vocab_size=sizes["vocab_size"],
+            max_position_embeddings=sizes["max_position_embeddings"],
             make_vocab_size_divisible_by=make_vocab_size_divisible_by,
             untie_embeddings_and_output_weights=not config.get("tie_word_embeddings", False),
-            norm_epsilon=float(config.get(name, epsilon)),
+            norm_epsilon=float(config.get(epsilon_key, epsilon)),
             rotary_base=base,
+            rotary_percent=percent,
             rope_scaling=scaling,
+            family=family.name,
+            add_qkv_bias=family.add_qkv_bias,
+            qk_layernorm=family.qk_layernorm,
         )
 
 
+def _family_of_architecture(architecture: str | None) -> Family:
+    by_architecture = {family.architecture: family for family in FAMILIES.values()}
+    if architecture not in by_architecture:
+        raise ConfigError(
+            f"config.json: architecture {architecture} is not supported; supported are "
+            f"{', '.join(by_architecture)}"
+        )
+    return by_architecture[architecture]
+
+
+def _check_only(family: Family, config: Mapping[str, Any]) -> None:
+    """Refuses values that our layers do not compute."""
+    for name, only in {**family.only, "quantization_config": None}.items():
+        if (value := config.get(name, only)) != only:
+            raise ConfigError(f"config.json: {name} {value!r} is not supported, only {only!r} is")
+    if other := set(config.get("layer_types") or ()) - {"full_attention"}:
+        raise ConfigError(f"config.json: layer_types {min(other)!r} is not supported")
+
+
+def _read_sizes(family: Family, config: Mapping[str, Any]) -> dict[str, int]:
+    """The sizes in config.json, or the family's defaults, by ModelConfig's names."""
+    keys = {ours: theirs for theirs, ours in family.sizes.items()}
+    heads, hidden = _whole(config, keys["num_attention_heads"]), _whole(config, keys["hidden_size"])
+    sizes = family.default_sizes(hidden, heads)
+    for ours, theirs in keys.items():
+        if theirs in config or ours not in sizes:
+            sizes[ours] = _whole(config, theirs)
+    return sizes
+
+
+def _whole(config: Mapping[str, Any], name: str) -> int:
+    if not isinstance(value := config.get(name), int):
+        raise ConfigError(f"config.json: {name} must be a whole number, not {value!r}")
+    return value
+
+
 def stored_dtype(folder: Path) -> torch.dtype:
-    """The precision that config.json says the weights have."""
+    """The dtype of the weights, as config.json states it."""
     config = read_json(folder / "config.json")
     return getattr(torch, config.get("dtype") or config.get("torch_dtype") or "float32")
 
 
 def _percent(rotary_dim: int, kv_channels: int) -> float:
-    """The share of a head of which ModelConfig makes exactly rotary_dim again."""
+    """The rotary_percent from which ModelConfig computes exactly rotary_dim again."""
     percent = rotary_dim / kv_channels
     return percent if int(kv_channels * percent) == rotary_dim else math.nextafter(percent, 1)
 
 
 def sizes(model: ModelConfig) -> dict:
-    """What pose_megatron.checkpoints.mapping asks for to convert this model.
+    """The arguments of checkpoints.mapping.param_mappings for this model.
 
     Raises:
-        ConfigError: Hugging Face has no model like it.
+        ConfigError: Hugging Face has no such model.
     """
-    if model.family is None:
-        raise ConfigError("no Hugging Face family has --add-qkv-bias and --qk-layernorm both")
+    _family(model)
     names = (
         "family",
         "num_layers",
@@ -204,11 +141,17 @@ def sizes(model: ModelConfig) -> dict:
     return {name: getattr(model, name) for name in names} | {"tied": tied}
 
 
+def _family(model: ModelConfig) -> Family:
+    if model.family is None:
+        raise ConfigError("no Hugging Face family has both --add-qkv-bias and --qk-layernorm")
+    return family_named(model.family)
+
+
 def find_sidecars(source: Path) -> dict[str, Path]:
-    """Files of a tokenizer and its like, by the names that a Hugging Face folder gives them.
+    """Files of the tokenizer and other SIDECARS, by their names in a Hugging Face folder.
 
     Args:
-        source: a folder, or the tokenizer's file; a .model, or a file that is alone, may have any
+        source: a folder, or the tokenizer's file. A .model, and a file that is alone, may have any
             name.
     """
     files = [source] if source.is_file() else sorted(source.glob("*"))
@@ -228,15 +171,21 @@ def write_config(
     sidecars: Mapping[str, Path],
     rope_as_longrope: bool = False,
 ) -> None:
-    """Writes all that a folder holds beside the weights.
+    """Writes everything in a Hugging Face folder except the weights.
 
-    tokenizer_config.json says the model's window, and is made where the tokenizer has none. A
-    generation config that stopped at the window before stops at this one.
+    tokenizer_config.json states the model's window, and is written also where the tokenizer has
+    none. A generation config whose max_length was the old window gets the new one.
+
+    Args:
+        dtype: of the weights.
+        sidecars: files to copy, as from `find_sidecars`.
+        rope_as_longrope: write yarn as longrope, which states the same frequencies in full.
 
     Raises:
-        ConfigError: the family's config cannot say what the model is.
+        ConfigError: the family's config.json cannot describe the model.
     """
-    if model.rotary_dim != model.kv_channels and not model.is_gptj:
+    family = _family(model)
+    if model.rotary_dim != model.kv_channels and family.rotary_dim_key is None:
         raise ConfigError(
             f"--rotary-percent {model.rotary_percent} has no Hugging Face form: LLaMA rotates "
             "whole heads"
@@ -251,11 +200,10 @@ def write_config(
         generation = read_json(sidecars["generation_config.json"])
         if before is not None and generation.get("max_length") == before:
             write_json(folder / "generation_config.json", generation | {"max_length": window})
-    family = FAMILIES[model.family]
     config = {
         "architectures": [family.architecture],
         "model_type": family.model_type,
-        **{theirs: getattr(model, ours) for theirs, ours in family.names.items()},
+        **{theirs: getattr(model, ours) for theirs, ours in family.sizes.items()},
         **family.only,
         family.epsilon[0]: model.norm_epsilon,
         "tie_word_embeddings": not model.untie_embeddings_and_output_weights,
@@ -271,18 +219,18 @@ def write_config(
         max_position_embeddings=window,
         as_longrope=rope_as_longrope,
     )
-    if model.family in _ROPELESS:
+    if not family.reads_rope:
         if (rope["rope_theta"], rope["rope_scaling"]) != (10000.0, None):
             raise ConfigError(
                 f"--rope-scaling {model.rope_scaling.method} with base {rope['rope_theta']:g} has "
                 f"no Hugging Face form: the code of {family.architecture} reads no rope from its "
                 "config.json; train this family with --rope-scaling none"
                 + " or export it with --as-llama"
-                * (model.family == "baichuan")
+                * family.exports_as_llama
             )
         rope = {}
-    if model.is_gptj:
-        rope = {"rotary_dim": model.rotary_dim}
+    if family.rotary_dim_key:
+        rope[family.rotary_dim_key] = model.rotary_dim
     write_json(folder / "config.json", config | rope)
 
 
@@ -312,7 +260,7 @@ def _tokenizer_config(sidecars: Mapping[str, Path]) -> dict:
 
 
 def _special_tokens(folder: Path, sidecars: Mapping[str, Path]) -> dict:
-    """Their ids: those of the source's config.json, else the tokenizer's."""
+    """Ids of the special tokens, from the source's config.json, else from the tokenizer."""
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     if "config.json" in sidecars:
         source = read_json(sidecars["config.json"])

@@ -1,28 +1,30 @@
-"""A model in Megatron's own words: Megatron-LM's `args` and Megatron-Bridge's run_config.yaml.
+"""A model as Megatron writes it: Megatron-LM's `args` and Megatron-Bridge's run_config.yaml.
 
-    common_state     ModelConfig -> what Megatron-LM keeps in common.pt
-    to_args          ModelConfig -> the Namespace in it, with every name that
-                     load_args_from_checkpoint of Megatron-LM (core_v0.16.1) and the reader of
-                     Megatron-LM checkpoints in Megatron-Bridge look for
-    from_args        that of a checkpoint that Megatron-LM trained -> ModelConfig
+    common_state     ModelConfig -> the content of Megatron-LM's common.pt
+    to_args          ModelConfig -> the Namespace in common.pt, with every name that Megatron-LM's
+                     load_args_from_checkpoint (core_v0.16.1) and Megatron-Bridge's reader of
+                     Megatron-LM checkpoints look for
+    from_args        the Namespace of a checkpoint trained by Megatron-LM -> ModelConfig
     from_run_config  Megatron-Bridge's `model` section -> ModelConfig
 
-Stock Megatron knows two scalings: llama3 with Llama 3.1's constants, and linear. The others are in
-our own key of common.pt, and are for stock Megatron a plain rope.
+Stock Megatron knows two scalings: llama3 with Llama 3.1's constants, and linear. Any other is
+stored under our own key of common.pt, and stock Megatron takes the rope for a plain one.
 """
 
 import argparse
 import dataclasses
 import math
 from pathlib import Path
+from typing import Any
 
 from pose_megatron.errors import ConfigError
-from pose_megatron.models.shape import ModelConfig, family_of
+from pose_megatron.models.families import family_named, family_of
+from pose_megatron.models.shape import ModelConfig
 from pose_megatron.rope.interpolation import Pairs
 from pose_megatron.rope.scaling import RopeScaling
 
-# What a LLaMA is; a field of ModelConfig by the same name takes the place of the fixed value.
-FIXED = {
+# The arguments that make a LLaMA. Where ModelConfig has a field of the same name, its value holds.
+FIXED: dict[str, Any] = {
     "normalization": "RMSNorm",
     "swiglu": True,
     "squared_relu": False,
@@ -41,8 +43,8 @@ FIXED = {
     "no_rope_freq": None,
     "window_size": None,
 }
-# What says nothing of the weights, but is asked for.
-_ASKED = {
+# Arguments that readers look for and that say nothing about the weights.
+_EXPECTED: dict[str, Any] = {
     "add_position_embedding": True,
     "use_rotary_position_embeddings": False,
     "apply_query_key_layer_scaling": False,
@@ -75,7 +77,7 @@ _ASKED = {
 
 
 def to_args(model: ModelConfig, iteration: int, consumed_samples: int, **run) -> argparse.Namespace:
-    """Megatron-LM's arguments of a run: the model, how far it is, and `run` (layout, precision)."""
+    """Megatron-LM's arguments for a run: the model, its progress, and `run` (layout, precision)."""
     scaling, base = model.rope_scaling, model.rotary_base
     own = {}
     if scaling.over is None:
@@ -89,22 +91,12 @@ def to_args(model: ModelConfig, iteration: int, consumed_samples: int, **run) ->
         "rope_scaling_factor": 8.0,
         "rotary_seq_len_interpolation_factor": None,
     } | own
-    layer = (
-        {
-            "normalization": "LayerNorm",
-            "swiglu": False,
-            "add_bias_linear": True,
-            "rotary_interleaved": True,
-        }
-        if model.is_gptj
-        else {}
-    )
     return argparse.Namespace(
         **FIXED
-        | _ASKED
+        | _EXPECTED
         | shape
         | rope
-        | layer
+        | family_named(model.family).megatron_args()
         | {
             "padded_vocab_size": model.padded_vocab_size,
             "group_query_attention": model.num_query_groups != model.num_attention_heads,
@@ -118,10 +110,10 @@ def to_args(model: ModelConfig, iteration: int, consumed_samples: int, **run) ->
 
 
 def common_state(model: ModelConfig, iteration: int, consumed_samples: int, **run) -> dict:
-    """What Megatron-LM keeps in common.pt, and our own key.
+    """The content of Megatron-LM's common.pt, and our own key.
 
     Args:
-        run: further arguments, by Megatron-LM's names: layout, precision.
+        run: further arguments under Megatron-LM's names: layout, precision.
     """
     return {
         "args": to_args(model, iteration, consumed_samples, **run),
@@ -133,14 +125,14 @@ def common_state(model: ModelConfig, iteration: int, consumed_samples: int, **ru
 
 
 def from_args(args: dict, embedding_rows: int) -> ModelConfig:
-    """The model of a checkpoint that Megatron-LM wrote.
+    """The model in a checkpoint that Megatron-LM wrote.
 
     Args:
-        args: its Namespace, as a dict.
-        embedding_rows: of the stored word embedding, padding included.
+        args: the checkpoint's Namespace, as a dict.
+        embedding_rows: rows of the stored word embedding, padding included.
 
     Raises:
-        ConfigError: the model is no LLaMA; names the argument.
+        ConfigError: the model is not a LLaMA, Qwen2 or Qwen3; names the argument.
     """
     ours = {field.name for field in dataclasses.fields(ModelConfig)}
     for name, only in FIXED.items():
@@ -180,7 +172,8 @@ def from_args(args: dict, embedding_rows: int) -> ModelConfig:
 
 
 def read_run_config(path: Path, embedding_rows: int) -> tuple[ModelConfig, dict]:
-    """Model of Megatron-Bridge's run_config.yaml, and its run's arguments; errors as from_args."""
+    """The model in Megatron-Bridge's run_config.yaml, and arguments of the run by Megatron-LM's
+    names; errors as in from_args, or the file is no such YAML."""
     import yaml
 
     try:
@@ -201,10 +194,14 @@ def read_run_config(path: Path, embedding_rows: int) -> tuple[ModelConfig, dict]
 
 
 def from_run_config(config: dict, embedding_rows: int) -> ModelConfig:
-    """The model of a checkpoint that Megatron-Bridge wrote.
+    """The model in a checkpoint that Megatron-Bridge wrote.
+
+    Args:
+        config: the content of run_config.yaml.
+        embedding_rows: rows of the stored word embedding, padding included.
 
     Raises:
-        ConfigError: as from_args.
+        ConfigError: as in from_args.
     """
     model = _flat(config)
     activation = model.get("activation_func")
@@ -263,11 +260,11 @@ def _flat(config: dict) -> dict:
     model = config.get("model")
     if not isinstance(model, dict):
         raise ConfigError("run_config.yaml has no model section")
-    return {**model, **(model.get("transformer") or {})}  # a section of its own in later releases
+    return {**model, **(model.get("transformer") or {})}  # a section inside it in later releases
 
 
 def _scaling(args: dict) -> RopeScaling:
-    """As megatron-core computes it: both scalings act when both are asked for."""
+    """The scaling that megatron-core computes; llama3 and linear can act together."""
     kind = args.get("position_embedding_type")
     if kind not in ("rope", "yarn"):
         raise ConfigError(f"position_embedding_type {kind!r} is not supported, only rope and yarn")

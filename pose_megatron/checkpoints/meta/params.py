@@ -8,6 +8,7 @@ import torch
 
 from pose_megatron.checkpoints.stored_weights import StoredWeights
 from pose_megatron.errors import ConfigError, DamagedCheckpoint
+from pose_megatron.models.families import family_named
 from pose_megatron.models.shape import ModelConfig
 from pose_megatron.rope.huggingface import from_hf, to_hf
 from pose_megatron.runtime.json_files import read_json
@@ -101,7 +102,7 @@ def write_params(folder: Path, model: ModelConfig, ranks: int) -> None:
     Raises:
         ConfigError: Meta's code has no such model, rope or number of ranks.
     """
-    plain_llama = model.family == "llama" and model.rotary_percent == 1.0
+    plain_llama = family_named(model.family).in_meta_format and model.rotary_percent == 1.0
     if not plain_llama or model.kv_channels * model.num_attention_heads != model.hidden_size:
         raise ConfigError(
             f"Meta's format has LLaMA only, not {model.family} with heads of "

@@ -1,4 +1,4 @@
-"""convert.py against transformers, by a forward pass that reads the Megatron layout by hand."""
+"""mapping.py against transformers, by a forward pass that reads the Megatron layout by hand."""
 
 import pytest
 import torch
@@ -139,11 +139,13 @@ def test_there_and_back_is_bit_identical(
         "padded_vocab_size": vocab + padding,
         "tied": tied,
     }
-    shapes = {name: shape for row in param_mappings(**sizes) for name, shape in row.parts.items()}
+    shapes = {
+        name: shape for mapping in param_mappings(**sizes) for name, shape in mapping.parts.items()
+    }
     there = {name: torch.randn(shape).to(dtype) for name, shape in shapes.items()}
     megatron = hf_to_megatron(there, **sizes)
     assert {name: t.shape for name, t in megatron.items()} == {
-        row.name: row.shape for row in param_mappings(**sizes)
+        mapping.name: mapping.shape for mapping in param_mappings(**sizes)
     }
     elements = sum(t.numel() for t in there.values())
     assert sum(t.numel() for t in megatron.values()) == elements + padding * hidden * (2 - tied)
@@ -158,7 +160,9 @@ def test_names_are_those_of_transformers():
     for tied in (False, True):
         sizes = sizes_of(tied=tied)
         expected = {name: tensor.shape for name, tensor in weights(llama(sizes)).items()}
-        assert {n: s for row in param_mappings(**sizes) for n, s in row.parts.items()} == expected
+        assert {
+            n: s for mapping in param_mappings(**sizes) for n, s in mapping.parts.items()
+        } == expected
 
 
 def test_extra_tensors_that_are_fine():

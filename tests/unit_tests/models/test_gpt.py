@@ -1,4 +1,4 @@
-"""model.py against stock megatron-core at plain positions and transformers at any positions."""
+"""gpt.py and build.py against stock megatron-core at plain positions and transformers at any positions."""
 
 import dataclasses
 import math
@@ -208,7 +208,7 @@ def llama_logits(theirs, positions):
     return theirs(input_ids=TOKENS, position_ids=positions, attention_mask=mask).logits
 
 
-# The same as stock megatron-core.
+# Against stock megatron-core.
 
 
 @pytest.mark.parametrize("groups", [4, 2])
@@ -246,7 +246,7 @@ def test_training_losses_and_gradients_are_the_stock_ones():
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-6, msg=name)
 
 
-# The same as transformers.
+# Against transformers.
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -273,7 +273,7 @@ def test_each_row_of_a_batch_has_its_own_positions():
     assert far(logits(mine, SKIPPED.flip(0)), both) > 0.05
 
 
-# What others built.
+# Models built by others.
 
 
 @pytest.mark.parametrize("method", METHODS)

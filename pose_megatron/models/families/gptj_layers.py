@@ -1,4 +1,4 @@
-"""GPT-J's layer: attention and MLP side by side on one LayerNorm.
+"""GPT-J's layer, attention and MLP side by side on one LayerNorm, and its output layer's bias.
 
     y = LayerNorm(x);  x + Attention(y) + MLP(y)
 
@@ -11,6 +11,10 @@ import dataclasses
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    set_tensor_model_parallel_attributes,
+)
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_block import (
@@ -21,12 +25,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from pose_megatron.errors import ConfigError
-from pose_megatron.models.attention import SdpaCoreAttention
+from pose_megatron.models.attention import SdpaCoreAttention, mark_for_sequence_parallel
 
 
 class LayerNorm(torch.nn.Module):
-    """(x - mean) / std * weight + bias over the last dimension; both are marked as
-    pose_megatron.models.attention.RMSNorm marks its weight."""
+    """(x - mean) / std * weight + bias over the last dimension."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_):
         super().__init__()
@@ -35,14 +38,15 @@ class LayerNorm(torch.nn.Module):
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, **options))
         self.bias = torch.nn.Parameter(torch.zeros(hidden_size, **options))
         for parameter in (self.weight, self.bias):
-            parameter.sequence_parallel = config.sequence_parallel
+            mark_for_sequence_parallel(parameter, config)
 
     def forward(self, x):
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
 
 
 class AttentionWithoutBias(SelfAttention):
-    """megatron-core has one switch for the biases of a whole layer; the MLP's is on."""
+    """Attention without biases in a layer whose MLP has them: megatron-core's add_bias_linear
+    switches both."""
 
     def __init__(self, config: TransformerConfig, *args, **kwargs):
         super().__init__(dataclasses.replace(config, add_bias_linear=False), *args, **kwargs)
@@ -73,13 +77,13 @@ class ParallelLayer(TransformerLayer):
         return hidden_states + attention + (mlp + bias), context
 
 
-def gptj_spec(
+def layer_spec(
     config: TransformerConfig, implementation: str, vp_stage: int | None = None
 ) -> TransformerBlockSubmodules:
-    """The layers of this pipeline stage; arguments as pose_megatron.models.attention.layer_spec.
+    """The layers of this pipeline stage; arguments as in models.attention.layer_spec.
 
     Raises:
-        ConfigError: Transformer Engine was asked for, which has no such layer.
+        ConfigError: the implementation is Transformer Engine, which has no such layer.
     """
     if implementation != "torch":
         raise ConfigError(
@@ -104,3 +108,10 @@ def gptj_spec(
     layer = dataclasses.replace(spec, module=ParallelLayer, submodules=submodules)
     layers = get_num_layers_to_build(config, vp_stage=vp_stage)
     return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=LayerNorm)
+
+
+def add_bias(layer: ColumnParallelLinear) -> None:
+    """Gives an output layer a bias of zeros, one value for each of this rank's rows."""
+    layer.bias = torch.nn.Parameter(layer.weight.new_zeros(layer.output_size_per_partition))
+    set_tensor_model_parallel_attributes(layer.bias, True, 0, 1)
+    layer.bias.allreduce = True  # over the data-parallel ranks, as megatron-core marks the weight
