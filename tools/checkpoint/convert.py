@@ -41,7 +41,7 @@ from pose_megatron.checkpoints.tensor_files import size
 from pose_megatron.rope.huggingface import notes
 from pose_megatron.runtime.atomic_files import staged, write_atomically
 from pose_megatron.runtime.cli import command
-from pose_megatron.runtime.distributed import Team
+from pose_megatron.runtime.distributed import CpuGroup
 from pose_megatron.runtime.processes import end_with_parent
 
 MARKS = ("config.json", "params.json", TRACKER)  # of a checkpoint in one of the formats
@@ -141,7 +141,7 @@ def main() -> None:
 
 def convert(args: argparse.Namespace) -> None:
     start, seconds = time.perf_counter(), {}
-    team = Team()
+    team = CpuGroup()
     say = print if team.rank == 0 else lambda *_, **__: None
     load, save = args.load_dir.resolve(), args.save_dir.resolve()
     shard_bytes = _check(args, load, save)
@@ -166,7 +166,7 @@ def convert(args: argparse.Namespace) -> None:
         if team.rank == 0:
             _check_space(folder, total, save)
             _prepare(args, folder, model, dtypes[rows[0].name], sidecars)
-        team.share(None)
+        team.broadcast(None)
         with _rope_check(
             [load] * (args.loader == "hf") + [folder] * (args.saver == "hf"), model, team.rank == 0
         ) as rope:
@@ -188,7 +188,7 @@ def convert(args: argparse.Namespace) -> None:
                 _compare(source, again, mine.values(), dtypes, advance)
             if team.size == 1:
                 logits = _check_logits({args.loader: load, args.saver: folder}, model, args)
-        team.share(None)
+        team.broadcast(None)
     if args.saver == "hf":
         for note in notes(model.rope_scaling, model.max_position_embeddings, args.rope_as_longrope):
             say(f"note: {note}")
@@ -245,13 +245,13 @@ def _check(args: argparse.Namespace, load: Path, save: Path) -> int:
 
 
 @contextlib.contextmanager
-def _staged(team: Team, save: Path, overwrite: bool) -> Iterator[Path]:
+def _staged(team: CpuGroup, save: Path, overwrite: bool) -> Iterator[Path]:
     """One temporary folder for all processes, which rank 0 makes, renames or removes."""
     with contextlib.ExitStack() as stack:
         folder = None
         if team.rank == 0:
             folder = stack.enter_context(staged(save, overwrite, MARKS))
-        yield team.share(folder)
+        yield team.broadcast(folder)
 
 
 def _check_space(folder: Path, needed: int, save: Path) -> None:
@@ -286,7 +286,7 @@ def _sink(args, folder, source, dtypes, shard_bytes, processes):
     )
 
 
-def _transfer(team: Team, source: Source, sink, jobs: dict, dtypes, problems, advance) -> None:
+def _transfer(team: CpuGroup, source: Source, sink, jobs: dict, dtypes, problems, advance) -> None:
     """Does this process's jobs, and what is to be done once all have done theirs."""
     results = {}
     for number, job in jobs.items():
@@ -297,7 +297,7 @@ def _transfer(team: Team, source: Source, sink, jobs: dict, dtypes, problems, ad
     if team.rank == 0:
         sink.finish([together[number] for number in range(len(sink.jobs))])
         problems.report()
-    team.share(None)
+    team.broadcast(None)
 
 
 def _bytes(jobs: dict, dtypes) -> int:
@@ -395,7 +395,7 @@ def _counted(tensors, advance: Callable[[int], None]):
         advance(tensor.nbytes)
 
 
-def _check_hashes(source: Source, team: Team) -> None:
+def _check_hashes(source: Source, team: CpuGroup) -> None:
     """Of files that came with one: each process takes some."""
     for path in sorted(source.hashes)[team.rank :: team.size]:
         algorithm, expected = source.hashes[path]
