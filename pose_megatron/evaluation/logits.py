@@ -1,7 +1,10 @@
-"""The logits of a checkpoint, from one process."""
+"""A checkpoint's logits, computed in one process."""
+
+from collections.abc import Callable
 
 import torch
 from megatron.core import parallel_state
+from torch import Tensor
 
 from pose_megatron.checkpoints.megatron.directory import Checkpoint
 from pose_megatron.models.build import build_model, transformer_config
@@ -11,17 +14,21 @@ from pose_megatron.runtime import distributed
 from pose_megatron.training import checkpointing
 
 
-def logits_function(stage: PoseGPTModel, vocab_size: int):
+def logits_function(stage: PoseGPTModel, vocab_size: int) -> Callable[..., Tensor]:
     """`logits(tokens [b, s], last, position_ids [b, s]) -> float32 [b, last, vocab_size]`.
 
-    Positions are plain when not given. Only the last ones pass the output layer, so memory stays
-    small at long contexts. For an undivided model (one pipeline stage, one tensor rank). Where
-    frequencies depend on the length, they are those of the largest position, as in transformers.
+    Positions are 0 to s - 1 when not given. Only the last tokens' hidden states go through the
+    output layer, so memory stays small at long contexts. Where frequencies depend on the length,
+    it is the largest position plus 1, as in transformers.
+
+    Args:
+        stage: the whole model (one pipeline stage, one tensor-parallel rank).
+        vocab_size: columns beyond it, which pad the vocabulary, are left out.
     """
     rotary = stage.rotary_pos_emb
 
     @torch.no_grad()
-    def logits(tokens, last: int, position_ids=None):
+    def logits(tokens: Tensor, last: int, position_ids: Tensor | None = None) -> Tensor:
         if position_ids is None:
             position_ids = torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)
         if rotary.scaling.depends_on_length:
@@ -42,12 +49,12 @@ def load_logits(
     model: ModelConfig | None = None,
     bf16: bool = False,
     rounded_to: torch.dtype | None = None,
-):
-    """`logits_function` of a checkpoint's weights in one process, in float32 or bfloat16.
+) -> Callable[..., Tensor]:
+    """`logits_function` of a checkpoint, in float32 or bfloat16.
 
     Args:
-        model: its shape and rope, where they differ from the checkpoint's own.
-        rounded_to: gives the weights the values that they have in another precision.
+        model: shape and rope to use in place of the checkpoint's own.
+        rounded_to: round the weights to this precision first, and compute in the other.
     """
     model = model or found.model
     if not parallel_state.model_parallel_is_initialized():
@@ -61,6 +68,6 @@ def load_logits(
 
 @torch.no_grad()
 def round_to(dtype: torch.dtype, model: torch.nn.Module) -> None:
-    """Gives weights the values that they have in another precision; their own stays."""
+    """Rounds the weights to the values they would have as `dtype`; keeps their own dtype."""
     for parameter in model.parameters():
         parameter.copy_(parameter.to(dtype))

@@ -4,10 +4,10 @@
     needles     K lines that each give a name its number, at K places of the haystack
     question    one of these lines again, up to its number, which is the answer
 
-A prompt with its answer has exactly C tokens, at positions 0 to C - 1. The needle that is asked for
-goes from the front to the back as trial follows trial; the others, of other names, distract. The
-task is that of Mohtashami and Jaggi (2023), and with K > 1 that of the multi-key needles of RULER
-(Hsieh et al., 2024), in words of our own and as a text to go on with, so that base models take it.
+A prompt with its answer has exactly C tokens, at positions 0 to C - 1. From trial to trial the
+needle in question moves from the front to the back; the others, with other names, distract. This
+is the task of Mohtashami and Jaggi (2023), and with K > 1 the multi-key needles of RULER (Hsieh et
+al., 2024), in our own words and as text to be continued, so that base models can do it.
 
 Perplexity hardly shows whether far tokens are read; this does.
 """
@@ -43,8 +43,8 @@ class Prompt:
 
     Attributes:
         tokens: int64 [C], the answer included.
-        answer: how many of the last ones are the answer.
-        depth: of the needle: 0 at the front of the haystack, 1 right before the question.
+        answer: how many of the last tokens are the answer.
+        depth: where the needle is: 0 at the front of the haystack, 1 right before the question.
     """
 
     tokens: Tensor
@@ -57,9 +57,9 @@ class Answer:
     """What the model made of a prompt.
 
     Attributes:
-        depth: of the needle.
-        found: the most likely token was the right one at each place of the answer, which is to say
-            that greedy decoding gives the answer.
+        depth: where the needle is, as in Prompt.
+        found: whether the most likely token is right at each place of the answer, so that greedy
+            decoding gives the answer.
         loss: nats per token of the answer.
     """
 
@@ -77,18 +77,18 @@ def prompts(
     seed: int = 0,
     first: Sequence[int] = (),
 ) -> list[Prompt]:
-    """Prompts that are the same whatever the model.
+    """Prompts for one context length, the same for every model with this tokenizer.
 
     Args:
         encode: text to token ids, none added at either end.
-        haystack: gives so many ids; may draw.
+        haystack: (draw, count) to `count` ids, which may depend on the draw.
         length: C.
         trials: how many prompts; their depths are evenly spaced from 0 to 1.
         needles: K.
         first: ids that every prompt begins with.
 
     Raises:
-        ConfigError: the needles do not fit into C tokens, or are more than there are names.
+        ConfigError: K needles do not fit into C tokens, or there are fewer names than that.
     """
     if not 1 <= needles <= len(NAMES):
         raise ConfigError(f"--needles {needles} must lie between 1 and {len(NAMES)}")
@@ -112,7 +112,8 @@ def prompts(
         depth = trial / (trials - 1) if trials > 1 else 0.5
         places = [round(depth * room), *(draw.integer(0, room) for _ in lines[1:])]
         hay = haystack(draw, room)
-        parts, before = [list(first)], 0
+        parts: list[Sequence[int] | np.ndarray] = [first]
+        before = 0
         for place, text in sorted(zip(places, texts, strict=True)):
             parts += [hay[before:place], text]
             before = place
@@ -123,7 +124,7 @@ def prompts(
 
 
 def filler(encode: Callable[[str], Sequence[int]]) -> Callable[[Draw, int], np.ndarray]:
-    """A haystack that says nothing, over and over."""
+    """A haystack of FILLER, repeated."""
     ids = np.asarray(encode(FILLER), dtype=np.int64)
     return lambda draw, count: np.resize(ids, count)
 
@@ -137,9 +138,9 @@ def answers(
     """The model's answers to prompts of one length, in their order.
 
     Args:
-        logits: of the model.
+        logits: the model's.
         batch_tokens: about how many tokens go into one call.
-        progress: told of the tokens just done.
+        progress: called with the number of tokens just done.
     """
     size = max(batch_tokens // len(asked[0].tokens), 1)
     for batch in (asked[k : k + size] for k in range(0, len(asked), size)):
@@ -156,7 +157,7 @@ def answers(
 
 
 def interval(found: int, trials: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share."""
+    """Wilson's 95 % confidence interval for the share found / trials."""
     z = 1.959963984540054
     share, spread = found / trials, z * z / trials
     middle = (share + spread / 2) / (1 + spread)
@@ -174,7 +175,7 @@ def _different(draw: Draw, below: int, count: int) -> list[int]:
 
 
 def _split(encode, question: str, answer: str) -> tuple[list[int], list[int]]:
-    """Ids of the text of both, cut where the answer makes a difference to them."""
+    """Ids of question + answer, cut where they first differ from those of the question alone."""
     whole, alone = list(encode(question + answer)), list(encode(question))
     same = 0
     while same < min(len(whole), len(alone)) and whole[same] == alone[same]:

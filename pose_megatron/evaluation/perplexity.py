@@ -1,4 +1,4 @@
-"""How well a model uses its window: sliding-window perplexity over any logits function."""
+"""How well a model uses its window: sliding-window perplexity, by any logits function."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +23,7 @@ class Perplexity:
         loss: nats per scored token.
         standard_error: of `loss`, from the spread of its means per document; NaN for one document.
         tokens: scored tokens, the same ones at every context length.
-        documents: documents they come from.
+        documents: how many documents they come from.
     """
 
     context_length: int
@@ -45,16 +45,16 @@ def perplexities(
     """Perplexity at each context length, over the same scored tokens.
 
     Windows of C inputs end at longest, longest + stride, ... of each document, and each scores its
-    last `stride` tokens: a scored token is preceded by C - stride + 1 to C tokens. Where a window
-    ends does not depend on C, so the row over C compares like with like.
+    last `stride` tokens: a scored token is preceded by C - stride + 1 to C tokens. Where windows
+    end does not depend on C, so the perplexities of different C compare like with like.
 
     Args:
-        logits: of the model; positions are 0 to C - 1 in every window.
+        logits: the model's; positions are 0 to C - 1 in every window.
         documents: int64 [n], each with n > longest context length.
         context_lengths: C in tokens, each at least `stride`.
         stride: tokens scored per window.
         batch_tokens: about how many input tokens go into one call.
-        progress: told of the input tokens just done.
+        progress: called with the number of input tokens just done.
 
     Raises:
         ConfigError: no documents, one too short, or a stride above a context length.

@@ -1,5 +1,4 @@
-"""Files that are whole or not there, also after a crash: flushed to disk, then renamed. And what
-is said of those that are damaged all the same."""
+"""Files that are whole or not there, also after a crash: flushed to disk, then renamed."""
 
 import contextlib
 import os
@@ -12,7 +11,7 @@ from pose_megatron.errors import ConfigError
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replaces a file by a whole one, or not at all."""
+    """Replaces a file's content by `text` as a whole, or not at all."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text)
     fsync(temporary)
@@ -21,7 +20,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def fsync(path: Path) -> None:
-    """Puts a file's content, or a folder's names, on disk."""
+    """Puts a file's content, or a folder's entries, on disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -34,10 +33,12 @@ def staged(target: Path, overwrite: bool, marks: Iterable[str]) -> Iterator[Path
     """A new folder beside `target` that takes its place if all goes well, and vanishes if not.
 
     Args:
-        marks: files of which `target` holds one if it is something that may be replaced.
+        target: --save-dir.
+        overwrite: whether a folder at `target` may be replaced.
+        marks: names of files; a folder that holds none of them is never replaced.
 
     Raises:
-        ConfigError: there is something at `target`, and it must not or cannot be replaced.
+        ConfigError: `target` is not empty, and must not be replaced.
     """
     occupied = target.exists() and (not target.is_dir() or any(target.iterdir()))
     if occupied and not overwrite:
@@ -64,8 +65,8 @@ def staged(target: Path, overwrite: bool, marks: Iterable[str]) -> Iterator[Path
 
 
 def gist(error: BaseException) -> str:
-    """Of an error about a damaged file: its class and first line."""
-    if failures := getattr(error, "failures", None):  # torch's, by rank: what the first one said
+    """An error's class and first line, for a message about a damaged file."""
+    if failures := getattr(error, "failures", None):  # torch's CheckpointException, by rank
         error = next(iter(failures.values()))[0]
     lines = [line for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

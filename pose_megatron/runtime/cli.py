@@ -1,4 +1,4 @@
-"""A command-line program: numbers among its flags, and how it ends."""
+"""Command-line programs: numbers among their flags, and how they end."""
 
 import argparse
 import functools
@@ -12,7 +12,7 @@ from pose_megatron.runtime.ranks import rank, world_size
 
 
 def positive(text: str) -> int:
-    """A whole number of at least 1, as argparse's `type`."""
+    """A whole number of at least 1; argparse's `type` for such flags."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
     return int(text)
@@ -26,10 +26,11 @@ def print_error(error: Exception | str) -> None:
 def command(main: Callable[[], None]) -> Callable[[], int]:
     """Gives a program its exit code: 0, 1 after a user's mistake, 130 when it was stopped.
 
-    A user's mistake (ValueError, OSError) ends in one sentence, of several ranks from the first
-    that failed; POSE_TRACEBACK=1 shows its traceback. Every other exception keeps its own, unless
-    another rank failed before: then it is only an echo, such as a collective cut short. SIGTERM
-    stops as Ctrl-C does, so that `finally` runs; KeyboardInterrupt's argument says what is left.
+    A user's mistake (ValueError, OSError) ends in one sentence, printed by the first rank that
+    failed; POSE_TRACEBACK=1 shows its traceback. Every other exception keeps its traceback. A rank
+    whose mistake follows another rank's failure prints nothing: it is only an echo, such as a
+    collective cut short. SIGTERM stops as Ctrl-C does, so that `finally` runs; KeyboardInterrupt's
+    argument says what is kept.
     """
 
     @functools.wraps(main)
@@ -72,7 +73,7 @@ def _first_to_fail() -> bool:
     if world_size() == 1:
         return True
     distributed = _process_group()
-    if distributed is None:  # before the ranks have met all of them see the same mistake
+    if distributed is None:  # the ranks have not met yet, and all see the same mistake
         return rank() == 0
     try:
         store = distributed.distributed_c10d._get_default_store()
@@ -82,6 +83,6 @@ def _first_to_fail() -> bool:
 
 
 def _sentence(error: Exception) -> str:
-    """The message; of one that a loader process raised, what it said and not its traceback."""
+    """The error's message; for an error in a loader process only its last line, no traceback."""
     text = str(error).strip()
     return text.splitlines()[-1].partition(": ")[2] if text.startswith("Caught ") else text

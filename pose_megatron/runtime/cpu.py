@@ -2,9 +2,9 @@
 
 megatron-core asks for its device with `torch.cuda.current_device()`, writes `device="cuda"` into
 tensor factories, moves tensors with `.cuda()`, and compares dtypes by names such as
-"torch.cuda.FloatTensor". `install()` gives each of those words its CPU meaning, in this process and
-for all threads, so that the same megatron-core code runs over gloo. Only factories are wrapped:
-no operator of the forward or backward pass pays for it.
+"torch.cuda.FloatTensor". `install()` gives each of these its CPU meaning, in this process and for
+all threads, so that the same megatron-core code runs over gloo. Operators of the forward and
+backward pass are not wrapped, so they cost nothing.
 """
 
 import functools
@@ -29,24 +29,31 @@ FACTORIES = (
 )
 
 
+@functools.cache
 def install() -> None:
-    """Idempotent; call before importing megatron.core."""
-    if torch.cuda.is_available() or getattr(torch, "_pose_megatron_cpu", False):
+    """Call it before importing megatron.core; a second call does nothing."""
+    if torch.cuda.is_available():
         return
-    torch._pose_megatron_cpu = True
-    # torch notes on first use which factories `with torch.device(...)` governs; let it note its
-    # own, or models that transformers builds on the meta device come out uninitialised.
+    # torch notes on first use which factories `with torch.device(...)` governs. Let it note its own
+    # before they are wrapped, or models that transformers builds on the meta device come out
+    # uninitialised.
     torch.utils._device._device_constructors()
     for name in FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self
-    torch.Tensor.to = _to_on_cpu(torch.Tensor.to)
-    torch.Tensor.type = _type_as_cuda(torch.Tensor.type)
-    torch.cuda.current_device = lambda: torch.device("cpu")
-    torch.cuda.manual_seed = torch.manual_seed
-    torch.cuda.get_rng_state = lambda device="cuda": torch.get_rng_state()
-    torch.cuda.set_rng_state = lambda state, device="cuda": torch.set_rng_state(state)
-    for name in ("set_device", "synchronize", "empty_cache"):
+    for name, method in {
+        "cuda": lambda self, *args, **kwargs: self,
+        "to": _to_on_cpu(torch.Tensor.to),
+        "type": _type_as_cuda(torch.Tensor.type),
+    }.items():
+        setattr(torch.Tensor, name, method)
+    for name, function in {
+        "current_device": lambda: torch.device("cpu"),
+        "manual_seed": torch.manual_seed,
+        "get_rng_state": lambda device="cuda": torch.get_rng_state(),
+        "set_rng_state": lambda state, device="cuda": torch.set_rng_state(state),
+    }.items():
+        setattr(torch.cuda, name, function)
+    for name in ("set_device", "synchronize", "empty_cache"):  # a function each: dynamo wants that
         setattr(torch.cuda, name, lambda *args, **kwargs: None)
 
     from megatron.core.tensor_parallel import random

@@ -1,4 +1,4 @@
-"""Ranks that work together: process groups, device, seeds."""
+"""Process groups, device and seeds of the ranks that run together."""
 
 import datetime
 import os
@@ -19,16 +19,19 @@ def initialize(
     context_parallel_size: int = 1,
     timeout_minutes: int = 10,
 ) -> None:
-    """Joins the job that torchrun started, or makes one of a single rank.
+    """Joins the ranks that torchrun started, or sets up a single one.
 
     Args:
-        seed: of megatron-core's generators.
-        timeout_minutes: of a collective.
+        seed: for megatron-core's random generators.
+        timeout_minutes: how long a collective may take.
 
     Raises:
-        ValueError: the environment names a rank without an address to meet at.
+        ValueError: the environment has RANK but no MASTER_ADDR to meet at.
     """
-    from megatron.core import parallel_state, tensor_parallel  # seconds: tools do without
+    from megatron.core import (  # takes seconds, and not every tool needs it
+        parallel_state,
+        tensor_parallel,
+    )
 
     timeout = datetime.timedelta(minutes=timeout_minutes)
     backend = "nccl" if torch.cuda.is_available() else "gloo"
@@ -36,7 +39,7 @@ def initialize(
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun is the parent
         end_with_parent(os.getppid())
-    if dist.is_initialized():  # by a reader of checkpoints, in a job of one rank
+    if dist.is_initialized():  # by a checkpoint reader, with a single rank
         pass
     elif "RANK" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
@@ -56,23 +59,23 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-class Team:
-    """Processes that share a piece of work on the CPU: torchrun's, or this one alone."""
+class CpuGroup:
+    """The ranks that torchrun started, or this process alone, as a process group over gloo."""
 
     def __init__(self):
         self.rank, self.size = rank(), world_size()
         if self.size > 1:
             dist.init_process_group("gloo")
 
-    def share(self, value):
-        """Rank 0's value, on every rank; they wait for each other."""
+    def broadcast(self, value):
+        """Rank 0's value, on every rank; the ranks wait for each other."""
         values = [value]
         if self.size > 1:
             dist.broadcast_object_list(values, src=0)
         return values[0]
 
     def gather(self, value) -> list:
-        """The values of all ranks, on every rank."""
+        """Every rank's value, in order, on every rank."""
         values = [value] * self.size
         if self.size > 1:
             dist.all_gather_object(values, value)

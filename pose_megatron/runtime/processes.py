@@ -1,8 +1,8 @@
-"""When processes end: with the one that started them, or because they are told to.
+"""When processes end: with the process that started them, or because they are told to.
 
-A killed launcher would leave its ranks training on, beside those that replace them; a killed rank
-would leave the writers that it forked, which keep its memory and write on into a checkpoint that
-the next start writes anew. On Linux they end with it; elsewhere they may outlive it.
+A killed launcher would leave its ranks training on, beside those that replace them. A killed rank
+would leave the writers that it forked: they keep its memory, and go on writing a checkpoint that
+the next start writes anew. On Linux children end with their parent; elsewhere they may outlive it.
 """
 
 import ctypes
@@ -16,18 +16,18 @@ from collections.abc import Sequence
 
 
 def end_with_parent(parent: int) -> None:
-    """This process is killed when its parent, process number `parent`, ends."""
+    """Has this process killed when its parent, whose process id is `parent`, ends."""
     if sys.platform != "linux":
         return
     prctl, set_death_signal = ctypes.CDLL(None).prctl, 1
     prctl(set_death_signal, signal.SIGKILL)
-    if os.getppid() != parent:  # it ended before the line above
+    if os.getppid() != parent:  # the parent ended before the line above
         os._exit(1)
 
 
 @functools.cache
 def children_end_with_this() -> None:
-    """Whatever this process forks from now on is killed when it ends."""
+    """Has every process that this one forks from now on killed when this one ends."""
     parent = 0
 
     def note() -> None:
@@ -38,7 +38,11 @@ def children_end_with_this() -> None:
 
 
 class Stop:
-    """Whether to end before --train-iters: by a signal to any rank, or by the clock."""
+    """Whether to stop before --train-iters: by a signal to any rank, or by the clock.
+
+    Args:
+        minutes: --exit-duration-in-mins, counted from here; None for no limit.
+    """
 
     SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -51,12 +55,16 @@ class Stop:
     def _catch(self, number: int, frame) -> None:
         self.caught = number
 
-    def votes(self) -> list[float]:
-        """Of this rank, one for each reason; they travel with the loss of a step."""
+    def stop_votes(self) -> list[float]:
+        """This rank's stop votes, one float per reason; all-reduced with the step's loss."""
         late = time.monotonic() > self.deadline
         return [*(float(self.caught == number) for number in self.SIGNALS), float(late)]
 
-    def reason(self, votes: Sequence[float]) -> str | None:
-        """That of any rank, from the sums; None to go on."""
+    def reason(self, stop_votes: Sequence[float]) -> str | None:
+        """The first reason any rank voted for, or None to continue.
+
+        Args:
+            stop_votes: summed over the ranks.
+        """
         names = [*(number.name for number in self.SIGNALS), "--exit-duration-in-mins"]
-        return next((name for name, count in zip(names, votes, strict=True) if count), None)
+        return next((name for name, count in zip(names, stop_votes, strict=True) if count), None)

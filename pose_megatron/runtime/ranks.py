@@ -1,14 +1,15 @@
-"""Which process this is among those that torchrun started, and which of them speaks."""
+"""Which of torchrun's ranks this process is, and printing on rank 0 only."""
 
 import os
 
 
 def rank() -> int:
-    """0 where torchrun started nothing."""
+    """This process's rank; 0 without torchrun."""
     return int(os.environ.get("RANK", 0))
 
 
 def world_size() -> int:
+    """How many ranks torchrun started; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 

@@ -3,8 +3,8 @@
 import os
 import warnings
 
-# Said on every start by megatron-core and torch, about packages that are optional and names that
-# only they can change.
+# Warnings of megatron-core and torch at every start, about optional packages and about deprecated
+# names that only they can change.
 KNOWN_WARNINGS = (
     ".*Apex (is|are) not installed",
     "full scope is deprecated",
@@ -15,9 +15,9 @@ KNOWN_WARNINGS = (
 
 
 def prepare_megatron() -> None:
-    """Mutes known warnings, and lets megatron-core run without CUDA where there is none.
+    """Mutes known warnings, and lets megatron-core run on a machine without CUDA.
 
-    For programs: a library that is imported changes neither.
+    For programs; importing the library changes neither.
     """
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # orders tensor-parallel overlap
     for message in KNOWN_WARNINGS:

@@ -1,7 +1,7 @@
 """Saves and loads a training state in Megatron-LM's directory layout, for any layout of ranks.
 
-Weights are stored under layout-free names with the layer as a leading axis, so what was saved by
-one layout loads under any other.
+Weights are stored under names that no layout changes, with the layer as a leading axis, so what one
+layout has saved loads under any other.
 """
 
 import multiprocessing
@@ -39,7 +39,7 @@ from pose_megatron.errors import ConfigError, DamagedCheckpoint
 from pose_megatron.models.shape import ModelConfig
 from pose_megatron.runtime.atomic_files import gist
 from pose_megatron.runtime.processes import children_end_with_this
-from pose_megatron.training.optimizer import init_optimizer_state
+from pose_megatron.training.optimizer import init_optimizer_state, parts
 
 __all__ = [
     "TRACKER",
@@ -53,7 +53,7 @@ __all__ = [
     "write",
 ]
 
-# The library has no error of its own for damaged files, and torch's is no Exception.
+# megatron-core has no error of its own for damaged files, and torch's is no Exception.
 ANY_FAILURE = (Exception, CheckpointException)
 
 
@@ -73,12 +73,18 @@ def save(
     """Writes a whole training state; every rank calls it.
 
     Args:
+        root: --save.
         iteration: steps done.
-        stages: this rank's unwrapped GPTModel, or its chunks of an interleaved pipeline.
+        model: shape and rope, stored beside the weights.
+        stages: this rank's unwrapped GPTModel, or its model chunks in an interleaved pipeline.
         tokenizer_files: copied to <root>/tokenizer.
-        retain: checkpoints to keep, this one included; older ones are removed after it is whole.
-        queue: writes in the background and finishes in the queue's maybe_finalize_async_calls.
-        done: told of the checkpoint's folder when it is whole.
+        retain: how many checkpoints to keep, this one included; older ones are removed once it is
+            whole.
+        queue: to write in the background; the queue's maybe_finalize_async_calls finishes the save.
+        done: called with the checkpoint's folder once it is whole.
+
+    Returns:
+        The checkpoint's folder.
     """
     p = parallel_state
     state = common_state(
@@ -122,7 +128,12 @@ def write(
     finish: Callable[[Path], None],
     queue: AsyncCallsQueue | None = None,
 ) -> Path:
-    """Writes a state dict as <root>/iter_... or <root>/release, then calls `finish`."""
+    """Writes a state dict as <root>/iter_... or <root>/release, then calls `finish`.
+
+    Args:
+        word: an iteration, or "release".
+        queue: see `save`.
+    """
     path = path_of(root, word)
     if dist.get_rank() == 0:
         root.mkdir(parents=True, exist_ok=True)
@@ -146,8 +157,10 @@ def write(
 
 
 def _quick_results_queue() -> None:
-    """The writer reports through a manager process that it would spawn, importing everything anew
-    (seconds, and the memory of a whole rank); a forked one is there at once."""
+    """Gives megatron-core's writer a forked manager process to report through.
+
+    It would spawn one, which imports everything anew: seconds, and the memory of a whole rank.
+    """
     if filesystem_async._results_queue is None:
         children_end_with_this()
         manager = multiprocessing.get_context("fork").Manager()
@@ -155,10 +168,11 @@ def _quick_results_queue() -> None:
 
 
 def load(checkpoint: Checkpoint, stages: list, optimizer=None, scheduler=None) -> None:
-    """Reads weights into this rank's stages and, when given, the rest of the training state.
+    """Loads weights into this rank's stages and, where given, optimizer and schedule.
 
     Raises:
-        ConfigError: the checkpoint is damaged or holds other tensors than the model.
+        ConfigError: the checkpoint is whole and does not fit the model or the optimizer.
+        DamagedCheckpoint: it cannot be read.
     """
     if checkpoint.is_legacy:
         raise ConfigError(
@@ -231,12 +245,12 @@ def load(checkpoint: Checkpoint, stages: list, optimizer=None, scheduler=None) -
 
 
 def _is_distributed(optimizer) -> bool:
-    parts = getattr(optimizer, "chained_optimizers", [optimizer])
-    return isinstance(parts[0], DistributedOptimizer)
+    return isinstance(parts(optimizer)[0], DistributedOptimizer)
 
 
 def _sharded_models(stages: list, metadata: dict) -> dict[str, dict]:
-    """By Megatron-LM's names: `model`, or `model0`, `model1`, ... of an interleaved pipeline."""
+    """Sharded state dicts under Megatron-LM's names: `model`, or `model0`, `model1`, ... for the
+    chunks of an interleaved pipeline."""
     names = ["model"] if len(stages) == 1 else [f"model{i}" for i in range(len(stages))]
     return {
         name: stage.sharded_state_dict(metadata=metadata)
@@ -250,12 +264,12 @@ def _of_optimizer(models: dict[str, dict]) -> dict:
 
 
 def _without_extra_state(sharded: dict) -> dict:
-    """Transformer Engine's FP8 state: absent from converted and from `torch` checkpoints."""
+    """Leaves out Transformer Engine's FP8 state, which converted and `torch` checkpoints lack."""
     return {name: v for name, v in sharded.items() if not name.endswith("_extra_state")}
 
 
 def _random_state() -> ShardedObject:
-    """Generators of this tensor and pipeline rank, under Megatron-LM's names."""
+    """This tensor and pipeline rank's random generators, under Megatron-LM's names."""
     p = parallel_state
     state = [
         {

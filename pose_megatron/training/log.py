@@ -1,7 +1,7 @@
-"""What a run says of itself: rank 0's lines, the same as JSON, TensorBoard and Weights & Biases.
+"""A run's log: lines on rank 0, the same as JSON, TensorBoard and Weights & Biases.
 
-Throughput is counted in model FLOPs (what the model needs, not what recomputation adds); MFU is
-their share of the device's dense bfloat16 peak, where that is known.
+Throughput is counted in model FLOPs, without what recomputation adds; MFU is their share of the
+device's dense bfloat16 peak, where that is known.
 """
 
 import dataclasses
@@ -13,6 +13,7 @@ import sys
 import time
 from collections import deque
 from pathlib import Path
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,8 @@ from pose_megatron.config.flags import LoggingFlags
 from pose_megatron.errors import ConfigError
 from pose_megatron.runtime.distributed import device
 from pose_megatron.runtime.ranks import print_rank_0, rank, world_size
+from pose_megatron.training.step import Step
+from pose_megatron.training.trainer import Trainer
 
 # Dense bfloat16 FLOP/s of a device by a part of its name, from NVIDIA's data sheets.
 PEAKS = {
@@ -36,19 +39,20 @@ PEAKS = {
 
 
 class Log:
-    """Rank 0's log lines and their twins elsewhere; all ranks call it."""
+    """Rank 0's log lines and their records in the sinks; all ranks call it."""
 
-    def __init__(self, trainer):
+    def __init__(self, trainer: Trainer):
         self.trainer = trainer
         flags: LoggingFlags = trainer.args.logging
         self.interval = flags.log_interval
-        self.losses, self.samples, self.skipped = [], 0, 0
+        self.losses: list[float] = []  # of the steps since the last line
+        self.samples, self.skipped = 0, 0
         self.mark, self.seconds = time.perf_counter(), 0.0
         self.sinks = sinks(flags, dataclasses.asdict(trainer.args)) if rank() == 0 else []
         self.peak = peak_flops() if trainer.args.training.bf16 else None
 
-    def step(self, step, lr: float) -> None:
-        """Takes a step's result; prints at every --log-interval and at the end of the run."""
+    def step(self, step: Step, lr: float) -> None:
+        """Counts a step; prints a line every --log-interval steps and at the end of the run."""
         self.losses.append(step.loss)
         self.samples += step.samples
         self.skipped += not step.updated
@@ -57,7 +61,7 @@ class Log:
         trainer, at = self.trainer, self.trainer.iteration
         if at % self.interval and at != trainer.iterations:
             return
-        # Of the steps that counted: one that was skipped has said so itself.
+        # The mean leaves out steps that were skipped, which are logged on their own.
         finite = [loss for loss in self.losses if math.isfinite(loss)]
         mean = statistics.fmean(finite) if finite else math.nan
         seconds = self.seconds / len(self.losses)
@@ -103,6 +107,7 @@ class Log:
         self.mark = time.perf_counter()
 
     def validation(self, loss: float, name: str = "validation") -> None:
+        """A mean loss per token, of validation or of the test."""
         # exp() of a fresh model's loss can overflow; infinity is then the honest figure.
         perplexity = math.exp(loss) if loss < 700 else math.inf
         print_rank_0(
@@ -112,11 +117,12 @@ class Log:
         self.mark = time.perf_counter()  # not a step's time
 
     def saved(self, path: Path) -> None:
+        """A checkpoint is whole."""
         print_rank_0(f"saved {path}")
         self.mark = time.perf_counter()  # not a step's time
 
     def anomaly(self, what: str, worst: list[tuple[str, float]]) -> None:
-        """A step that went wrong, and its samples of highest loss: (name, loss)."""
+        """A step that went wrong, and the (name, loss) of its samples with the highest loss."""
         at = self.trainer.iteration
         print_rank_0(f"iteration {at}: {what}; its samples of highest loss:")
         for name, loss in worst:
@@ -134,17 +140,23 @@ class Log:
 
 
 class AnomalyDetector:
-    """Judges each step: skipped because something was not finite, or with a loss far above the
-    last ones. Every rank comes to the same verdict."""
+    """Finds steps that went wrong: skipped because a value was not finite, or with a loss far above
+    the mean of the last WINDOW steps. Every rank finds the same ones.
+
+    Args:
+        spike_factor: how far above the mean, as a factor; 0 for no such check.
+        max_skipped: after how many skipped steps in a row to give up.
+    """
 
     WINDOW = 20
 
     def __init__(self, spike_factor: float, max_skipped: int):
         self.factor, self.max_skipped = spike_factor, max_skipped
-        self.losses, self.skipped = deque(maxlen=self.WINDOW), 0
+        self.losses: deque[float] = deque(maxlen=self.WINDOW)
+        self.skipped = 0  # in a row
 
-    def judge(self, step) -> str | None:
-        """What is wrong with the step; None when nothing is."""
+    def judge(self, step: Step) -> str | None:
+        """What is wrong with the step, or None."""
         if not step.updated:
             self.skipped += 1
             return (
@@ -163,8 +175,15 @@ class AnomalyDetector:
         return self.skipped >= self.max_skipped
 
 
+class Sink(Protocol):
+    """Where records of a run go."""
+
+    def write(self, iteration: int, values: dict) -> None: ...
+    def close(self) -> None: ...
+
+
 class JsonLines:
-    """One object per record, appended; a number that JSON lacks is its name, such as "nan"."""
+    """One JSON object per line, appended; numbers that JSON lacks are strings, such as "nan"."""
 
     def __init__(self, path: str):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -223,9 +242,16 @@ class WeightsAndBiases:
         self.run.finish()
 
 
-def sinks(flags: LoggingFlags, config: dict) -> list:
-    """What the flags ask for, beside the lines on rank 0."""
-    made = []
+def sinks(flags: LoggingFlags, config: dict) -> list[Sink]:
+    """The sinks that the flags name.
+
+    Args:
+        config: the run's arguments, for Weights & Biases.
+
+    Raises:
+        ConfigError: a sink's package is not installed.
+    """
+    made: list[Sink] = []
     if flags.log_file:
         made.append(JsonLines(flags.log_file))
     if flags.tensorboard_dir:
@@ -236,7 +262,7 @@ def sinks(flags: LoggingFlags, config: dict) -> list:
 
 
 def peak_memory() -> int:
-    """Bytes, the most so far: allocated on the GPU, or resident on a CPU."""
+    """The most bytes so far: allocated on the GPU, or resident without one."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     unit = 1 if sys.platform == "darwin" else 1024
@@ -252,10 +278,10 @@ def peak_flops() -> float | None:
 
 
 def _largest(value: int) -> int:
-    """Of all ranks."""
+    """The largest value on any rank."""
     largest = torch.tensor([value], dtype=torch.int64, device=device())
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-    return largest.item()
+    return int(largest.item())
 
 
 def _clock(seconds: float) -> str:

@@ -10,6 +10,7 @@ import math
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import (
+    ChainedOptimizer,
     MegatronOptimizer,
     OptimizerConfig,
     distrib_optimizer,
@@ -26,7 +27,7 @@ from pose_megatron.config.layout import Layout
 def build_optimizer(
     t: TrainingFlags, p: ParallelFlags, chunks: list[DistributedDataParallel]
 ) -> MegatronOptimizer:
-    """Adam over float32 main parameters; norms are not decayed."""
+    """Adam over float32 main parameters; weight decay spares the norms."""
     _mend_torch_adam()
     config = OptimizerConfig(
         optimizer="adam",
@@ -48,7 +49,7 @@ def build_optimizer(
 def build_scheduler(
     t: TrainingFlags, layout: Layout, optimizer: MegatronOptimizer
 ) -> OptimizerParamScheduler:
-    """Learning rate as a function of consumed samples (megatron-core counts samples)."""
+    """The learning rate's schedule over consumed samples, which megatron-core calls steps."""
     length, warmup, decay, final = (
         (t.train_samples, t.lr_warmup_samples, t.lr_decay_samples, t.lr_wsd_decay_samples)
         if t.train_samples
@@ -71,17 +72,28 @@ def build_scheduler(
         end_wd=t.weight_decay,
         wd_incr_steps=0,
         wd_incr_style="constant",
-        # The flags of the run that resumes win over what the checkpoint holds.
+        # A resumed run's flags win over the checkpoint's.
         use_checkpoint_opt_param_scheduler=False,
         override_opt_param_scheduler=True,
     )
 
 
+def parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    """The optimizers that megatron-core has chained, or the only one."""
+    if isinstance(optimizer, ChainedOptimizer):
+        return optimizer.chained_optimizers
+    return [optimizer]
+
+
 @torch.no_grad()
 def update(optimizer: MegatronOptimizer, clip_grad: float, finite: bool) -> tuple[float, bool]:
-    """One step of the optimizer; none where the loss (not `finite`) or the gradient is not finite.
+    """Clips the gradient and takes one step of the optimizer, if loss and gradient are finite.
 
-    Every rank comes to the same decision: the norm is that of the whole gradient.
+    Every rank decides alike, as the norm is the whole gradient's.
+
+    Args:
+        clip_grad: the norm to clip to; 0 for none.
+        finite: whether the loss is.
 
     Returns:
         (gradient norm before clipping, whether the weights changed).
@@ -90,7 +102,7 @@ def update(optimizer: MegatronOptimizer, clip_grad: float, finite: bool) -> tupl
     norm = optimizer.get_grad_norm()
     if not (finite and math.isfinite(norm)):
         return norm, False
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for part in parts(optimizer):
         if clip_grad > 0 and (parameters := part.get_parameters()):
             clip_grad_by_total_norm_fp32(parameters, clip_grad, norm)
     return norm, optimizer.step_with_ready_grads()
@@ -103,7 +115,7 @@ def init_optimizer_state(optimizer: MegatronOptimizer) -> None:
     """
     if distrib_optimizer.HAVE_APEX_OR_TE:
         return
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for part in parts(optimizer):
         inner = part.optimizer
         for parameter in (p for group in inner.param_groups for p in group["params"]):
             if not inner.state[parameter]:
@@ -118,9 +130,9 @@ def init_optimizer_state(optimizer: MegatronOptimizer) -> None:
 def _mend_torch_adam() -> None:
     """Three defects of megatron-core 0.16.1 when torch's AdamW is in the distributed optimizer.
 
-    Loading a parameter's state looks for a 'step' that was left out; it writes into leaf tensors
-    with gradients on; and all parameters are given one shared `step` tensor, which every one of
-    them then increments.
+    Loading a parameter's state expects a 'step', which was never saved; it writes into leaf tensors
+    that require gradients; and it gives all parameters one shared `step` tensor, which each of them
+    then increments.
     """
     if distrib_optimizer.HAVE_APEX_OR_TE:
         return
@@ -149,4 +161,5 @@ def _mend_torch_adam() -> None:
 
 
 def learning_rate(optimizer: MegatronOptimizer) -> float:
+    """The learning rate of the next step."""
     return next(g["lr"] for g in optimizer.param_groups if g["default_config"])

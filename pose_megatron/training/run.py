@@ -1,7 +1,7 @@
 """What a run is made of before its ranks meet: checkpoint, tokenizer, model, sampler, datasets.
 
-`assemble` is the one place where flags become these; the entry, tools that look at a run's samples
-and the benchmarks all start here.
+`assemble` is the one place where flags become these; the entry, the tools that need a run's samples
+and the benchmarks start here.
 """
 
 from dataclasses import dataclass
@@ -26,11 +26,11 @@ class Run:
 
     Attributes:
         model: shape and rope, on which flags, checkpoint and tokenizer agree.
-        sampler: of the training positions.
-        tokenizer: of --tokenizer-model.
-        loaded: the checkpoint to start from.
-        resume: whether to continue the training that `loaded` interrupted; else only its weights
-            are taken.
+        sampler: draws the training positions.
+        tokenizer: --tokenizer-model, if given.
+        loaded: the checkpoint to start from, if any.
+        resume: whether to continue the training that saved `loaded`; else only its weights are
+            taken.
     """
 
     args: Arguments
@@ -47,7 +47,7 @@ class Run:
         test_samples: int = 0,
         positions_only: bool = False,
     ) -> Datasets:
-        """The run's samples; arguments and errors as data.dataset.build_datasets."""
+        """The run's samples; for arguments and errors see data.dataset.build_datasets."""
         return build_datasets(
             self.args.data,
             self.sampler,
@@ -64,7 +64,8 @@ def assemble(args: Arguments) -> Run:
     """The run that flags describe; reads the checkpoint's description and no weights.
 
     Raises:
-        ConfigError, DamagedCheckpoint: naming the flag or file, its value and the way out.
+        ConfigError: a flag or file cannot be used; names it, its value and the way out.
+        DamagedCheckpoint: see `starting_point`.
     """
     loaded, resume = starting_point(args.checkpoint)
     tokenizer = None
@@ -73,8 +74,8 @@ def assemble(args: Arguments) -> Run:
     model = resolve_model(
         args.model,
         args.data.seq_length,
-        loaded and loaded.model,
-        tokenizer and tokenizer.vocab_size,
+        loaded.model if loaded else None,
+        tokenizer.vocab_size if tokenizer else None,
     )
     sampler = build_sampler(args, model.max_position_embeddings, tokenizer)
     return Run(args, model, sampler, tokenizer, loaded, resume)
@@ -83,10 +84,10 @@ def assemble(args: Arguments) -> Run:
 def train_valid_test_datasets_provider(
     run: Run, layout: Layout, positions_only: bool = False
 ) -> Datasets:
-    """Training samples to the end of the run, and those of its validations and its test.
+    """The samples of the run: for training to its end, for each validation and for the test.
 
     Args:
-        positions_only: a middle pipeline stage needs no tokens.
+        positions_only: for a middle pipeline stage, which needs no tokens.
     """
     logging = run.args.logging
     train_samples = samples_needed(run.args.training, layout, run.loaded if run.resume else None)
@@ -101,8 +102,8 @@ def train_valid_test_datasets_provider(
 
 
 def samples_needed(t: TrainingFlags, layout: Layout, resumed: Checkpoint | None) -> int:
-    """Length of a training set that lasts to the end, also should --load-fallback take an earlier
-    checkpoint than `resumed`."""
+    """How many training samples last to the end of the run, even if --load-fallback goes back to an
+    earlier checkpoint than `resumed`."""
     from_start = layout.end(t)[1]
     if resumed is None:
         return from_start
@@ -113,8 +114,8 @@ def starting_point(flags: CheckpointFlags) -> tuple[Checkpoint | None, bool]:
     """The checkpoint to start from, if any, and whether to continue its training.
 
     Raises:
-        ConfigError: --load is no checkpoint folder, or holds a model that is not ours.
-        DamagedCheckpoint: the one in --load is damaged, and nothing takes its place.
+        ConfigError: --load is no checkpoint folder, or its model is of an unknown kind.
+        DamagedCheckpoint: the checkpoint is damaged, and there is no earlier one to fall back to.
     """
     if flags.pretrained_checkpoint and not (flags.load and directory.exists(flags.load)):
         return directory.find(flags.pretrained_checkpoint), False
@@ -132,10 +133,10 @@ def starting_point(flags: CheckpointFlags) -> tuple[Checkpoint | None, bool]:
 def fall_back(
     flags: CheckpointFlags, error: DamagedCheckpoint, below: int | None = None
 ) -> Checkpoint:
-    """With --load-fallback the newest checkpoint that is whole, below iteration `below`.
+    """With --load-fallback, the newest whole checkpoint before iteration `below`.
 
     Raises:
-        DamagedCheckpoint: `error`, where the flag is not given or there is no other checkpoint.
+        DamagedCheckpoint: `error`, without the flag or without such a checkpoint.
     """
     if not flags.load_fallback:
         raise error

@@ -23,16 +23,16 @@ from pose_megatron.training.trainer import Trainer
 
 @dataclass(frozen=True)
 class Step:
-    """What a step came to; the same on every rank, but for `rows`.
+    """A step's results; all but `rows` are the same on every rank.
 
     Attributes:
-        loss: per token of the whole batch.
+        loss: mean per token of the whole batch, nats.
         grad_norm: before clipping.
-        updated: whether the weights changed; not where a value was not finite.
+        updated: whether the weights changed; they do not when loss or gradient is not finite.
         first, samples: the batch is samples [first, first + samples) of the run.
-        rows: [b, 2] of each micro-batch here: loss sum and tokens of each sample, or of this
-            context-parallel rank's part of it. Only on the last pipeline stage.
-        stop_votes: those of `train_step`, summed over the ranks.
+        rows: for each micro-batch on this rank [b, 2]: each sample's loss sum and tokens, or those
+            of this context-parallel rank's slice. Empty but on the last pipeline stage.
+        stop_votes: summed over the ranks.
     """
 
     loss: float
@@ -48,8 +48,8 @@ def train_step(trainer: Trainer, data, stop_votes: Sequence[float] = ()) -> Step
     """One step: all micro-batches forward and backward, then one update.
 
     Args:
-        data: this rank's micro-batches, of `Trainer.data_iterator`.
-        stop_votes: this rank's; they are all-reduced with the loss.
+        data: this rank's micro-batches, from `Trainer.data_iterator`.
+        stop_votes: this rank's, see processes.Stop; all-reduced with the loss.
     """
     first = trainer.consumed_samples
     samples = trainer.layout.batch_size(first)
@@ -70,7 +70,7 @@ def train_step(trainer: Trainer, data, stop_votes: Sequence[float] = ()) -> Step
 
 @torch.no_grad()
 def evaluate(trainer: Trainer, valid_set: PoseDataset | None) -> float:
-    """Mean loss per token over --eval-iters batches of plain positions; on every rank."""
+    """Mean loss per token over --eval-iters batches, the same on every rank."""
     data = trainer.data_iterator(valid_set, 0, num_workers=0)
     for model in trainer.models:
         model.eval()
@@ -88,7 +88,7 @@ def evaluate(trainer: Trainer, valid_set: PoseDataset | None) -> float:
 
 
 def sample_losses(trainer: Trainer, step: Step) -> list[float]:
-    """Mean loss of each sample of a step, in order; all ranks call it and get all."""
+    """Each sample's mean loss in a step, in order; all ranks call it and get all of them."""
     micro = trainer.layout.micro_batch_size
     total = torch.zeros(step.samples, 2, dtype=torch.float64, device=device())
     ranks, own = (
@@ -98,28 +98,34 @@ def sample_losses(trainer: Trainer, step: Step) -> list[float]:
     for i, rows in enumerate(step.rows):
         start = (i * ranks + own) * micro
         total[start : start + micro] += rows
-    dist.all_reduce(total)  # once for each tensor-parallel rank: the mean does not change
+    # Each tensor-parallel rank adds the same sums, which leaves the means as they are.
+    dist.all_reduce(total)
     return (total[:, 0] / total[:, 1]).tolist()
 
 
 def worst_samples(
     losses: list[float], first: int, dataset: PoseDataset | None, count: int = 4
 ) -> list[tuple[str, float]]:
-    """Names and losses of the samples that stand out, where this rank has the dataset."""
+    """Names and losses of the samples with the highest loss, NaN first; [] without the dataset.
+
+    Args:
+        losses: of samples `first`, `first` + 1, ... of the dataset.
+        count: how many to name.
+    """
     if dataset is None:
         return []
-    worst = sorted(range(len(losses)), key=lambda i: _badness(losses[i]), reverse=True)[:count]
+
+    def key(i: int) -> float:
+        return losses[i] if math.isfinite(losses[i]) else math.inf
+
+    worst = sorted(range(len(losses)), key=key, reverse=True)[:count]
     return [(dataset.name(first + i), losses[i]) for i in worst]
-
-
-def _badness(loss: float) -> float:
-    return loss if math.isfinite(loss) else math.inf
 
 
 def _forward_backward(
     trainer: Trainer, data, samples: int, forward_only: bool
 ) -> list[torch.Tensor]:
-    """All micro-batches of a batch; returns the rows of `Step`."""
+    """Runs megatron-core's schedule over a batch; returns `Step.rows`."""
     t, length = trainer.args.training, trainer.args.data.seq_length
     reports = get_forward_backward_func()(
         forward_step_func=partial(
@@ -136,11 +142,10 @@ def _forward_backward(
 
 
 def forward_step(data_iterator, model, micro_batch_size: int, seq_length: int):
-    """The forward pass of one micro-batch, as megatron-core's schedules call it (`partial` fixes
-    the last two).
+    """The forward pass of one micro-batch; megatron-core's schedules give the first two arguments.
 
     Returns:
-        (output of this pipeline stage, loss function of the last stage's losses [b, L / cp]).
+        (this pipeline stage's output, the loss function to apply to the last stage's).
     """
     batch = get_batch(data_iterator, micro_batch_size, seq_length)
     # No attention mask: causal by token index is what the kernels do without one.
@@ -148,12 +153,22 @@ def forward_step(data_iterator, model, micro_batch_size: int, seq_length: int):
     return output, partial(loss_func, batch["loss_mask"])
 
 
-def loss_func(loss_mask: torch.Tensor, losses: torch.Tensor):
-    """(loss sum, tokens, {"rows": [b, 2], both of each sample}) of losses [b, L / cp].
+def loss_func(
+    loss_mask: torch.Tensor | None, losses: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """The loss of one micro-batch, on the last pipeline stage.
 
-    Three values: megatron-core sums the first two over micro-batches and ranks, and divides once,
-    by the tokens of the whole batch.
+    megatron-core sums loss and tokens over micro-batches and ranks, and divides once, by the tokens
+    of the whole batch.
+
+    Args:
+        loss_mask: [b, L / cp], 1 for tokens that count.
+        losses: [b, L / cp], nats.
+
+    Returns:
+        (loss sum, tokens, {"rows": each sample's loss sum and tokens [b, 2]}).
     """
+    assert loss_mask is not None, "only middle pipeline stages have no mask"
     mask = loss_mask.to(losses.dtype)
     rows = torch.stack([(losses.float() * mask).sum(1), mask.sum(1)], dim=1)
     loss, tokens = rows.sum(0)
@@ -163,9 +178,10 @@ def loss_func(loss_mask: torch.Tensor, losses: torch.Tensor):
 def _over_ranks(
     rows: list[torch.Tensor], stop_votes: Sequence[float] = ()
 ) -> tuple[float, list[float]]:
-    """Loss per token of the rows of all ranks, and the sums of their votes; the same on every rank.
+    """Mean loss per token over all ranks' rows, and the sums of their stop votes.
 
-    Only the last pipeline stage has rows, each tensor-parallel rank the same: the mean is theirs.
+    Only the last pipeline stage has rows, and its tensor-parallel ranks have the same ones, which
+    leaves the mean as it is.
     """
     own = torch.zeros(2 + len(stop_votes), dtype=torch.float64, device=device())
     for row in rows:

@@ -1,4 +1,4 @@
-"""The loop: steps, validations and checkpoints, to the end or to a reason to stop."""
+"""The training loop: steps, validations and checkpoints, to the end or until told to stop."""
 
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
@@ -18,10 +18,13 @@ def train(
     valid_set: PoseDataset | None,
     test_set: PoseDataset | None = None,
 ) -> None:
-    """Trains to the end, with validations and checkpoints on the way and at the end; then, with
-    --test-data-path, reports the loss of --eval-iters batches of it.
+    """Trains to the end of the run, with validations and checkpoints on the way and at the end.
+    With --test-data-path it then reports the loss of --eval-iters test batches.
 
-    SIGTERM, SIGUSR1 and --exit-duration-in-mins end it after the step in hand, with a checkpoint.
+    SIGTERM, SIGUSR1 and --exit-duration-in-mins stop it after the current step, with a checkpoint.
+
+    Args:
+        train_set, valid_set, test_set: None on ranks that do not load.
 
     Raises:
         ConfigError: --max-skipped-iterations steps in a row were not finite.
@@ -38,7 +41,7 @@ def train(
         model.train()
     while trainer.iteration < trainer.iterations:
         lr = learning_rate(trainer.optimizer)
-        step = train_step(trainer, data, stop.votes())
+        step = train_step(trainer, data, stop.stop_votes())
         log.step(step, lr)
         if wrong := anomalies.judge(step):
             losses = sample_losses(trainer, step)

@@ -1,4 +1,4 @@
-"""What a rank takes steps with: model, optimizer and schedule, built once, saved and loaded."""
+"""Model, optimizer and schedule of one rank: built once, loaded and saved."""
 
 import contextlib
 from collections.abc import Iterator
@@ -7,6 +7,8 @@ from pathlib import Path
 
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -26,29 +28,31 @@ from pose_megatron.training.run import Run, fall_back
 
 @dataclass
 class Trainer:
-    """What a step needs; `setup` makes it."""
+    """What `train_step` works on; `setup` builds it."""
 
     args: Arguments
     config: ModelConfig
     layout: Layout
     stages: list[PoseGPTModel]  # this rank's pipeline stage, or its chunks when interleaved
     models: list[DistributedDataParallel]  # the same, wrapped
-    optimizer: object
-    scheduler: object
-    tokenizer_files: list[Path]  # of --tokenizer-model, else of the checkpoint started from
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
+    tokenizer_files: list[Path]  # copied into checkpoints
     iteration: int = 0  # steps done
-    consumed_samples: int = 0  # in them
-    iterations: int = field(init=False)  # of the whole run
+    consumed_samples: int = 0  # by these steps
+    iterations: int = field(init=False)  # steps of the whole run
 
     def __post_init__(self):
         self.continue_from(self.iteration, self.consumed_samples)
 
     def continue_from(self, iteration: int, consumed_samples: int) -> None:
+        """Sets how far the run has come, and from that where it ends."""
         self.iteration, self.consumed_samples = iteration, consumed_samples
         self.iterations, _ = self.layout.end(self.args.training, iteration, consumed_samples)
 
     def data_iterator(self, dataset: PoseDataset | None, consumed: int, num_workers: int):
-        """This rank's micro-batches; a list of iterators, one per model chunk, when interleaved."""
+        """This rank's micro-batches from sample `consumed` on; a list of iterators, one per model
+        chunk, when interleaved."""
         iterators = [
             batches(dataset, consumed, self.args.training.micro_batch_size, num_workers)
             for _ in self.models
@@ -57,13 +61,13 @@ class Trainer:
 
     @contextlib.contextmanager
     def whole_weights(self) -> Iterator[None]:
-        """Within it every rank holds all weights of its stage, as evaluation and saving need them;
-        with --overlap-param-gather they would come only with the next forward pass."""
+        """While it lasts, every rank holds all weights of its stage, as evaluating and saving need;
+        with --overlap-param-gather they would otherwise arrive only in the next forward pass."""
         if not self.args.parallel.overlap_param_gather:
             yield
             return
         for model in self.models:
-            model.disable_forward_pre_hook()  # and gathers
+            model.disable_forward_pre_hook()  # which also gathers the weights
         try:
             yield
         finally:
@@ -72,8 +76,8 @@ class Trainer:
 
 
 def setup(run: Run, layout: Layout) -> Trainer:
-    """Model, optimizer and schedule of this rank, from fresh weights or from `run.loaded`: only its
-    weights, or all of its training state if `run.resume`.
+    """Builds this rank's model, optimizer and schedule: from fresh weights, from the weights of
+    `run.loaded`, or from its whole training state if `run.resume`.
 
     Raises:
         ConfigError: the checkpoint is whole and does not fit the run.
@@ -122,14 +126,17 @@ def setup(run: Run, layout: Layout) -> Trainer:
 
 
 def core_transformer_config_from_args(args: Arguments, model: ModelConfig) -> TransformerConfig:
-    """megatron-core's configuration of a model for what the flags say of layout and precision."""
-    t = args.training
+    """megatron-core's configuration of the model, in the layout and precision of the flags."""
+    t, p = args.training, args.parallel
     return transformer_config(
         model,
         bf16=t.bf16,
         transformer_impl=args.model.transformer_impl,
-        **args.parallel.sizes(model.num_layers),
-        sequence_parallel=args.parallel.sequence_parallel,
+        tensor_model_parallel_size=p.tensor_model_parallel_size,
+        pipeline_model_parallel_size=p.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=p.virtual_pipeline_size(model.num_layers),
+        context_parallel_size=p.context_parallel_size,
+        sequence_parallel=p.sequence_parallel,
         recompute_granularity=t.recompute_granularity,
         recompute_method=t.recompute_method,
         recompute_num_layers=t.recompute_num_layers,
@@ -138,11 +145,11 @@ def core_transformer_config_from_args(args: Arguments, model: ModelConfig) -> Tr
 
 
 def save(trainer: Trainer, queue: AsyncCallsQueue | None = None, done=lambda path: None) -> Path:
-    """Writes a checkpoint into --save; arguments as checkpointing.save."""
+    """Writes a checkpoint into --save; for `queue` and `done` see checkpointing.save."""
     args = trainer.args
     assert args.checkpoint.save, "--save is checked by the caller"
     if queue:
-        queue.maybe_finalize_async_calls(blocking=True)  # one at a time
+        queue.maybe_finalize_async_calls(blocking=True)  # one save at a time
     with trainer.whole_weights():
         return checkpointing.save(
             args.checkpoint.save,
@@ -160,7 +167,11 @@ def save(trainer: Trainer, queue: AsyncCallsQueue | None = None, done=lambda pat
 
 
 def _load(flags: CheckpointFlags, loaded: Checkpoint, *into) -> Checkpoint:
-    """Loads it, or with --load-fallback the next earlier one that can be loaded; returns which."""
+    """Loads a checkpoint, or with --load-fallback the newest earlier one that can be loaded.
+
+    Returns:
+        The checkpoint that was loaded.
+    """
     while True:
         try:
             checkpointing.load(loaded, *into)
@@ -174,11 +185,11 @@ def _overlap(
     reduction: DistributedDataParallelConfig,
     models: list[DistributedDataParallel],
 ) -> None:
-    """Tells the schedules when to exchange gradients and weights beside their own work."""
+    """Has the schedules exchange gradients and weights while they compute."""
     if reduction.overlap_grad_reduce:
         hold = [model.no_sync for model in models]
         core.no_sync_func = hold if len(models) > 1 else hold[0]
-        if len(models) > 1:  # of an interleaved pipeline: all stages at the same time
+        if len(models) > 1:  # interleaved: the pipeline stages exchange at the same time
             core.grad_sync_func = [model.start_grad_sync for model in models]
             if reduction.overlap_param_gather:
                 core.param_sync_func = [model.start_param_sync for model in models]
