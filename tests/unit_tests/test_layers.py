@@ -22,6 +22,7 @@ ROOMS = [
     "checkpoints",
     "training",
     "evaluation",
+    "commands",
     "pretrain",
 ]
 FLOOR = {room: floor for floor, room in enumerate(ROOMS)}
@@ -138,6 +139,7 @@ def test_no_file_outgrows_its_noun(path):
         ),
         ("preprocessing.indexed_writer", {"torch", "megatron"}),
         ("runtime.cli", {"numpy", "torch", "megatron"}),
+        ("commands.__main__", {"numpy", "torch", "megatron"}),
     ],
 )
 def test_light_modules_stay_light(module, absent):
