@@ -1,8 +1,4 @@
-"""megatron_flags.py: arrays of Megatron-LM's scripts are accepted, and what contradicts us is not.
-
-The arrays are those of Megatron-LM's examples/llama/train_llama3_8b_h100_fp8.sh and
-examples/mixtral/train_mixtral_8x7b_distributed.sh, without what they choose that we do not have.
-"""
+"""megatron_flags.py: arrays of Megatron-LM's scripts are accepted, and what contradicts us is not."""
 
 import pytest
 
@@ -10,27 +6,30 @@ from pose_megatron.config.arguments import parse
 from pose_megatron.config.megatron_flags import FACTS, REFUSED
 
 RUN = ["--train-iters", "10"]
+# Llama 3 8B with the flags that Megatron-LM's examples/llama/*.sh set for it.
 LLAMA3_8B = """
     --use-mcore-models --num-layers 32 --hidden-size 4096 --ffn-hidden-size 14336
     --num-attention-heads 32 --group-query-attention --num-query-groups 8 --kv-channels 128
-    --seq-length 8192 --max-position-embeddings 8192 --position-embedding-type rope
-    --rotary-base 1000000 --rotary-percent 1.0 --attention-dropout 0.0 --hidden-dropout 0.0
-    --swiglu --init-method-std 0.0134 --untie-embeddings-and-output-weights --disable-bias-linear
-    --micro-batch-size 1 --global-batch-size 128 --train-samples 1953125000
-    --lr-decay-samples 1949218748 --lr-warmup-samples 3906252 --lr 0.00015 --min-lr 0.00001
-    --lr-decay-style cosine --clip-grad 1.0 --weight-decay 0.1 --adam-beta1 0.9 --adam-beta2 0.95
-    --bf16 --calculate-per-token-loss --save checkpoints --exit-duration-in-mins 235
-    --tensor-model-parallel-size 1 --context-parallel-size 2 --sequence-parallel
+    --position-embedding-type rope --rotary-base 500000 --rotary-percent 1.0 --swiglu
+    --attention-dropout 0.0 --hidden-dropout 0.0 --init-method-std 0.01 --norm-epsilon 1e-5
+    --untie-embeddings-and-output-weights --disable-bias-linear
+    --seq-length 8192 --max-position-embeddings 8192 --micro-batch-size 1 --global-batch-size 64
+    --train-samples 1000000 --lr-decay-samples 900000 --lr-warmup-samples 2000 --lr 3e-5
+    --min-lr 3e-6 --lr-decay-style cosine --clip-grad 1.0 --weight-decay 0.1 --adam-beta1 0.9
+    --adam-beta2 0.95 --bf16 --calculate-per-token-loss --exit-duration-in-mins 230 --save out
+    --tensor-model-parallel-size 2 --context-parallel-size 2 --sequence-parallel
     --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather
-    --tokenizer-type HuggingFaceTokenizer --tokenizer-model llama --split 99,1,0
-    --no-create-attention-mask-in-dataloader --num-workers 1 --log-interval 1 --eval-iters 32
-    --eval-interval 100 --save-interval 1000 --log-throughput --ckpt-format torch_dist
-    --distributed-timeout-minutes 60
+    --tokenizer-type HuggingFaceTokenizer --tokenizer-model llama3 --split 99,1,0
+    --data-cache-path cache --no-create-attention-mask-in-dataloader --num-workers 1
+    --log-interval 1 --log-throughput --eval-iters 32 --eval-interval 100 --save-interval 500
+    --ckpt-format torch_dist --distributed-timeout-minutes 60
 """
-MIXTRAL = """
+# What older scripts say besides.
+LLAMA2 = """
     --normalization RMSNorm --no-masked-softmax-fusion --no-position-embedding
-    --tokenizer-type Llama2Tokenizer --tokenizer-model tokenizer.model
-    --use-flash-attn --distributed-backend nccl --train-iters 500000
+    --use-rotary-position-embeddings --tokenizer-type Llama2Tokenizer
+    --tokenizer-model tokenizer.model --use-flash-attn --distributed-backend nccl
+    --train-iters 10
 """
 # As one writes them in a script, and what contradicts them.
 PAIRS = [
@@ -72,9 +71,9 @@ def config(tmp_path):
 
 def test_arrays_of_megatrons_scripts_can_be_pasted():
     args = parse(LLAMA3_8B.split())
-    assert args.model.num_query_groups == 8 and args.model.rotary_base == 1e6
-    assert args.training.train_samples == 1953125000 and args.parallel.context_parallel_size == 2
-    args = parse(MIXTRAL.split())
+    assert args.model.num_query_groups == 8 and args.model.rotary_base == 5e5
+    assert args.training.train_samples == 1000000 and args.parallel.context_parallel_size == 2
+    args = parse(LLAMA2.split())
     assert args.data.tokenizer_type == "SentencePieceTokenizer"
     assert args.data.tokenizer_model == "tokenizer.model"
 
