@@ -1,8 +1,8 @@
 # make quickstart   the whole job on a laptop: text in, PoSE training, a longer window out
 # make test         all tests          make unit   the ones that take seconds
 # make bench        the benchmarks, half an hour; OUT=folder for the figures
-# make lint         ruff               make clean  removes .venv and quickstart/
-# Each sets up .venv when it is missing.
+# make lint         ruff and mypy      make clean  removes .venv and quickstart/
+# Each sets up .venv when it is missing, with Python 3.11 or newer: make PYTHON=python3.12 ...
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 # Installed first. On a machine without a GPU whose index offers only CUDA builds, say
@@ -35,12 +35,14 @@ bench: $(BIN)/.ready
 lint: $(BIN)/.ready
 	ruff format --check .
 	ruff check .
+	mypy
 
 clean:
 	rm -rf .venv quickstart
 
-$(BIN)/.ready: setup.py constraints.txt
-	$(PYTHON) -c 'import sys; assert sys.version_info[:2] == (3, 11), f"needs Python 3.11, not {sys.version}: make PYTHON=/path/to/python3.11"'
+$(BIN)/.ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("needs Python 3.11 or newer, \
+	not " + sys.version.split()[0] + ": make PYTHON=/path/to/python3.11")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'

@@ -119,11 +119,11 @@ def table(results: dict[str, list[tuple[float, float]]]) -> str:
     seconds = {name: statistics.median(s for s, _ in runs) for name, runs in results.items()}
     memory = {name: max(m for _, m in runs) for name, runs in results.items()}
     lines = ["| | seconds | of the floor | peak MB | above torch alone |", "|---|---|---|---|---|"]
-    for name in results:
-        lines.append(
-            f"| {name} | {seconds[name]:.1f} | {seconds[name] / seconds['floor']:.2f} | "
-            f"{memory[name]:.0f} | {memory[name] - memory['torch']:.0f} |"
-        )
+    lines += [
+        f"| {name} | {seconds[name]:.1f} | {seconds[name] / seconds['floor']:.2f} | "
+        f"{memory[name]:.0f} | {memory[name] - memory['torch']:.0f} |"
+        for name in results
+    ]
     return "\n".join(lines)
 
 

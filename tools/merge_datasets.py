@@ -1,85 +1,11 @@
-"""Joins token files: the documents of all shards in order, as if their corpora had been one.
+"""Megatron-LM's name for `pose-megatron merge`."""
 
-Shards are what preprocess_data.py or Megatron-LM wrote with one tokenizer, for example on several
-machines. PREFIX.bin/.idx get their names when they are whole.
-"""
-
-import argparse
 import sys
-import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone need not be installed
 
-from pose_megatron.preprocessing.indexed_writer import join, publish
-from pose_megatron.runtime.cli import command
-
-EXAMPLE = """example:
-  python tools/merge_datasets.py --input shards/a_text_document shards/b_text_document \\
-      --output-prefix data/corpus_text_document
-"""
-
-
-def parse() -> argparse.Namespace:
-    p = argparse.ArgumentParser(
-        prog="merge_datasets.py",
-        description=__doc__,
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    p.add_argument(
-        "--input",
-        nargs="+",
-        required=True,
-        help="prefixes, with or without .bin or .idx, joined in this order; or folders: "
-        "all their shards, sorted by name",
-    )
-    p.add_argument("--output-prefix", required=True, help="the folder is created")
-    p.add_argument("--overwrite", action="store_true", help="replace existing outputs")
-    return p.parse_args()
-
-
-def shards(inputs: Sequence[str]) -> list[str]:
-    """The prefixes that the inputs name.
-
-    Raises:
-        ValueError: a folder has none.
-    """
-    prefixes = []
-    for name in inputs:
-        if Path(name).is_dir():
-            found = sorted(str(path.with_suffix("")) for path in Path(name).glob("*.idx"))
-            if not found:
-                raise ValueError(f"--input {name}: the folder has no .idx file")
-            prefixes += found
-        else:
-            prefixes.append(name.removesuffix(".bin").removesuffix(".idx"))
-    return prefixes
-
-
-@command
-def main() -> None:
-    flags = parse()
-    prefixes, output = shards(flags.input), flags.output_prefix
-    folder = Path(output).parent
-    if output in prefixes:
-        raise ValueError(f"--output-prefix {output}: is one of the shards, choose another")
-    for suffix in (".bin", ".idx"):
-        if (path := Path(output + suffix)).exists() and not flags.overwrite:
-            raise ValueError(
-                f"--output-prefix {output}: {path} exists; choose another prefix, or "
-                "replace it with --overwrite"
-            )
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{Path(output).name}-", dir=folder) as temporary:
-        size = join(prefixes, Path(temporary), "joined")
-        publish(Path(temporary), "joined", output)
-    print(
-        f"{output}.bin/.idx: {size.documents:,} documents, {size.tokens:,} tokens of "
-        f"{len(prefixes)} shards"
-    )
-
+from pose_megatron.commands.merge import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,100 +1,11 @@
-"""Turns a corpus into token files that megatron-core's IndexedDataset reads.
+"""Megatron-LM's name for `pose-megatron preprocess`."""
 
-Each line or row is a document's; the text under each of --json-keys becomes one document of
-PREFIX_KEY_document.bin/.idx, in the order of the input and byte for byte what Megatron-LM's tool of
-this name writes. PREFIX_summary.json holds the counts.
-
-gigatoken does the work where its ids are those of the tokenizer's own library: on half a million
-characters of the corpus at the start, and on a few of every part as it goes.
-
-Outputs get their names when they are whole. An interrupted run leaves PREFIX.partial: the same
-command goes on from it.
-"""
-
-import argparse
-import os
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone need not be installed
 
-from pose_megatron.preprocessing.preprocess import PreprocessingJob, preprocess
-from pose_megatron.preprocessing.tokenizer import TOKENIZER_TYPES
-from pose_megatron.runtime.cli import command, positive
-
-EXAMPLE = """example:
-  python tools/preprocess_data.py --input corpus.jsonl 'more/*.parquet' \\
-      --tokenizer-type HuggingFaceTokenizer --tokenizer-model models/llama-2-7b \\
-      --output-prefix data/corpus --workers 8 --append-eod
-"""
-
-
-def parse() -> PreprocessingJob:
-    p = argparse.ArgumentParser(
-        prog="preprocess_data.py",
-        description=__doc__,
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    p.add_argument(
-        "--input",
-        nargs="+",
-        required=True,
-        help="files or patterns: .jsonl or .json, plain or with .gz or .zst; .parquet",
-    )
-    p.add_argument(
-        "--json-keys", nargs="+", default=["text"], help="keys, or Parquet columns, of the texts"
-    )
-    p.add_argument("--output-prefix", required=True, help="the folder is created")
-    p.add_argument("--tokenizer-type", required=True, choices=TOKENIZER_TYPES)
-    p.add_argument("--tokenizer-model", required=True, help="tokenizer file or folder")
-    p.add_argument("--append-eod", action="store_true", help="end each document with the eos token")
-    p.add_argument("--workers", type=positive, default=1, help="processes that tokenize")
-    p.add_argument(
-        "--on-error",
-        choices=("stop", "skip"),
-        default="stop",
-        help="at a line without a document: stop, or count it and go on",
-    )
-    p.add_argument(
-        "--tokenizer-library",
-        choices=("auto", "own"),
-        default="auto",
-        help="auto: gigatoken where its ids are the same; own: never",
-    )
-    p.add_argument("--log-interval", type=positive, default=1000, help="documents between reports")
-    p.add_argument(
-        "--overwrite",
-        action="store_true",
-        help="replace existing outputs, and an unfinished run of something else",
-    )
-    flags = vars(p.parse_args())
-    return PreprocessingJob(**flags | {"json_keys": list(dict.fromkeys(flags["json_keys"]))})
-
-
-def sentence(summary: dict) -> str:
-    seconds, megabytes = max(summary["seconds"], 1e-3), summary["bytes"] / 1e6
-    notes = {f"lines skipped ({reason})": n for reason, n in summary["skipped"].items()} | {
-        "empty documents left out": summary["empty_documents"],
-        "texts had lone surrogates, now U+FFFD": summary["texts_with_replaced_surrogates"],
-    }
-    return "; ".join(
-        [
-            f"{' '.join(o['prefix'] + '.bin/.idx' for o in summary['outputs'].values())}: "
-            f"{summary['documents']:,} documents, {summary['tokens']:,} tokens from "
-            f"{megabytes:.1f} MB in {seconds:.1f} s ({megabytes / seconds:.1f} MB/s)",
-            *(f"{count:,} {note}" for note, count in notes.items() if count),
-        ]
-    )
-
-
-@command
-def main() -> None:
-    job = parse()
-    # Each worker tokenizes on one thread.
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    print(sentence(preprocess(job)))
-
+from pose_megatron.commands.preprocess import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -35,7 +35,7 @@ from pose_megatron.checkpoints.transfer import differing, read_ahead, total_byte
 from pose_megatron.errors import ConfigError, DamagedCheckpoint
 from pose_megatron.models.shape import ModelConfig
 from pose_megatron.runtime.atomic_files import staged
-from pose_megatron.runtime.distributed import Team
+from pose_megatron.runtime.distributed import CpuGroup
 from pose_megatron.runtime.processes import end_with_parent
 
 
@@ -105,7 +105,7 @@ def convert(
     load, save = Path(load).resolve(), Path(save).resolve()
     tokenizer = Path(tokenizer) if tokenizer else None
     _check_folders(load, save, tokenizer)
-    team = Team()
+    team = CpuGroup()
     report = Report(quiet or team.rank > 0, phases)
     reader: CheckpointReader = source.open(load)
     reader.check()
@@ -123,7 +123,7 @@ def convert(
         if team.rank == 0:
             _check_space(folder, total, save)
             writer.prepare()
-        team.share(None)
+        team.broadcast(None)
         with _rope_check(folders if team.rank == 0 else [], reader.model) as rope_result:
             jobs = {n: writer.jobs[n] for n in range(team.rank, len(writer.jobs), team.size)}
             size = sum(total_bytes(job, contents.dtypes) for job in jobs.values())
@@ -141,7 +141,7 @@ def convert(
                 _compare(reader, again, list(mine.values()), contents.dtypes, advance)
         if check and team.size == 1:
             check(folder, reader.model)
-        team.share(None)
+        team.broadcast(None)
         notes = writer.notes()
     for note in notes:
         report.say(f"note: {note}")
@@ -172,13 +172,13 @@ def _contents(
 
 
 @contextlib.contextmanager
-def _staged(team: Team, save: Path, overwrite: bool) -> Iterator[Path]:
+def _staged(team: CpuGroup, save: Path, overwrite: bool) -> Iterator[Path]:
     """One temporary folder for all processes, which rank 0 makes, renames or removes."""
     with contextlib.ExitStack() as stack:
         folder = None
         if team.rank == 0:
             folder = stack.enter_context(staged(save, overwrite, marks()))
-        yield team.share(folder)
+        yield team.broadcast(folder)
 
 
 def _check_space(folder: Path, needed: int, save: Path) -> None:
@@ -218,7 +218,7 @@ def _rope_errors(folders: Sequence[Path], model: ModelConfig) -> list[dict[str, 
 
 
 def _transfer(
-    team: Team,
+    team: CpuGroup,
     reader: CheckpointReader,
     writer: CheckpointWriter,
     jobs: Mapping[int, Sequence[ParamMapping]],
@@ -236,7 +236,7 @@ def _transfer(
     if team.rank == 0:
         writer.finish([together[number] for number in range(len(writer.jobs))])
         problems.report()
-    team.share(None)
+    team.broadcast(None)
 
 
 def _counted(
@@ -247,7 +247,7 @@ def _counted(
         advance(tensor.nbytes)
 
 
-def _check_hashes(reader: CheckpointReader, team: Team) -> None:
+def _check_hashes(reader: CheckpointReader, team: CpuGroup) -> None:
     """Checks the files that came with a hash; each process takes some of them."""
     hashes = reader.weights.hashes
     for path in sorted(hashes)[team.rank :: team.size]:

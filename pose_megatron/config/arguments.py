@@ -1,47 +1,32 @@
 """Flags and run.yaml in, the dataclasses of flags.py out, every value checked once.
 
-`parse()` reads the words, `model_config.resolve_model()` settles the model's shape, and
-`layout.lay_out()` holds what the layout of ranks demands.
+`parse()` reads and checks what stands on its own; `model.resolve_model()` then settles the model's
+shape, and `layout.lay_out()` the sizes of a layout of ranks.
 """
 
 import argparse
 import dataclasses
+import functools
 import sys
 import types
 import typing
 from pathlib import Path
 
 from pose_megatron.config.flags import Arguments, TrainingFlags
+from pose_megatron.config.megatron_flags import (
+    FACTS,
+    REFUSED,
+    add_facts,
+    check_facts,
+    refuse,
+    synonym,
+)
 from pose_megatron.errors import ConfigError, spell
 
 
 def _groups() -> dict[str, type]:
-    return {f.name: f.type for f in dataclasses.fields(Arguments)}
-
-
-# Flags of Megatron-LM that users bring along and that would be wrong here, or mean nothing.
-REFUSED = {
-    "reset_position_ids": "positions come from --position-sampler and never start again inside a "
-    "sample",
-    "reset_attention_mask": "samples are dense rows under a causal mask by token index",
-    "sft": "packed (THD) sequences have no place for skip-wise positions",
-    "mtp_num_layers": "multi-token prediction shifts tokens and not their angles",
-    "apply_rope_fusion": "the fused kernel takes one row of angles for a whole micro-batch",
-    "fused_single_qkv_rope": "the fused kernel takes one row of angles for a whole micro-batch",
-    "enable_cuda_graph": "a captured graph replays the angles of other samples",
-    "external_cuda_graph": "a captured graph replays the angles of other samples",
-    "cuda_graph_impl": "a captured graph replays the angles of other samples",
-    "position_embedding_type": "rope is all there is",
-    "use_rotary_position_embeddings": "rope is all there is",
-    "rotary_seq_len_interpolation_factor": "say --rope-scaling linear --rope-scaling-factor",
-    "num_experts": "mixtures of experts are not supported",
-    "fp16": "float16 is not supported; say --bf16",
-}
-
-
-def _refuse(name: str) -> None:
-    if name in REFUSED:
-        raise ConfigError(f"{spell(name)} cannot be used: {REFUSED[name]}; leave it out")
+    """{field of Arguments: its dataclass of flags}."""
+    return typing.get_type_hints(Arguments)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -66,13 +51,13 @@ def _parser() -> argparse.ArgumentParser:
     for name, group in _groups().items():
         section = parser.add_argument_group(group.__doc__)
         for f in dataclasses.fields(group):
-            options = {"help": f.metadata["help"] or " ", "default": argparse.SUPPRESS}
+            options: dict = {"help": f.metadata["help"] or " ", "default": argparse.SUPPRESS}
             if f.type is bool:
                 options["action"] = argparse.BooleanOptionalAction
             else:
                 kind = _scalar(f.type)
                 options |= {
-                    "type": kind,
+                    "type": functools.partial(synonym, f.name) if kind is str else kind,
                     "choices": f.metadata["choices"],
                     "nargs": f.metadata["nargs"],
                 }
@@ -84,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
                 ):
                     options["help"] += f" (default: {f.default})"
             section.add_argument(spell(f.name), dest=f"{name}.{f.name}", **options)
+    add_facts(parser)
     return parser
 
 
@@ -95,19 +81,20 @@ def _scalar(annotation) -> type:
 
 
 def parse(argv: list[str] | None = None, trains: bool = True) -> Arguments:
-    """Read flags, over those of a --config file.
+    """Reads flags, and those of a --config file, over which the flags win.
 
     Args:
-        argv: default: of this program.
+        argv: default: this program's.
         trains: whether the length of the run must be known.
 
     Raises:
-        ConfigError: an unknown flag, an unreadable file, or a value out of range.
+        ConfigError: an unknown flag, an unreadable file, a value out of range, or one that
+            contradicts what always holds here.
         SystemExit: after `--help`.
     """
     for word in sys.argv[1:] if argv is None else argv:
         if word.startswith("--"):
-            _refuse(word[2:].partition("=")[0].replace("-", "_"))
+            refuse(word[2:].partition("=")[0].replace("-", "_"))
     parser = _parser()
     config = _Parser(add_help=False, allow_abbrev=False)
     config.add_argument("--config")
@@ -115,6 +102,7 @@ def parse(argv: list[str] | None = None, trains: bool = True) -> Arguments:
     config_argv = _argv_of_config(Path(path)) if path else []
     given = vars(parser.parse_args(config_argv, argparse.Namespace()))
     given |= vars(parser.parse_args(argv, argparse.Namespace()))
+    check_facts(given)
     groups = {
         name: group(
             **{
@@ -126,11 +114,39 @@ def parse(argv: list[str] | None = None, trains: bool = True) -> Arguments:
         for name, group in _groups().items()
     }
     args = Arguments(**groups)
-    _check_ranges(args, trains and not args.logging.dry_run)
+    _check_ranges(args)
+    _check_length(args.training, trains and not args.logging.dry_run)
+    _check_combinations(args)
+    if args.logging.eval_iters == 0:  # how Megatron-LM's scripts turn validation off
+        args = dataclasses.replace(
+            args, logging=dataclasses.replace(args.logging, eval_interval=None)
+        )
     return args
 
 
 def _argv_of_config(path: Path) -> list[str]:
+    """The flags that a YAML file stands for."""
+    flags = {f.name: f.type for group in _groups().values() for f in dataclasses.fields(group)}
+    flags |= {name: type(fact.values[0]) for name, fact in FACTS.items()}
+    argv = []
+    for key, value in _read_yaml(path).items():
+        name = str(key).replace("-", "_")
+        if name in REFUSED and value in (None, False):
+            continue
+        refuse(name)
+        switch = name.removeprefix("no_")
+        if name not in flags and flags.get(switch) is bool and isinstance(value, bool):
+            name, value = switch, not value  # no-rope-fusion: true
+        if name not in flags:
+            raise ConfigError(f"--config {path}: unknown name '{key}'; see --help for the flags")
+        if isinstance(value, bool):
+            argv.append(spell(name) if value else spell("no_" + name))
+        elif value is not None:
+            argv += [spell(name), *map(str, value if isinstance(value, list) else [value])]
+    return argv
+
+
+def _read_yaml(path: Path) -> dict:
     import yaml
 
     if not path.is_file():
@@ -141,73 +157,55 @@ def _argv_of_config(path: Path) -> list[str]:
         raise ConfigError(f"--config {path} is not YAML: {str(error).splitlines()[0]}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"--config {path} must be a mapping of flag names to values")
-    flags = {f.name for group in _groups().values() for f in dataclasses.fields(group)}
-    words = []
-    for key, value in values.items():
-        name = str(key).replace("-", "_")
-        _refuse(name)
-        if name not in flags:
-            raise ConfigError(f"--config {path}: unknown name '{key}'; see --help for the flags")
-        if isinstance(value, bool):
-            words.append(spell(name) if value else spell("no_" + name))
-        elif value is not None:
-            words += [spell(name), *map(str, value if isinstance(value, list) else [value])]
-    return words
+    return values
 
 
-def _check_ranges(args: Arguments, trains: bool) -> None:
+# {field of Arguments: its flags that are None or at least so much}
+_AT_LEAST_1 = {
+    "model": (
+        *("num_attention_heads", "num_query_groups", "ffn_hidden_size", "kv_channels"),
+        "original_max_position_embeddings",
+    ),
+    "position": ("pose_num_chunks",),
+    "data": ("seq_length",),
+    "training": (
+        *("micro_batch_size", "global_batch_size", "train_iters", "train_samples"),
+        *("lr_decay_iters", "lr_decay_samples", "lr_wsd_decay_iters", "lr_wsd_decay_samples"),
+        *("max_skipped_iterations", "recompute_num_layers"),
+    ),
+    "parallel": (
+        *("tensor_model_parallel_size", "pipeline_model_parallel_size"),
+        *("context_parallel_size", "num_layers_per_virtual_pipeline_stage"),
+    ),
+    "checkpoint": ("save_interval", "save_retain"),
+    "logging": ("log_interval", "eval_interval"),
+}
+_AT_LEAST_0 = {"data": ("num_workers",), "logging": ("eval_iters",)}
+
+
+def _check_ranges(args: Arguments) -> None:
+    for least, groups in ((1, _AT_LEAST_1), (0, _AT_LEAST_0)):
+        for group, names in groups.items():
+            for name in names:
+                value = getattr(getattr(args, group), name)
+                if value is not None and value < least:
+                    raise ConfigError(f"{spell(name)} must be at least {least}, not {value}")
     t = args.training
-    for group, names in (
-        (
-            args.model,
-            (
-                "num_attention_heads",
-                "num_query_groups",
-                "ffn_hidden_size",
-                "kv_channels",
-                "original_max_position_embeddings",
-            ),
-        ),
-        (args.data, ("seq_length",)),
-        (
-            t,
-            (
-                "micro_batch_size",
-                "global_batch_size",
-                "train_iters",
-                "train_samples",
-                "lr_decay_iters",
-                "lr_decay_samples",
-                "lr_wsd_decay_iters",
-                "lr_wsd_decay_samples",
-                "max_skipped_iterations",
-                "recompute_num_layers",
-            ),
-        ),
-        (args.position, ("pose_num_chunks",)),
-        (
-            args.parallel,
-            (
-                "tensor_model_parallel_size",
-                "pipeline_model_parallel_size",
-                "context_parallel_size",
-                "num_layers_per_virtual_pipeline_stage",
-            ),
-        ),
-        (args.checkpoint, ("save_interval", "save_retain")),
-        (args.logging, ("log_interval", "eval_interval", "eval_iters")),
-    ):
-        for name in names:
-            value = getattr(group, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{spell(name)} must be at least 1, not {value}")
-    if args.data.packed_skips != "document" and args.data.data_mode != "packed":
-        raise ConfigError(f"--packed-skips {args.data.packed_skips} needs --data-mode packed")
-    if args.data.num_workers < 0:
-        raise ConfigError(f"--num-workers must be at least 0, not {args.data.num_workers}")
-    _check_length(t, trains)
     if t.min_lr > t.lr:
         raise ConfigError(f"--min-lr {t.min_lr} is greater than --lr {t.lr}")
+    if t.loss_spike_factor and not t.loss_spike_factor > 1:
+        raise ConfigError(f"--loss-spike-factor must be above 1, or 0, not {t.loss_spike_factor}")
+
+
+def _check_combinations(args: Arguments) -> None:
+    """Flags that need, or exclude, each other."""
+    t, p = args.training, args.parallel
+    if args.data.packed_skips != "document" and args.data.data_mode != "packed":
+        raise ConfigError(f"--packed-skips {args.data.packed_skips} needs --data-mode packed")
+    if args.data.test_data_path and not args.logging.eval_iters:
+        raise ConfigError(
+            "--eval-iters 0 leaves nothing of --test-data-path: give at least 1, or no test corpus"
+        )
     if (t.recompute_granularity == "full") != (t.recompute_method is not None) or (
         t.recompute_method is None
     ) != (t.recompute_num_layers is None):
@@ -221,17 +219,14 @@ def _check_ranges(args: Arguments, trains: bool) -> None:
         raise ConfigError("--save-interval needs a folder: name it with --save")
     if t.exit_duration_in_mins and not args.checkpoint.save:
         raise ConfigError("--exit-duration-in-mins needs a folder to save to: name it with --save")
-    p = args.parallel
     if p.overlap_param_gather and not (p.overlap_grad_reduce and p.use_distributed_optimizer):
         raise ConfigError(
             "--overlap-param-gather needs --overlap-grad-reduce and --use-distributed-optimizer"
         )
-    if t.loss_spike_factor and not t.loss_spike_factor > 1:
-        raise ConfigError(f"--loss-spike-factor must be above 1, or 0, not {t.loss_spike_factor}")
 
 
 def _check_length(t: TrainingFlags, trains: bool) -> None:
-    """A run is as long as so many steps or so many samples, and its schedule counts the same."""
+    """The length of a run is a number of steps or of samples; its schedule counts the same."""
     if t.train_iters and t.train_samples:
         raise ConfigError(
             f"--train-iters {t.train_iters} and --train-samples {t.train_samples} both say how "

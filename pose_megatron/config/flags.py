@@ -1,11 +1,13 @@
-"""What can be asked of a run: frozen dataclasses, one for each group of flags.
+"""The flags of a run: frozen dataclasses, one for each group.
 
 A field `seq_length` is the flag `--seq-length` and the YAML key `seq-length` (or `seq_length`);
 names and meanings are Megatron-LM's wherever it has one: `--seq-length` is the training window L,
 `--max-position-embeddings` the target window T.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from pose_megatron.positions.laws import CONTENTS, SAMPLERS, SKIP_LAWS
 from pose_megatron.rope.scaling import METHODS
@@ -13,31 +15,39 @@ from pose_megatron.rope.scaling import METHODS
 LR_DECAY_STYLES = ("constant", "linear", "cosine", "inverse-square-root", "WSD")
 
 
-def flag(default, help: str, choices=None, nargs=None):
-    """A dataclass field that is a flag."""
+def flag(
+    default,
+    help: str,
+    choices: Sequence[str] | None = None,
+    nargs: str | int | None = None,
+) -> Any:
+    """A dataclass field that is a flag; `choices` and `nargs` as argparse's."""
+    metadata = {"help": help, "choices": choices, "nargs": nargs}
     if isinstance(default, list):
-        options = {"default_factory": lambda: list(default)}
-    else:
-        options = {"default": default}
-    return field(**options, metadata={"help": help, "choices": choices, "nargs": nargs})
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
 class ModelFlags:
-    """Model; with --load the shape is the checkpoint's, and a flag that contradicts it an error"""
+    """Model; with --load the shape is the checkpoint's, and contradicting flags are errors"""
 
     num_layers: int | None = flag(None, "transformer layers")
     hidden_size: int | None = flag(None, "width of the residual stream")
-    ffn_hidden_size: int | None = flag(None, "width of the SwiGLU MLP (default: 8/3 hidden, /64)")
+    ffn_hidden_size: int | None = flag(
+        None, "width of the SwiGLU MLP (default: 8/3 hidden, in 64s)"
+    )
     num_attention_heads: int | None = flag(None, "query heads")
     group_query_attention: bool = flag(False, "share keys and values between query heads")
     num_query_groups: int | None = flag(None, "key-value heads, with --group-query-attention")
     kv_channels: int | None = flag(None, "width of a head (default: hidden / heads)")
-    vocab_size: int | None = flag(None, "tokens (default: the tokenizer's)")
-    make_vocab_size_divisible_by: int | None = flag(None, "pad the vocabulary to it (128)")
+    vocab_size: int | None = flag(None, "tokens in the vocabulary (default: the tokenizer's)")
+    make_vocab_size_divisible_by: int | None = flag(
+        None, "pad the vocabulary to a multiple (default: 128)"
+    )
     untie_embeddings_and_output_weights: bool = flag(False, "separate output layer, as in LLaMA")
-    add_qkv_bias: bool = flag(False, "biases of queries, keys and values, as in Qwen2")
-    qk_layernorm: bool = flag(False, "RMSNorm of each query and key head, as in Qwen3")
+    add_qkv_bias: bool = flag(False, "biases for queries, keys and values, as in Qwen2")
+    qk_layernorm: bool = flag(False, "RMSNorm on each query and key head, as in Qwen3")
     norm_epsilon: float | None = flag(None, "RMSNorm epsilon (default: 1e-5)")
     init_method_std: float = flag(0.02, "standard deviation of fresh weights")
     max_position_embeddings: int | None = flag(
@@ -47,13 +57,15 @@ class ModelFlags:
         None, "window before extension (default: the checkpoint's T, else --seq-length)"
     )
     rotary_base: float | None = flag(None, "RoPE theta (default: 10000)")
-    rotary_percent: float | None = flag(None, "share of a head that rotates (default: 1.0)")
+    rotary_percent: float | None = flag(
+        None, "share of a head's dimensions that rotate (default: 1.0)"
+    )
     rope_scaling: str | None = flag(None, "interpolation of the rotary frequencies", METHODS)
     rope_scaling_factor: float | None = flag(None, "default: T / original window")
     rope_scaling_config: str | None = flag(
         None,
-        "JSON object, or a file with one, of what else the method takes, in Hugging Face's "
-        "words: beta_fast, low_freq_factor, long_factor, attention_factor, ...",
+        "the method's other options, a JSON object or a file with one, under Hugging Face's "
+        "names: beta_fast, low_freq_factor, long_factor, attention_factor, ...",
     )
     transformer_impl: str = flag(
         "torch",
@@ -69,20 +81,23 @@ class PositionFlags:
     position_sampler: str | None = flag(
         None, f"{', '.join(SAMPLERS)}; full is plain (default: pose when T > L, else full)"
     )
-    pose_num_chunks: int = flag(2, "chunks N that a window is cut into")
+    pose_num_chunks: int = flag(2, "number of chunks N in a window")
     pose_content: str = flag(
-        "uniform", "where a chunk's text comes from: v uniform, v = 0, or v = u", CONTENTS
+        "uniform",
+        "where a chunk's text starts: after a skip of its own (uniform), where the last chunk "
+        "ended (contiguous), or after the skip of its positions (aligned)",
+        CONTENTS,
     )
     pose_skip_law: str = flag(
         "chain",
-        "of u: the paper's equation 4, or N - 1 uniform values in order, which for many "
-        "chunks does not crowd toward T",
+        "how skips are drawn: chain (paper, eq. 4) or sorted-uniform (sorted uniform draws; "
+        "many chunks do not pile up near T)",
         SKIP_LAWS,
     )
     pose_boundaries: list[str] = flag(
         [],
-        "pose-boundary, longrecipe: chunks start after these tokens; an id, or a text that "
-        "the token is or ends with (longrecipe's default: . ! ? and newline)",
+        "pose-boundary, longrecipe: chunks start after these tokens, each given as its id or as "
+        "a text with which it ends (longrecipe's default: . ! ? and newline)",
         nargs="+",
     )
     pose_plain_fraction: float = flag(
@@ -90,8 +105,8 @@ class PositionFlags:
     )
     pose_target_schedule: list[str] = flag(
         [],
-        "a target that grows: '0:8192 64000:32768 128000:131072' says from which sample on "
-        "which target, the last of them T",
+        "a growing target, as 'first-sample:target' pairs such as '0:8192 64000:32768 "
+        "128000:131072'; the last target is T",
         nargs="+",
     )
 
@@ -103,24 +118,24 @@ class DataFlags:
     data_path: list[str] = flag(
         [], "corpus prefixes, or 'weight prefix weight prefix ...'", nargs="+"
     )
-    data_args_path: str | None = flag(None, "a file with the words of --data-path")
-    train_data_path: list[str] = flag([], "corpora of training alone, like --data-path", nargs="+")
-    valid_data_path: list[str] = flag([], "corpora of validation alone", nargs="+")
-    test_data_path: list[str] = flag([], "corpora of a test after the last step", nargs="+")
+    data_args_path: str | None = flag(None, "a file that holds the arguments of --data-path")
+    train_data_path: list[str] = flag([], "corpora for training only, like --data-path", nargs="+")
+    valid_data_path: list[str] = flag([], "corpora for validation only", nargs="+")
+    test_data_path: list[str] = flag([], "corpora for a test after the last step", nargs="+")
     split: str | None = flag(None, "train,valid,test shares of the documents (default: 969,30,1)")
     data_cache_path: str | None = flag(
         None,
-        "folder for dataset indices, made once and memory-mapped; jobs may share it "
+        "folder for dataset indices, built once and memory-mapped; jobs may share it "
         "(default: in memory)",
     )
     data_mode: str = flag(
         "document",
-        "a sample is cut from one document, or from all packed end to end",
+        "a sample comes from one document, or from all documents packed end to end",
         ("document", "packed"),
     )
     packed_skips: str = flag(
         "document",
-        "packed: text skips stay inside a document, or go up to T tokens along the stream",
+        "packed: text skips stay inside a document, or reach up to T tokens along the stream",
         ("document", "stream"),
     )
     materialized: str | None = flag(
@@ -128,36 +143,42 @@ class DataFlags:
     )
     seq_length: int = flag(2048, "training window L in tokens")
     short_documents: str = flag(
-        "drop", "documents below L + 1 tokens: drop them, or pack them end to end", ("drop", "pack")
+        "drop",
+        "documents of fewer than L + 1 tokens: drop them, or pack them end to end",
+        ("drop", "pack"),
     )
     tokenizer_type: str = flag(
-        "HuggingFaceTokenizer", "", ("SentencePieceTokenizer", "HuggingFaceTokenizer")
+        "HuggingFaceTokenizer",
+        "the kind of --tokenizer-model",
+        ("SentencePieceTokenizer", "HuggingFaceTokenizer"),
     )
     tokenizer_model: str | None = flag(None, "tokenizer file or folder; copied into checkpoints")
-    num_workers: int = flag(2, "loader processes of a rank; 0 loads in the training process")
+    num_workers: int = flag(2, "loader processes per rank; 0 loads in the training process")
 
 
 @dataclass(frozen=True)
 class TrainingFlags:
     """Training"""
 
-    micro_batch_size: int = flag(1, "samples in one forward pass of a rank")
-    global_batch_size: int | None = flag(None, "samples in a step (default: micro x data ranks)")
+    micro_batch_size: int = flag(1, "samples per forward pass of a rank")
+    global_batch_size: int | None = flag(
+        None, "samples per step (default: micro x data-parallel ranks)"
+    )
     rampup_batch_size: list[int] = flag(
         [],
-        "with --train-samples: first batch, increment, and samples after which "
-        "--global-batch-size is reached",
+        "with --train-samples: first batch size, increment, and the number of samples after "
+        "which --global-batch-size is reached",
         nargs=3,
     )
-    train_iters: int | None = flag(None, "steps of the whole run")
+    train_iters: int | None = flag(None, "length of the run in steps")
     train_samples: int | None = flag(
         None,
-        "samples of the whole run, in place of --train-iters; the --lr flags then count "
+        "length of the run in samples, instead of --train-iters; the --lr flags then count "
         "samples, too",
     )
     lr: float = flag(1e-4, "peak learning rate")
     min_lr: float = flag(0.0, "final learning rate")
-    lr_decay_style: str = flag("cosine", "", LR_DECAY_STYLES)
+    lr_decay_style: str = flag("cosine", "shape of the decay", LR_DECAY_STYLES)
     lr_decay_iters: int | None = flag(None, "steps of decay (default: --train-iters)")
     lr_decay_samples: int | None = flag(None, "samples of decay (default: --train-samples)")
     lr_warmup_iters: int = flag(0, "steps of linear warm-up")
@@ -169,65 +190,73 @@ class TrainingFlags:
         "with WSD: shape of the final decay",
         ("exponential", "linear", "cosine", "minus_sqrt"),
     )
-    weight_decay: float = flag(0.01, "decoupled; not for norms")
-    clip_grad: float = flag(1.0, "largest gradient norm; 0 never clips")
-    adam_beta1: float = flag(0.9, "")
-    adam_beta2: float = flag(0.95, "")
-    adam_eps: float = flag(1e-8, "")
+    weight_decay: float = flag(0.01, "decoupled weight decay; norms have none")
+    clip_grad: float = flag(1.0, "clip the gradient to this norm; 0: never")
+    adam_beta1: float = flag(0.9, "Adam's decay of the first moment")
+    adam_beta2: float = flag(0.95, "Adam's decay of the second moment")
+    adam_eps: float = flag(1e-8, "Adam's epsilon")
     bf16: bool = flag(False, "bfloat16 weights and activations, float32 main copies and gradients")
-    seed: int = flag(1234, "of weights, sample order and positions")
-    exit_duration_in_mins: float | None = flag(None, "save and stop after so many minutes")
+    seed: int = flag(1234, "seed of weights, sample order and positions")
+    exit_duration_in_mins: float | None = flag(None, "save and stop after this many minutes")
     max_skipped_iterations: int = flag(
         5,
-        "stop after so many steps in a row whose loss or gradient was not finite; such a step "
-        "changes no weight",
+        "stop after this many steps in a row with a loss or gradient that is not finite; such "
+        "steps change no weight",
     )
     loss_spike_factor: float = flag(
         1.5,
-        "name the samples of a step whose loss is above so many times the mean of the last "
-        "20; 0 never does",
+        "name the samples of a step whose loss is above this many times the mean of the last "
+        "20 steps; 0: never",
     )
     recompute_granularity: str | None = flag(
         None,
-        "compute activations again in the backward pass: of whole layers, or selectively",
+        "recompute activations in the backward pass: all of a layer's, or selected ones",
         ("full", "selective"),
     )
     recompute_method: str | None = flag(
-        None, "with full: groups of layers, or the first layers", ("uniform", "block")
+        None,
+        "with full: recompute groups of layers, or only the first layers",
+        ("uniform", "block"),
     )
-    recompute_num_layers: int | None = flag(None, "with full: layers of a group, or how many")
+    recompute_num_layers: int | None = flag(
+        None, "with full: layers per group, or number of first layers"
+    )
     recompute_modules: list[str] = flag(
-        ["core_attn"], "with selective: which (default: core_attn)", nargs="+"
+        ["core_attn"], "with selective: modules to recompute (default: core_attn)", nargs="+"
     )
 
 
 @dataclass(frozen=True)
 class ParallelFlags:
-    """Layout of the ranks; what is left over is data parallel"""
+    """Layout of the ranks; the remaining factor is data parallelism"""
 
-    tensor_model_parallel_size: int = flag(1, "")
-    pipeline_model_parallel_size: int = flag(1, "")
+    tensor_model_parallel_size: int = flag(1, "ranks that share each layer")
+    pipeline_model_parallel_size: int = flag(1, "ranks that hold consecutive layers")
     num_layers_per_virtual_pipeline_stage: int | None = flag(
-        None, "interleave the pipeline: layers of one model chunk"
+        None, "interleave the pipeline: layers per model chunk"
     )
     context_parallel_size: int = flag(1, "ranks that share a sequence")
-    sequence_parallel: bool = flag(False, "split activations between layers over the tensor ranks")
-    use_distributed_optimizer: bool = flag(False, "shard optimizer state over the data ranks")
-    overlap_grad_reduce: bool = flag(False, "reduce gradients while the backward pass goes on")
-    overlap_param_gather: bool = flag(
-        False, "gather weights while the forward pass goes on; with the two flags above"
+    sequence_parallel: bool = flag(
+        False, "split the activations between layers over the tensor-parallel ranks"
     )
-    distributed_timeout_minutes: int = flag(10, "of a collective before the run gives up")
+    use_distributed_optimizer: bool = flag(
+        False, "shard the optimizer state over the data-parallel ranks"
+    )
+    overlap_grad_reduce: bool = flag(False, "reduce gradients during the backward pass")
+    overlap_param_gather: bool = flag(
+        False, "gather weights during the forward pass; needs the two flags above"
+    )
+    distributed_timeout_minutes: int = flag(10, "minutes until a collective gives up")
 
     def virtual_pipeline_size(self, num_layers: int) -> int | None:
-        """Model chunks of a rank; None without interleaving."""
+        """Model chunks per rank; None without interleaving."""
         if self.num_layers_per_virtual_pipeline_stage is None:
             return None
         per_rank = num_layers // self.pipeline_model_parallel_size
         return per_rank // self.num_layers_per_virtual_pipeline_stage
 
     def sizes(self, num_layers: int) -> dict[str, int | None]:
-        """megatron-core's sizes of the layout for a model of so many layers."""
+        """The layout as megatron-core's sizes, for a model of `num_layers`."""
         return {
             "tensor_model_parallel_size": self.tensor_model_parallel_size,
             "pipeline_model_parallel_size": self.pipeline_model_parallel_size,
@@ -242,19 +271,23 @@ class CheckpointFlags:
 
     load: str | None = flag(
         None,
-        "folder with latest_checkpointed_iteration.txt; where it is --save's, too, the first "
-        "start of a job may find it empty",
+        "checkpoint folder, with latest_checkpointed_iteration.txt; may be empty at the first "
+        "start of a job whose --save is the same folder",
     )
-    save: str | None = flag(None, "folder to write iter_0000000/ into")
+    save: str | None = flag(None, "folder to write checkpoints (iter_0000000/) into")
     save_interval: int | None = flag(None, "steps between saves (default: only at the end)")
     async_save: bool = flag(False, "write checkpoints in the background")
-    save_retain: int | None = flag(None, "keep only so many checkpoints of --save (default: all)")
-    load_fallback: bool = flag(False, "where the latest of --load is damaged, take the one before")
-    finetune: bool = flag(False, "take only the weights of --load and start at step 0")
+    save_retain: int | None = flag(
+        None, "keep only the newest checkpoints in --save (default: all)"
+    )
+    load_fallback: bool = flag(
+        False, "if the latest checkpoint in --load is damaged, take the one before"
+    )
+    finetune: bool = flag(False, "take only the weights from --load and start at step 0")
     pretrained_checkpoint: str | None = flag(
         None,
-        "take its weights and start at step 0 where --load holds no checkpoint yet: a job "
-        "with the same --load and --save can then be restarted as it is",
+        "take the weights from this folder and start at step 0 while --load holds no checkpoint "
+        "yet: a job with the same --load and --save can then be restarted unchanged",
     )
 
 
@@ -264,21 +297,21 @@ class LoggingFlags:
 
     log_interval: int = flag(10, "steps between log lines")
     eval_interval: int | None = flag(None, "steps between validations (default: never)")
-    eval_iters: int = flag(10, "batches of a validation")
+    eval_iters: int = flag(10, "batches per validation; 0 turns validation off")
     tensorboard_dir: str | None = flag(None, "write scalars for TensorBoard here")
     wandb_project: str | None = flag(
         None,
         "send scalars to this project of Weights & Biases; WANDB_MODE=offline keeps them on disk",
     )
-    wandb_exp_name: str | None = flag(None, "name of the run there")
-    wandb_save_dir: str | None = flag(None, "folder of its files (default: wandb/)")
+    wandb_exp_name: str | None = flag(None, "name of the run in Weights & Biases")
+    wandb_save_dir: str | None = flag(None, "folder for its files (default: wandb/)")
     log_file: str | None = flag(None, "append one JSON object per log line here")
     dry_run: bool = flag(False, "print the resolved run and exit")
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """Everything a run is a function of. `model` says what was asked of the model's shape."""
+    """Everything a run depends on. `model` holds the shape as flags, before `resolve_model`."""
 
     model: ModelFlags
     position: PositionFlags

@@ -1,7 +1,7 @@
-"""How the ranks of a job divide a model and its batches: sizes that follow from flags and shape.
+"""How the ranks of a job divide a model and its batches.
 
-`lay_out` holds a run to what tensor, pipeline, context and data parallelism demand, once, before
-anything is built.
+`lay_out` checks once, before anything is built, what tensor, pipeline, context and data parallelism
+demand of a run.
 """
 
 import math
@@ -15,11 +15,13 @@ from pose_megatron.rope.scaling import inverse_frequencies
 
 @dataclass(frozen=True)
 class Layout:
-    """Attributes:
-    data_parallel_size: ranks that hold the same part of the model and of a sequence.
-    micro_batch_size: samples of one forward pass.
-    global_batch_size: samples of a step, once it is ramped up.
-    rampup: (first batch, increment, samples until the last increment), or None.
+    """The sizes of a job.
+
+    Attributes:
+        data_parallel_size: ranks that hold the same part of the model and of a sequence.
+        micro_batch_size: samples in one forward pass.
+        global_batch_size: samples in a step, once it is ramped up.
+        rampup: (first batch, increment, samples until the last increment), or None.
     """
 
     data_parallel_size: int
@@ -28,7 +30,7 @@ class Layout:
     rampup: tuple[int, int, int] | None = None
 
     def batch_size(self, consumed: int) -> int:
-        """Samples of the step that begins after `consumed` samples; as megatron-core ramps."""
+        """Samples in the step that begins after `consumed` samples, ramped as in megatron-core."""
         if self.rampup is None or consumed > self.rampup[2]:
             return self.global_batch_size
         first, increment, samples = self.rampup
@@ -36,12 +38,14 @@ class Layout:
         return first + int(consumed / (samples / increments)) * increment
 
     def num_microbatches(self, batch_size: int) -> int:
-        """Forward passes of a rank in a step of so many samples."""
+        """Forward passes of a rank in a step of `batch_size` samples."""
         return batch_size // (self.micro_batch_size * self.data_parallel_size)
 
     def end(self, t: TrainingFlags, iteration: int = 0, consumed: int = 0) -> tuple[int, int]:
-        """(steps, samples) of the whole run, from where it stands; never above --train-samples."""
+        """(steps, samples) of the whole run, counted from `iteration` and `consumed` samples on;
+        never more than --train-samples."""
         if t.train_samples is None:
+            assert t.train_iters is not None, "parse() wants one of the two"
             left = max(t.train_iters - iteration, 0)
             return iteration + left, consumed + left * self.global_batch_size
         while self.rampup and consumed <= min(self.rampup[2], t.train_samples):
@@ -54,15 +58,11 @@ class Layout:
 
 
 def lay_out(args: Arguments, model: ModelConfig, world_size: int) -> Layout:
-    """Hold the run to its layout.
+    """Divides the run over its ranks.
 
     Args:
-        args: the flags.
         model: the resolved shape.
         world_size: ranks of the job.
-
-    Returns:
-        The sizes that follow.
 
     Raises:
         ConfigError: naming the flag, its value and the way out.
@@ -81,9 +81,10 @@ def lay_out(args: Arguments, model: ModelConfig, world_size: int) -> Layout:
         )
     dp = world_size // (tp * pp * cp)
     batch = t.global_batch_size or t.micro_batch_size * dp
-    batches = [("--global-batch-size", batch)]
+    batches, rampup = [("--global-batch-size", batch)], None
     if t.rampup_batch_size:
-        first, increment, _ = t.rampup_batch_size
+        first, increment, ramp_samples = t.rampup_batch_size
+        rampup = (first, increment, ramp_samples)
         if not 0 < first < batch or (batch - first) % increment:
             raise ConfigError(
                 f"--rampup-batch-size {first} {increment} ...: steps of {increment} do not lead "
@@ -96,7 +97,7 @@ def lay_out(args: Arguments, model: ModelConfig, world_size: int) -> Layout:
                 f"{name} {samples} is not a multiple of --micro-batch-size "
                 f"{t.micro_batch_size} x {dp} data-parallel ranks"
             )
-    layout = Layout(dp, t.micro_batch_size, batch, tuple(t.rampup_batch_size) or None)
+    layout = Layout(dp, t.micro_batch_size, batch, rampup)
     _check_shape(p, model)
     _check_interleaving(p, model.num_layers // pp, layout, [samples for _, samples in batches])
     _check_window(args, model)
@@ -124,7 +125,7 @@ def _check_shape(p: ParallelFlags, model: ModelConfig) -> None:
 
 
 def _check_interleaving(p: ParallelFlags, layers: int, layout: Layout, batches: list[int]) -> None:
-    """`layers` of a pipeline rank; every one of `batches` must fill its schedule."""
+    """Model chunks must divide a rank's `layers`; each of `batches` must fill the schedule."""
     pp, chunk = p.pipeline_model_parallel_size, p.num_layers_per_virtual_pipeline_stage
     if chunk is None:
         return
@@ -171,5 +172,5 @@ def _check_window(args: Arguments, model: ModelConfig) -> None:
             f"{model.max_position_embeddings} of --max-position-embeddings; leave "
             "--rope-scaling-factor out, or raise it"
         )
-    if not scaling.interpolation.trains:  # says why not
+    if not scaling.interpolation.trains:  # raises, and says why
         inverse_frequencies(model.rotary_dim, model.rotary_base, scaling)

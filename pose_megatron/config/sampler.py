@@ -1,13 +1,14 @@
-"""From what the user says of positions to the sampler of a run."""
+"""The position flags in, the sampler of a run out."""
 
 import dataclasses
+from collections.abc import Sequence
 
 from pose_megatron.config.flags import Arguments, PositionFlags
 from pose_megatron.errors import ConfigError
 from pose_megatron.positions.laws import SAMPLERS
 from pose_megatron.positions.sampler import PoseSampler
 
-SENTENCE_ENDS = (".", "!", "?", "\n")  # of longrecipe
+SENTENCE_ENDS = (".", "!", "?", "\n")  # longrecipe's default boundaries
 
 
 def build_sampler(args: Arguments, target: int, tokenizer=None) -> PoseSampler:
@@ -15,7 +16,7 @@ def build_sampler(args: Arguments, target: int, tokenizer=None) -> PoseSampler:
 
     Args:
         target: T, in tokens.
-        tokenizer: a tokenizer.Tokenizer, where chunks start after tokens named by their text.
+        tokenizer: preprocessing's Tokenizer, needed where --pose-boundaries holds texts.
 
     Raises:
         ConfigError: naming the flag, its value and the way out.
@@ -45,15 +46,15 @@ def build_sampler(args: Arguments, target: int, tokenizer=None) -> PoseSampler:
 
 
 def non_default_flags(flags: PositionFlags) -> dict:
-    """The position flags that are not at their defaults."""
+    """The position flags that differ from their defaults."""
     defaults, given = dataclasses.asdict(PositionFlags()), dataclasses.asdict(flags)
     return {name: value for name, value in given.items() if value != defaults[name]}
 
 
-def _token_ids(words: list[str], tokenizer) -> tuple[int, ...]:
-    """Ids, or texts that tokens are or end with, to ids."""
-    ids = {int(word) for word in words if word.isdecimal()}
-    for text in [word for word in words if not word.isdecimal()]:
+def _token_ids(boundaries: Sequence[str], tokenizer) -> tuple[int, ...]:
+    """Ids of the boundaries: an id itself, or every token that is a text or ends with it."""
+    ids = {int(boundary) for boundary in boundaries if boundary.isdecimal()}
+    for text in [boundary for boundary in boundaries if not boundary.isdecimal()]:
         if tokenizer is None:
             raise ConfigError(
                 f"--pose-boundaries {text!r} is a text: name the tokenizer with --tokenizer-model, "
@@ -69,11 +70,13 @@ def _token_ids(words: list[str], tokenizer) -> tuple[int, ...]:
     return tuple(sorted(ids))
 
 
-def _stages(words: list[str]) -> tuple[tuple[int, int], ...]:
+def _stages(schedule: list[str]) -> tuple[tuple[int, int], ...]:
+    """((first sample, target), ...) of --pose-target-schedule."""
     try:
-        return tuple((int(first), int(target)) for first, target in (w.split(":") for w in words))
+        pairs = (stage.split(":") for stage in schedule)
+        return tuple((int(first), int(target)) for first, target in pairs)
     except ValueError:
         raise ConfigError(
-            f"--pose-target-schedule {' '.join(words)}: give 'first-sample:target' "
+            f"--pose-target-schedule {' '.join(schedule)}: give 'first-sample:target' "
             "words, such as 0:8192 64000:131072"
         ) from None

@@ -133,7 +133,7 @@ def answers(
     logits: Logits,
     asked: Sequence[Prompt],
     batch_tokens: int = 16384,
-    progress: Callable[[int], None] = lambda tokens: None,
+    progress: Callable[[int], object] = lambda tokens: None,
 ) -> Iterator[Answer]:
     """The model's answers to prompts of one length, in their order.
 

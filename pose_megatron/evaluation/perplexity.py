@@ -40,7 +40,7 @@ def perplexities(
     context_lengths: Sequence[int],
     stride: int,
     batch_tokens: int = 16384,
-    progress: Callable[[int], None] = lambda tokens: None,
+    progress: Callable[[int], object] = lambda tokens: None,
 ) -> Iterator[Perplexity]:
     """Perplexity at each context length, over the same scored tokens.
 

@@ -1,13 +1,14 @@
-"""arguments.py: what the words mean, and what each mistake is answered with."""
+"""arguments.py: what the flags mean, and how each mistake is answered."""
 
 import dataclasses
 import json
 
 import pytest
 
-from pose_megatron.config.arguments import REFUSED, parse
+from pose_megatron.config.arguments import parse
 from pose_megatron.config.flags import LR_DECAY_STYLES
 from pose_megatron.config.layout import lay_out
+from pose_megatron.config.megatron_flags import REFUSED
 from pose_megatron.config.model import resolve_model
 from pose_megatron.errors import spell
 from pose_megatron.models.shape import ModelConfig
@@ -176,7 +177,7 @@ def test_unknown_and_abbreviated_flags_are_refused(words, message):
         (["--save", "x", "--save-interval", "0"], "--save-interval must be at least 1"),
         (["--log-interval", "0"], "--log-interval must be at least 1"),
         (["--eval-interval", "0"], "--eval-interval must be at least 1"),
-        (["--eval-iters", "0"], "--eval-iters must be at least 1"),
+        (["--eval-iters", "-1"], "--eval-iters must be at least 0, not -1"),
         (["--num-workers", "-1"], "--num-workers must be at least 0, not -1"),
         (["--lr-warmup-iters", "10"], "--lr-warmup-iters 10 leaves nothing of --train-iters 10"),
         (["--lr", "1e-5", "--min-lr", "1e-4"], "--min-lr 0.0001 is greater than --lr 1e-05"),
@@ -248,7 +249,7 @@ def test_a_refused_name_may_be_a_value():
     assert parse([*RUN, "--data-path", "sft"]).data.data_path == ["sft"]
 
 
-def test_every_schedule_can_be_non_default_flags():
+def test_every_schedule_can_be_asked_for():
     for style in LR_DECAY_STYLES:
         length = ["--lr-wsd-decay-iters", "2"] if style == "WSD" else []
         args = parse([*RUN, "--lr-decay-style", style, *length])

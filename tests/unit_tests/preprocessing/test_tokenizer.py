@@ -1,6 +1,5 @@
 """Ids against sentencepiece and transformers, texts back again, bad files."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from pose_megatron.preprocessing import tokenizer_training
 from pose_megatron.preprocessing.tokenizer import build_tokenizer, replace_surrogates
 
 ROOT = Path(__file__).parents[3]
@@ -20,15 +20,11 @@ STDLIB = Path(sysconfig.get_path("stdlib"))
 TEXTS = [(STDLIB / name).read_text("utf-8") for name in ("argparse.py", "heapq.py", "textwrap.py")]
 HARD = ["", " ", "  a\n\n\tb  ", "naïve 日本 😀", "a\0b", "</s>x<s>", "\r\n"]
 
-_spec = importlib.util.spec_from_file_location("train", ROOT / "tools" / "train_tokenizer.py")
-train_tokenizer = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(train_tokenizer)
-
 
 @pytest.fixture(scope="module")
 def spm_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("spm")
-    train_tokenizer.write_folder(train_tokenizer.train(TEXTS, 512, 1, 0.9995), folder)
+    tokenizer_training.write_folder(tokenizer_training.train(TEXTS, 512, 1, 0.9995), folder)
     return folder
 
 
@@ -190,7 +186,7 @@ def test_import_loads_no_tokenizer_library():
 def test_training_does_not_depend_on_threads_and_knows_code():
     pieces, others = (
         sentencepiece.SentencePieceProcessor(
-            model_proto=train_tokenizer.train(TEXTS, 600, threads, 0.9995)
+            model_proto=tokenizer_training.train(TEXTS, 600, threads, 0.9995)
         )
         for threads in (1, 3)
     )
@@ -203,26 +199,26 @@ def test_training_does_not_depend_on_threads_and_knows_code():
 @pytest.mark.parametrize("size, message", [(300, "smaller than required"), (10**6, "too high")])
 def test_training_refuses_sizes_that_do_not_fit(size, message):
     with pytest.raises(ValueError, match=f"--vocab-size {size}: .*{message}"):
-        train_tokenizer.train(TEXTS, size, 1, 0.9995)
+        tokenizer_training.train(TEXTS, size, 1, 0.9995)
 
 
 def test_check_fails_loudly_when_the_forms_differ(tmp_path, spm_folder):
     for file in spm_folder.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
-    assert train_tokenizer.check(tmp_path, TEXTS) > 0
+    assert tokenizer_training.check(tmp_path, TEXTS) > 0
     path = tmp_path / "tokenizer.json"
     tokenizer = json.loads(path.read_text())
     tokenizer["model"]["merges"].reverse()
     path.write_text(json.dumps(tokenizer))
     with pytest.raises(ValueError, match=r"tokenizer\.model and tokenizer\.json differ on"):
-        train_tokenizer.check(tmp_path, TEXTS)
+        tokenizer_training.check(tmp_path, TEXTS)
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.text(max_size=20)), st.integers(1, 100))
 def test_sample_keeps_order_and_size(texts, size):
-    kept = train_tokenizer.sample(iter(texts), size)
-    assert kept == train_tokenizer.sample(iter(texts), size)
+    kept = tokenizer_training.sample(iter(texts), size)
+    assert kept == tokenizer_training.sample(iter(texts), size)
     rest = iter(texts)
     assert all(text in rest for text in kept)  # a subsequence
     total = sum(len(text.encode()) for text in kept)

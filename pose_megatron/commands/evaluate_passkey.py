@@ -1,0 +1,134 @@
+"""Passkey retrieval of a Megatron checkpoint at several context lengths."""
+
+import argparse
+from typing import TYPE_CHECKING
+
+from pose_megatron.commands.target_flags import add_target_flags, target_of
+from pose_megatron.errors import ConfigError
+from pose_megatron.preprocessing.tokenizer import TOKENIZER_TYPES, Tokenizer, build_tokenizer
+from pose_megatron.runtime.cli import command, positive
+from pose_megatron.runtime.startup import prepare_megatron
+
+if TYPE_CHECKING:  # imported by main(), after the flags are read
+    from pose_megatron.evaluation.target import EvaluationTarget
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="How often the model finds a number that the text, anywhere in the window,\n"
+        "gives to a name. Prompts have exactly the context length, the place moves from the\n"
+        "front to the back, and greedy decoding must give the whole number.",
+        epilog="example:\n  python tools/evaluate_passkey.py --load checkpoints/pose --bf16 \\\n"
+        "      --context-lengths 4096 16384 65536 --needles 8 --data-path books_text_document \\\n"
+        "      --output results.jsonl\n"
+        "  python tools/plot_results.py results.jsonl --metric passkey --output passkey.png",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_target_flags(parser)
+    add = parser.add_argument
+    add("--trials", type=positive, default=50, help="prompts per context length (default: 50)")
+    add(
+        "--needles",
+        type=positive,
+        default=1,
+        help="names with numbers in each prompt; it asks for one of them (default: 1)",
+    )
+    add("--data-path", help="corpus prefix whose text is the haystack (default: filler)")
+    add("--tokenizer-type", choices=TOKENIZER_TYPES, default="HuggingFaceTokenizer")
+    add("--tokenizer-model", help="default: the one that the checkpoint carries")
+    add("--prepend-bos", action="store_true", help="begin with the token that begins a sequence")
+    add("--seed", type=int, default=1234, help="seed of names, numbers and places (default: 1234)")
+    return parser.parse_args()
+
+
+@command
+def main() -> None:
+    flags = parse()
+    prepare_megatron()
+    from tqdm import tqdm
+
+    from pose_megatron.evaluation import corpus_text, passkey, report
+    from pose_megatron.evaluation.target import find_target
+    from pose_megatron.runtime.distributed import device
+
+    target = find_target(**target_of(flags))
+    tokenizer = open_tokenizer(flags, target)
+    first = []
+    if flags.prepend_bos:
+        if tokenizer.bos is None:
+            raise ConfigError("--prepend-bos: the tokenizer has no such token")
+        first = [tokenizer.bos]
+    haystack = passkey.filler(tokenizer.tokenize)
+    if flags.data_path:
+        haystack = corpus_text.haystack(flags.data_path, target.lengths[-1])
+    prompts = {
+        length: passkey.prompts(
+            tokenizer.tokenize, haystack, length, flags.trials, flags.needles, flags.seed, first
+        )
+        for length in target.lengths
+    }
+    largest = max(int(prompt.tokens.max()) for some in prompts.values() for prompt in some)
+    if largest >= target.model.vocab_size:
+        raise ConfigError(
+            f"token id {largest} is outside the checkpoint's vocabulary of "
+            f"{target.model.vocab_size}: --tokenizer-model or --data-path is of another model"
+        )
+    logits = target.load_logits()
+
+    rows = []
+    with tqdm(
+        total=flags.trials * sum(target.lengths),
+        unit="token",
+        unit_scale=True,
+        desc=target.name,
+        disable=None,
+    ) as bar:
+        for length, questions in prompts.items():
+            answers = list(
+                passkey.answers(
+                    lambda tokens, last: logits(tokens.to(device()), last),
+                    questions,
+                    flags.batch_tokens,
+                    bar.update,
+                )
+            )
+            found = sum(answer.found for answer in answers)
+            low, high = passkey.interval(found, flags.trials)
+            rows.append(
+                {
+                    "name": target.name,
+                    "metric": "passkey",
+                    "context_length": length,
+                    "passkey": found / flags.trials,
+                    "low": low,
+                    "high": high,
+                    "loss": sum(answer.loss for answer in answers) / flags.trials,
+                    "trials": flags.trials,
+                    "needles": flags.needles,
+                    "seed": flags.seed,
+                    "data_path": flags.data_path,
+                    **target.row,
+                    "answers": [[a.depth, a.found, round(a.loss, 4)] for a in answers],
+                }
+            )
+    for row in rows:
+        print(
+            f"{target.name}: context {row['context_length']:>7,}  found {row['passkey']:6.1%}  "
+            f"(95 % interval {row['low']:.0%} to {row['high']:.0%})  "
+            f"loss per token of the answer {row['loss']:.3f}"
+        )
+    report.append(flags.output, rows)
+
+
+def open_tokenizer(flags: argparse.Namespace, target: "EvaluationTarget") -> Tokenizer:
+    """The tokenizer that the flags name, or the checkpoint's.
+
+    Raises:
+        ConfigError: there is neither.
+    """
+    path = flags.tokenizer_model or target.found.root / "tokenizer"
+    if not flags.tokenizer_model and not path.is_dir():
+        raise ConfigError(
+            f"--load {flags.load} carries no tokenizer; name one with --tokenizer-model"
+        )
+    return build_tokenizer(flags.tokenizer_type, path)

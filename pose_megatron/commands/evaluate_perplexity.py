@@ -1,0 +1,86 @@
+"""Sliding-window perplexity of a Megatron checkpoint at several context lengths."""
+
+import argparse
+import dataclasses
+
+from pose_megatron.commands.target_flags import add_target_flags, target_of
+from pose_megatron.runtime.cli import command, positive
+from pose_megatron.runtime.startup import prepare_megatron
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Perplexity at each context length, over the same documents and the same\n"
+        "scored tokens, so that the lengths can be compared.",
+        epilog="example:\n  python tools/evaluate_perplexity.py --load checkpoints/pose \\\n"
+        "      --data-path books_text_document --context-lengths 2048 4096 8192 16384 \\\n"
+        "      --output results.jsonl",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_target_flags(parser)
+    add = parser.add_argument
+    add(
+        "--data-path",
+        required=True,
+        help="corpus prefix; documents longer than the longest context length are used",
+    )
+    add(
+        "--stride",
+        type=positive,
+        help="tokens scored per window (default: half the shortest context)",
+    )
+    add("--max-documents", type=positive, default=100, help="use at most this many (default: 100)")
+    add(
+        "--max-document-tokens",
+        type=positive,
+        help="cut documents to this length (default: longest context plus 8 strides)",
+    )
+    return parser.parse_args()
+
+
+@command
+def main() -> None:
+    flags = parse()
+    prepare_megatron()
+    from tqdm import tqdm
+
+    from pose_megatron.evaluation import report
+    from pose_megatron.evaluation.corpus_text import long_documents
+    from pose_megatron.evaluation.perplexity import perplexities
+    from pose_megatron.evaluation.target import find_target
+    from pose_megatron.runtime.distributed import device
+
+    target = find_target(**target_of(flags))
+    shortest, longest = target.lengths[0], target.lengths[-1]
+    stride = flags.stride or shortest // 2
+    documents = long_documents(
+        flags.data_path,
+        longest,
+        flags.max_documents,
+        flags.max_document_tokens or longest + 8 * stride,
+        target.model.vocab_size,
+    )
+    documents = [document.to(device()) for document in documents]
+    logits = target.load_logits()
+
+    windows = sum((len(document) - longest - 1) // stride + 1 for document in documents)
+    with tqdm(
+        total=windows * sum(target.lengths),
+        unit="token",
+        unit_scale=True,
+        desc=target.name,
+        disable=None,
+    ) as bar:
+        results = list(
+            perplexities(logits, documents, target.lengths, stride, flags.batch_tokens, bar.update)
+        )
+    for r in results:
+        print(
+            f"{target.name}: context {r.context_length:>7,}  perplexity {r.perplexity:.3f}  "
+            f"({r.tokens:,} tokens of {r.documents} documents)"
+        )
+    what, where = {"name": target.name, "metric": "perplexity"}, {"data_path": flags.data_path}
+    report.append(
+        flags.output,
+        (what | dataclasses.asdict(r) | {"stride": stride} | where | target.row for r in results),
+    )

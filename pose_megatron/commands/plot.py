@@ -1,0 +1,34 @@
+"""Results against context length: a PNG and a Markdown table."""
+
+import argparse
+from pathlib import Path
+
+from pose_megatron.evaluation import report
+from pose_megatron.runtime.cli import command
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Reads the JSON lines of the evaluation tools; of several results with the "
+        "same name and\ncontext length, the last one counts.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="example:\n  python tools/plot_results.py results.jsonl --output perplexity.png",
+    )
+    parser.add_argument("results", nargs="+", help="files of JSON lines")
+    parser.add_argument("--output", default="results.png", help="PNG; the table is .md beside it")
+    parser.add_argument("--metric", choices=report.METRICS, default="perplexity")
+    parser.add_argument("--window", type=int, help="mark the training window L, in tokens")
+    parser.add_argument("--title")
+    return parser.parse_args()
+
+
+@command
+def main() -> None:
+    flags = parse()
+    table = report.read(flags.results, flags.metric)
+    output = Path(flags.output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    text = report.markdown(table, flags.metric)
+    output.with_suffix(".md").write_text(text)
+    report.plot(table, flags.metric, output, flags.window, flags.title)
+    print(text + f"\n{output}  {output.with_suffix('.md')}")

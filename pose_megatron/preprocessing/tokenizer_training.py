@@ -1,0 +1,206 @@
+"""Training a byte-pair tokenizer, written in sentencepiece's form and in Hugging Face's.
+
+LLaMA's conventions (sentencepiece BPE, <unk> 0, <s> 1, </s> 2, unknown characters as bytes, digits
+apart) without its leading space: text is taken as it is, newlines, tabs and runs of spaces
+included. The one exception is U+2581, sentencepiece's sign for a space: it comes back as a space.
+"""
+
+import heapq
+import io
+import json
+import os
+import random
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from pose_megatron.errors import ConfigError
+from pose_megatron.preprocessing.tokenizer import PROBES
+from pose_megatron.runtime.atomic_files import fsync
+
+FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
+SPECIAL = ("<unk>", "<s>", "</s>")
+SPACE = "▁"  # sentencepiece's sign for a space
+CHECK_CHARACTERS = 500_000  # of the corpus, on which both forms must agree
+
+
+def train_tokenizer(
+    texts: Sequence[str],
+    folder: Path,
+    vocab_size: int,
+    threads: int,
+    character_coverage: float,
+    progress: Callable[[str], None] = lambda doing: None,
+) -> tuple[int, int]:
+    """Trains on the texts, compares both forms on some of them, then puts FILES into the folder.
+
+    Args:
+        vocab_size: tokens, with 256 bytes and 3 special ones.
+        character_coverage: share of the text's characters that get a token of their own.
+        progress: told what begins.
+
+    Returns:
+        (bytes, tokens) of the texts that were compared.
+
+    Raises:
+        ConfigError: as `train` and `check`.
+    """
+    model = train(texts, vocab_size, threads, character_coverage)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".tmp-", dir=folder) as temporary:
+        draft = Path(temporary)
+        write_folder(model, draft)
+        progress("comparing tokenizer.model and tokenizer.json")
+        compared = _characters(texts, CHECK_CHARACTERS)
+        check(draft, PROBES)
+        tokens = check(draft, compared)
+        for name in FILES:
+            fsync(draft / name)
+        for name in FILES:
+            (draft / name).replace(folder / name)
+        fsync(folder)
+    return sum(len(text.encode()) for text in compared), tokens
+
+
+def train(texts: Sequence[str], vocab_size: int, threads: int, character_coverage: float) -> bytes:
+    """A sentencepiece model, serialized. Its pieces do not depend on `threads`; it records them.
+
+    Raises:
+        ConfigError: the texts are too few for the vocabulary, or it too small for them.
+    """
+    import sentencepiece
+
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            # Whole texts: sentencepiece splits them at spaces itself, and sees the newlines.
+            sentence_iterator=iter(texts),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            character_coverage=character_coverage,
+            byte_fallback=True,
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=-1,
+            # the text as it is
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            # code: indentation is one piece, "self." and "):\n" may be, numbers are not
+            allow_whitespace_only_pieces=True,
+            split_by_unicode_script=False,
+            split_digits=True,
+            max_sentence_length=1 << 30,
+            num_threads=threads,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        reason = str(error).rpartition("] ")[2].strip()  # behind the place in its source
+        raise ConfigError(
+            f"--vocab-size {vocab_size}: sentencepiece cannot train it on this corpus ({reason})"
+        ) from error
+    return model.getvalue()
+
+
+def write_folder(model: bytes, folder: Path) -> None:
+    """tokenizer.model, and the same tokenizer in Hugging Face's form."""
+    from sentencepiece import SentencePieceProcessor
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+
+    (folder / "tokenizer.model").write_bytes(model)
+    pieces = SentencePieceProcessor(model_proto=model)
+    vocab = {pieces.id_to_piece(i): i for i in range(pieces.get_piece_size())}
+    pairs = merges(list(vocab))
+    tokenizer = Tokenizer(
+        models.BPE(vocab, pairs, unk_token=SPECIAL[0], fuse_unk=True, byte_fallback=True)
+    )
+    tokenizer.normalizer = normalizers.Replace(" ", SPACE)
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {
+        # not LlamaTokenizer: transformers would replace what tokenizer.json says by its own
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **dict(zip(("unk_token", "bos_token", "eos_token"), SPECIAL, strict=True)),
+        "clean_up_tokenization_spaces": False,
+        "split_special_tokens": True,  # as sentencepiece: "</s>" in a text is text
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def merges(pieces: Sequence[str]) -> list[tuple[str, str]]:
+    """The pairs that byte-pair encoding joins, first to last.
+
+    sentencepiece keeps only the results, numbered in the order in which they were made. Special
+    tokens and bytes come before them and are never made by joining: "<s>" is not "<" with "s>".
+    """
+    made = {piece: i for i, piece in enumerate(pieces) if i >= len(SPECIAL) + 256}
+    return [
+        pair
+        for piece in made
+        for pair in sorted(
+            (
+                (piece[:i], piece[i:])
+                for i in range(1, len(piece))
+                if piece[:i] in made and piece[i:] in made
+            ),
+            key=lambda pair: (made[pair[0]], made[pair[1]]),
+        )
+    ]
+
+
+def check(folder: Path, texts: Sequence[str]) -> int:
+    """Compares the folder's two forms on the texts; returns the number of tokens.
+
+    Raises:
+        ConfigError: they differ on a text, or one does not give the text back.
+    """
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    from sentencepiece import SentencePieceProcessor
+    from transformers import AutoTokenizer
+
+    ours = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokens = 0
+    for text in texts:
+        ids = ours.encode(text)
+        if ids != theirs.encode(text):
+            raise ConfigError(f"tokenizer.model and tokenizer.json differ on {_start(text)}")
+        if not ours.decode(ids) == theirs.decode(ids) == text.replace(SPACE, " "):
+            raise ConfigError(f"encoding and decoding does not give back {_start(text)}")
+        tokens += len(ids)
+    return tokens
+
+
+def sample(texts: Iterator[str], size: int, seed: int = 0) -> list[str]:
+    """A random choice of the texts of about `size` bytes, in their order; all, if they fit.
+
+    Holds little more than `size` bytes at a time: each text draws a number, and the highest go.
+    """
+    draw, total = random.Random(seed), 0
+    kept: list[tuple[float, int, str]] = []
+    for index, text in enumerate(texts):
+        heapq.heappush(kept, (-draw.random(), index, text))
+        total += len(text.encode())
+        while total > size and len(kept) > 1:
+            total -= len(heapq.heappop(kept)[2].encode())
+    return [text for _, index, text in sorted(kept, key=lambda item: item[1])]
+
+
+def _characters(texts: Sequence[str], count: int) -> list[str]:
+    """Texts in random order, cut after so many characters; all, if they have fewer."""
+    taken: list[str] = []
+    for text in random.Random(0).sample(texts, len(texts)):
+        taken.append(text[:count])
+        count -= len(taken[-1])
+        if not count:
+            break
+    return taken
+
+
+def _start(text: str) -> str:
+    return repr(text[:80]) + ("" if len(text) <= 80 else f"... ({len(text)} characters)")
