@@ -86,7 +86,7 @@ def sentence(summary: dict) -> str:
 def main() -> None:
     flags = vars(parse())
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each worker tokenizes on one thread
-    from pose_megatron.preprocessing.preprocess import Job, preprocess
+    from pose_megatron.preprocessing.preprocess import PreprocessingJob, preprocess
 
     json_keys = list(dict.fromkeys(flags.pop("json_keys")))
-    print(sentence(preprocess(Job(json_keys=json_keys, **flags))))
+    print(sentence(preprocess(PreprocessingJob(json_keys=json_keys, **flags))))

@@ -5,7 +5,7 @@ names and meanings are Megatron-LM's wherever it has one: `--seq-length` is the 
 `--max-position-embeddings` the target window T.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,7 @@ LR_DECAY_STYLES = ("constant", "linear", "cosine", "inverse-square-root", "WSD")
 def flag(
     default,
     help: str,
-    choices: Sequence[str] | None = None,
+    choices: Collection[str] | None = None,
     nargs: str | int | None = None,
 ) -> Any:
     """A dataclass field that is a flag; `choices` and `nargs` as argparse's."""
@@ -255,7 +255,7 @@ class ParallelFlags:
         per_rank = num_layers // self.pipeline_model_parallel_size
         return per_rank // self.num_layers_per_virtual_pipeline_stage
 
-    def sizes(self, num_layers: int) -> dict[str, int | None]:
+    def sizes(self, num_layers: int) -> dict[str, Any]:
         """The layout as megatron-core's sizes, for a model of `num_layers`."""
         return {
             "tensor_model_parallel_size": self.tensor_model_parallel_size,

@@ -88,10 +88,13 @@ class PoseDataset(torch.utils.data.Dataset):
         return f"sample {index}: {source.corpus.prefix}, document {document} from token {first}"
 
 
+TrainingSet = PoseDataset | MaterializedDataset
+
+
 class Datasets(NamedTuple):
     """The three splits; None where no samples are needed, or where this rank does not load."""
 
-    train: PoseDataset | MaterializedDataset | None
+    train: TrainingSet | None
     valid: PoseDataset | None
     test: PoseDataset | None
 

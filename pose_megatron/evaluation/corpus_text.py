@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from pose_megatron.data.indexed_corpus import Corpus
+from pose_megatron.data.indexed_corpus import IndexedCorpus
 from pose_megatron.errors import ConfigError
 from pose_megatron.positions.draws import Draw
 
@@ -32,7 +32,7 @@ def long_documents(
         raise ConfigError(
             f"--max-document-tokens {max_tokens} must exceed the longest context length, {longest}"
         )
-    corpus = Corpus(prefix)
+    corpus = IndexedCorpus(prefix)
     long_enough = (corpus.lengths > longest).nonzero()[0][:max_documents]
     if not len(long_enough):
         raise ConfigError(
@@ -61,7 +61,7 @@ def haystack(prefix: str, longest: int) -> Callable[[Draw, int], np.ndarray]:
     Raises:
         ConfigError: the corpus has fewer than `longest` tokens.
     """
-    corpus = Corpus(prefix)
+    corpus = IndexedCorpus(prefix)
     total = int(corpus.lengths.sum(dtype=np.int64))
     if total < longest:
         raise ConfigError(

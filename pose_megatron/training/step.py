@@ -15,7 +15,7 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from pose_megatron.data.batch import get_batch
-from pose_megatron.data.dataset import PoseDataset
+from pose_megatron.data.dataset import PoseDataset, TrainingSet
 from pose_megatron.runtime.distributed import device
 from pose_megatron.training.optimizer import update
 from pose_megatron.training.trainer import Trainer
@@ -104,7 +104,7 @@ def sample_losses(trainer: Trainer, step: Step) -> list[float]:
 
 
 def worst_samples(
-    losses: list[float], first: int, dataset: PoseDataset | None, count: int = 4
+    losses: list[float], first: int, dataset: TrainingSet | None, count: int = 4
 ) -> list[tuple[str, float]]:
     """Names and losses of the samples with the highest loss, NaN first; [] without the dataset.
 

@@ -2,7 +2,7 @@
 
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
-from pose_megatron.data.dataset import PoseDataset
+from pose_megatron.data.dataset import PoseDataset, TrainingSet
 from pose_megatron.errors import ConfigError
 from pose_megatron.runtime.processes import Stop
 from pose_megatron.runtime.ranks import print_rank_0
@@ -14,7 +14,7 @@ from pose_megatron.training.trainer import Trainer, save
 
 def train(
     trainer: Trainer,
-    train_set: PoseDataset | None,
+    train_set: TrainingSet | None,
     valid_set: PoseDataset | None,
     test_set: PoseDataset | None = None,
 ) -> None:

@@ -16,7 +16,7 @@ from pose_megatron.checkpoints.megatron.directory import Checkpoint
 from pose_megatron.config.flags import Arguments, CheckpointFlags
 from pose_megatron.config.layout import Layout
 from pose_megatron.data.batch import batches
-from pose_megatron.data.dataset import PoseDataset
+from pose_megatron.data.dataset import TrainingSet
 from pose_megatron.errors import DamagedCheckpoint
 from pose_megatron.models.build import build_model, initialize, transformer_config
 from pose_megatron.models.gpt import PoseGPTModel
@@ -50,7 +50,7 @@ class Trainer:
         self.iteration, self.consumed_samples = iteration, consumed_samples
         self.iterations, _ = self.layout.end(self.args.training, iteration, consumed_samples)
 
-    def data_iterator(self, dataset: PoseDataset | None, consumed: int, num_workers: int):
+    def data_iterator(self, dataset: TrainingSet | None, consumed: int, num_workers: int):
         """This rank's micro-batches from sample `consumed` on; a list of iterators, one per model
         chunk, when interleaved."""
         iterators = [
