@@ -13,7 +13,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.utils import get_batch_on_this_cp_rank
 
-from pose_megatron.data.dataset import PoseDataset
+from pose_megatron.data.dataset import TrainingSet
 from pose_megatron.errors import ConfigError
 from pose_megatron.runtime.distributed import device
 
@@ -56,7 +56,7 @@ def _collate(samples: list[dict[str, np.ndarray]]) -> torch.Tensor:
 
 
 def batches(
-    dataset: PoseDataset | None, consumed: int, micro_batch_size: int, num_workers: int
+    dataset: TrainingSet | None, consumed: int, micro_batch_size: int, num_workers: int
 ) -> Iterator[torch.Tensor] | None:
     """This data-parallel rank's micro-batches [f, b, L]; None where the rank does not load."""
     if dataset is None:

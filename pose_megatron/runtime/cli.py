@@ -37,30 +37,40 @@ def command(main: Callable[[], None]) -> Callable[[], int]:
     def guarded() -> int:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
-            main()
-        except KeyboardInterrupt as stop:
-            left = f", {stop}" if str(stop) else ""
-            print(f"{os.path.basename(sys.argv[0])}: interrupted{left}", file=sys.stderr)
-            return 130
-        except Exception as error:
-            first = _first_to_fail()
-            mistake = isinstance(error, ValueError | OSError)
-            if os.environ.get("POSE_TRACEBACK") or (first and not mistake):
-                raise
-            if first:
-                print_error(_sentence(error))
-            else:
-                time.sleep(2)  # let the sentence out before torchrun ends the job
-            if _process_group() or world_size() > 1:
+            code = _exit_code(main)
+            if code and world_size() > 1:
                 sys.stdout.flush()
-                os._exit(1)  # the other ranks may be inside a collective: nothing to wait for
-            return 1
+                os._exit(code)  # the other ranks may be inside a collective: nothing to wait for
+            return code
         finally:
             if distributed := _process_group():
                 distributed.destroy_process_group()
-        return 0
 
     return guarded
+
+
+def _exit_code(main: Callable[[], None]) -> int:
+    """Runs `main`, and says how it ended if it ended early."""
+    try:
+        main()
+    except KeyboardInterrupt as stop:
+        if rank() == 0:
+            kept = f", {stop}" if str(stop) else ""
+            print(f"{os.path.basename(sys.argv[0])}: interrupted{kept}", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if world_size() > 1:  # torchrun may end this rank while it waits below
+            signal.signal(signal.SIGTERM, lambda *_: os._exit(1))
+        first = _first_to_fail()
+        mistake = isinstance(error, ValueError | OSError)
+        if os.environ.get("POSE_TRACEBACK") or (first and not mistake):
+            raise
+        if first:
+            print_error(_sentence(error))
+        else:
+            time.sleep(2)  # let the sentence out before torchrun ends the job
+        return 1
+    return 0
 
 
 def _process_group():
