@@ -59,7 +59,7 @@ class Interpolation:
     """One method with its options, which are the fields below and those that a subclass adds.
 
     A subclass gives at least `name` and `stretch`. Its fields become fields of RopeScaling and keys
-    of --rope-scaling-config; its checks stand in its `__post_init__`. As it stands here, a method
+    of --rope-scaling-config; its checks stand in its `__post_init__`. Unless it says otherwise, it
     is exported as Hugging Face's longrope, whose lists can hold any fixed frequencies.
     """
 
@@ -68,9 +68,9 @@ class Interpolation:
 
     name: ClassVar[str]  # for --rope-scaling
     needs_window: ClassVar[bool] = True  # the formula has L in it
-    reaches_factor_times_window: ClassVar[bool] = False  # no position beyond s L is interpolated
+    reaches_factor_times_window: ClassVar[bool] = False  # a target T beyond s L is refused
     extends_scaled: ClassVar[bool] = True  # may stretch a model that is scaled already
-    trains: ClassVar[bool] = True  # has frequencies that hold for sequences of any length
+    trains: ClassVar[bool] = True  # `stretch` works without a length
     keeps_window: ClassVar[bool] = False  # max_position_embeddings stays L while s reaches beyond
 
     hf_type: ClassVar[str] = "longrope"  # `rope_type` in config.json
@@ -121,7 +121,7 @@ class Interpolation:
                 training uses.
 
         Raises:
-            ConfigError: these pairs, or no length, are not enough for the method.
+            ConfigError: the method does not fit so many pairs, or needs a length.
         """
         raise NotImplementedError
 
@@ -163,7 +163,8 @@ class Interpolation:
 
     @property
     def float32_error(self) -> float:
-        """How much float32 in transformers adds to the relative error of a frequency, at most."""
+        """The most that this method's arithmetic in float32, in transformers, adds to a frequency's
+        relative error."""
         return 0.0
 
     def to_megatron(self, pairs: Pairs) -> dict[str, Any]:

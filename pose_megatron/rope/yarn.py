@@ -16,13 +16,13 @@ _ROUNDING = 2.0**-24  # float32 rounds to nearest: by at most this share of a nu
 
 @dataclass(frozen=True)
 class _NtkByParts(Interpolation):
-    """What both share: the ramp m_i and the temperature.
+    """What both YaRNs share: options, the ramp m_i and the temperature.
 
     m_i is 1 for pairs that turn at least beta_fast times inside L, 0 for those that turn at most
     beta_slow times, and linear in i between them ("NTK-by-parts", arXiv 2309.00071, 3.2).
 
-    Over another scaling pairs are not evenly spaced: m_i is then linear in the logarithm of the
-    turns, which for plain theta_i is the same.
+    Over another scaling, pairs are not evenly spaced: m_i is then linear in the logarithm of the
+    turns (for plain theta_i the same as linear in i), and `truncate` has no effect.
     """
 
     beta_fast: float = 32.0  # turns inside L from which a pair is kept
@@ -68,9 +68,8 @@ class _NtkByParts(Interpolation):
         first, last = max(first, 0), min(last, dim - 1)  # d - 1, not d/2 - 1: YaRN's own clamp
         if first == last:
             last += 0.001
-        return 1 - ((torch.arange(dim // 2, dtype=torch.float64) - first) / (last - first)).clamp(
-            0, 1
-        )
+        ramp = (torch.arange(dim // 2, dtype=torch.float64) - first) / (last - first)
+        return 1 - ramp.clamp(0, 1)
 
     def _ramp(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self._RAMP}
@@ -131,12 +130,12 @@ class Yarn(_NtkByParts):
     def float32_error(self) -> float:
         """transformers computes r_i = 1 - m_i = (i - first) / (last - first) in float32.
 
-        Whole ends are exact, and only the quotient is rounded. Otherwise both differences are
-        rounded too, and so is `first` before them, which moves r_i by its rounding times
-        first / (last - first) = ln(L / (2 pi beta_fast)) / ln(beta_fast / beta_slow), whatever b
-        and d; clamping at 0 or d - 1 leaves at most 1 of it where a pair lies on the ramp. An
-        error e of m_i changes m_i + (1 - m_i)/s by (s - 1) e / (1 + (s - 1) m_i) of it, which is
-        at most (s - 1) e.
+        With `truncate` both ends are whole numbers, so only the quotient is rounded. Without it,
+        both differences are rounded too, and before them `first`, whose rounding moves r_i by up to
+        first / (last - first) roundings. For any b and d that ratio is
+        ln(L / (2 pi beta_fast)) / ln(beta_fast / beta_slow), or below 1 where an end is clamped
+        and a pair lies on the ramp. An error e in m_i changes m_i + (1 - m_i)/s by at most
+        (s - 1) e of itself (where m_i is near 0).
         """
         roundings = 1.0
         if not self.truncate:

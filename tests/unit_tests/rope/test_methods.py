@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -170,6 +170,7 @@ any_rope = (
 )
 
 
+@settings(deadline=None)
 @given(*any_rope, st.booleans())
 def test_float32_explains_what_yarn_is_off(dim, base, window, factor, slow, ratio, truncate):
     options = {"beta_fast": slow * ratio, "beta_slow": slow, "truncate": truncate}
@@ -177,6 +178,7 @@ def test_float32_explains_what_yarn_is_off(dim, base, window, factor, slow, rati
     assert error_in_transformers(scaling, dim, base, **options) <= bounds(scaling)["inv_freq"]
 
 
+@settings(deadline=None)
 @given(*any_rope)
 def test_float32_explains_what_llama3_is_off(dim, base, window, factor, low, ratio):
     options = {"low_freq_factor": low, "high_freq_factor": low * ratio}
