@@ -17,9 +17,9 @@ from pose_megatron.runtime.startup import prepare_megatron
 prepare_megatron()
 
 from pose_megatron.checkpoints.huggingface import rope_check
+from pose_megatron.checkpoints.megatron import directory
 from pose_megatron.evaluation import parity
 from pose_megatron.runtime.cli import command
-from pose_megatron.training import checkpointing
 
 
 def parse() -> argparse.Namespace:
@@ -46,7 +46,7 @@ def main() -> None:
         raise ValueError(f"--hf {flags.hf} is not a Hugging Face model: it has no config.json")
     if flags.tokens < 2:
         raise ValueError(f"--tokens {flags.tokens} must be at least 2")
-    found = checkpointing.find(flags.megatron, flags.iteration)
+    found = directory.find(flags.megatron, flags.iteration)
     bounds = rope_check.bounds(found.model.rope_scaling)
     for name, error in rope_check.rope_errors(flags.hf, found.model).items():
         print(f"rope {name}: relative error {error:.1e} (bound {bounds[name]:.0e})")

@@ -133,9 +133,7 @@ def test_damaged_and_foreign_files_are_named(written, make_corpus):
     path = Path(f"{prefix}_labels.bin")
     content = path.read_bytes()
     path.write_bytes(content[:-2])
-    with pytest.raises(
-        ValueError, match=f"--materialized {prefix}_labels: .*truncated or from"
-    ):
+    with pytest.raises(ValueError, match=f"--materialized {prefix}_labels: .*truncated or from"):
         read(prefix)
     path.write_bytes(content)
     other = make_corpus([[1] * 64] * (SAMPLES - 1))
