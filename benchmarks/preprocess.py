@@ -9,8 +9,8 @@ duplicates left out), with a Hugging Face byte-level BPE and a SentencePiece BPE
   ceiling  gigatoken alone on the same texts in memory, on all workers, ids thrown away: the faster
            of its own threads and of forked processes
 
-Each runs in its own process, in turn, and the median of several runs counts (three times as many for
-ours and the ceiling). Rates leave start-up out: they are taken between a corpus of one megabyte and
+Each runs in its own process, in turn, and the median of several runs counts (three times as many
+for ours and the ceiling). Rates leave start-up out: they are taken between a corpus of 1 MB and
 the whole one. Start-up is reported on its own, as the time for one document. Rates are given by the
 clock, and by the processor time of all processes, divided by the number of workers: other work on
 the machine disturbs that less.

@@ -50,7 +50,8 @@ def command(main: Callable[[], None]) -> Callable[[], int]:
             if first:
                 print_error(_sentence(error))
             else:
-                time.sleep(2)  # let the sentence out before torchrun ends the job
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun may end the job meanwhile
+                time.sleep(2)  # let the sentence out before that
             if _process_group() or world_size() > 1:
                 sys.stdout.flush()
                 os._exit(1)  # the other ranks may be inside a collective: nothing to wait for
