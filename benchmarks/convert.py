@@ -2,12 +2,12 @@
 
     python benchmarks/convert.py                     about 1 GB, in a temporary folder of this disk
 
-For each direction, the median of several runs of tools/checkpoint/convert.py, each a process of its
-own: seconds from its start to its end, and the most memory that it had resident. The floor is a
-process that imports torch, calls safetensors' load_file and save_file, and puts the file on disk as
-the tool does (fsync). All take turns, and read what the page cache holds. Each runs twice in a row,
-and the second time counts: the pages that a file is written into are then those of the first, while
-a virtual machine may have given back others' to its host, and waits a second and more for them.
+For each direction, the median of several runs of tools/checkpoint/convert.py, each in its own
+process: seconds from start to end, and peak resident memory. The floor is a process that imports
+torch, calls safetensors' load_file and save_file, and puts the file on disk as the tool does
+(fsync). All take turns, and read from the page cache. Each runs twice in a row, and the second time
+counts: it writes into pages that the first has just freed, whereas a virtual machine may have to
+ask its host for other ones, which takes a second and more.
 """
 
 import argparse
@@ -88,7 +88,7 @@ def remove(path: Path) -> None:
 
 
 def measure(folder: Path, repeats: int) -> tuple[dict[str, list[tuple[float, float]]], int]:
-    """(seconds, MB) of each run by name; the bytes of the weights."""
+    """({name: (seconds, MB) of each run}, bytes of the weights)."""
     hf, megatron, out = folder / "hf", folder / "megatron", folder / "out"
     hf.mkdir()
     run("-c", MAKE, hf, json.dumps(SHAPE))
@@ -115,7 +115,7 @@ def measure(folder: Path, repeats: int) -> tuple[dict[str, list[tuple[float, flo
 
 
 def table(results: dict[str, list[tuple[float, float]]]) -> str:
-    """Markdown."""
+    """Medians as a Markdown table."""
     seconds = {name: statistics.median(s for s, _ in runs) for name, runs in results.items()}
     memory = {name: max(m for _, m in runs) for name, runs in results.items()}
     lines = ["| | seconds | of the floor | peak MB | above torch alone |", "|---|---|---|---|---|"]

@@ -2,11 +2,12 @@
 
 Measured on a corpus of random tokens, mapped from disk and read once before the clock runs:
 
-    samples/s   one process, indices in order: megatron-core's GPTDataset, ours plain (`full`), and
-                ours with PoSE positions, each sample as the training loop gets it
+    samples/s   one process, indices in order: megatron-core's GPTDataset, our dataset with plain
+                positions (`full`) and with PoSE positions; samples as the training loop gets them
     plans/s     the PoSE authors' rule (three draws of `random`, torch.arange, the second chunk
-                moved), and ours: one at a time, in batches, each also with its positions
-    start       seconds from files to the first sample of a corpus of many documents
+                shifted), and our sampler: one plan at a time and in batches, with positions and
+                without
+    start       seconds from opening a corpus of many documents to its first sample
 """
 
 import argparse
@@ -53,14 +54,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--documents", type=int, default=2000, help="for samples/s")
     parser.add_argument("--document-tokens", type=int, default=20000, help="mean of their lengths")
     parser.add_argument("--many-documents", type=int, default=1_000_000, help="for the start")
-    parser.add_argument("--samples", type=int, default=10000, help="of one timing")
+    parser.add_argument("--samples", type=int, default=10000, help="read in one timing")
     parser.add_argument("--repeats", type=int, default=7, help="timings; the median counts")
     parser.add_argument("--output", help="write the figures here as JSON")
     return parser.parse_args()
 
 
 def write_corpus(prefix: Path, lengths: np.ndarray) -> str:
-    """Random tokens; the stock index writer, without a pass of Python per document."""
+    """Random tokens, indexed by megatron-core's index writer: quicker than its builder."""
     rng = np.random.default_rng(0)
     rng.integers(0, VOCABULARY, lengths.sum(), dtype=np.uint16).tofile(f"{prefix}.bin")
     with _IndexWriter(f"{prefix}.idx", np.uint16) as writer:
@@ -68,8 +69,8 @@ def write_corpus(prefix: Path, lengths: np.ndarray) -> str:
     return str(prefix)
 
 
-class Words:
-    """The little that GPTDatasetConfig asks of a tokenizer."""
+class TinyTokenizer:
+    """The little that GPTDatasetConfig needs of a tokenizer."""
 
     vocab_size, eod, pad = VOCABULARY, 0, -1
     special_tokens_dict: dict = {}  # noqa: RUF012
@@ -82,7 +83,7 @@ def stock(prefix: str, window: int, samples: int):
         sequence_length=window,
         blend=([prefix], None),
         split="1,0,0",
-        tokenizer=Words(),
+        tokenizer=TinyTokenizer(),
         reset_position_ids=False,
         reset_attention_mask=False,
         eod_mask_loss=False,
@@ -109,7 +110,11 @@ def authors_rule(window: int, target: int, source: int) -> torch.Tensor:
 
 
 def rates(cases: dict[str, tuple[Callable[[], None], int]], repeats: int) -> dict[str, float]:
-    """{name: things per second}; the cases take turns, so that a busy moment hits all of them."""
+    """{name: things per second}; the cases take turns, so that a busy moment hits them all.
+
+    Args:
+        cases: by name, what to time and how many things it makes.
+    """
     seconds = {name: [] for name in cases}
     for turn in range(repeats + 1):  # the first warms up
         for name, (run, _) in cases.items():
@@ -121,7 +126,7 @@ def rates(cases: dict[str, tuple[Callable[[], None], int]], repeats: int) -> dic
 
 
 def start_up(prefix: str, window: int, target: int) -> dict[str, float]:
-    """Seconds to the first sample, by data mode and cache."""
+    """Seconds to the first sample, by data mode and state of the cache."""
     figures = {}
     for mode in ("document", "packed"):
         with tempfile.TemporaryDirectory() as cache:

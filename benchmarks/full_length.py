@@ -1,7 +1,7 @@
 """Time and peak memory of a step: PoSE on L tokens against full-length training on T = 2L, 4L, ...
 
-The same model, one sample a step; each length in a process of its own, so that its memory is its
-own (the paper's Figure 3). "pose" trains on L tokens with positions up to T.
+The same model, one sample a step; each length runs in its own process, so that its peak memory is
+its own (the paper's Figure 3). "pose" trains on L tokens with positions up to T.
 """
 
 import argparse
@@ -29,7 +29,7 @@ def main() -> None:
         epilog="example:\n  python benchmarks/full_length.py --seq-length 256 --factors 2 4 8 16",
     )
     parser.add_argument("--hidden-size", type=int, default=512, help="[512]")
-    parser.add_argument("--seq-length", type=int, default=256, help="window L of PoSE [256]")
+    parser.add_argument("--seq-length", type=int, default=256, help="PoSE's window L [256]")
     parser.add_argument("--factors", type=int, nargs="+", default=[2, 4, 8, 16], help="[2 4 8 16]")
     parser.add_argument("--steps", type=int, default=3, help="after one that warms up [3]")
     parser.add_argument("--extra", default="", help="more flags of pretrain_pose.py")
@@ -102,7 +102,7 @@ def print_table(args: argparse.Namespace, results: list[dict]) -> None:
     )
     print(
         "| training | tokens a step | positions up to | s a step | times PoSE | peak MiB | "
-        "of them in steps |\n|---|---:|---:|---:|---:|---:|---:|"
+        "of these in steps |\n|---|---:|---:|---:|---:|---:|---:|"
     )
     base = results[0]["seconds"]
     for r in results:

@@ -9,11 +9,11 @@ duplicates left out), with a Hugging Face byte-level BPE and a SentencePiece BPE
   ceiling  gigatoken alone on the same texts in memory, on all workers, ids thrown away: the faster
            of its own threads and of forked processes
 
-Each is a process of its own, in turn, and the median of several (of ours and of the ceiling, three
-times as many). Start-up is not counted: rates of
-both programs are those between a corpus of one megabyte and the whole. It is told apart, as the
-time for one document. Rates are given by the clock, and by the processor's time of all processes
-(spread over all workers), which other work on the machine disturbs less.
+Each runs in its own process, in turn, and the median of several runs counts (three times as many
+for ours and the ceiling). Rates leave start-up out: they are taken between a corpus of 1 MB and
+the whole one. Start-up is reported on its own, as the time for one document. Rates are given by the
+clock, and by the processor time of all processes, divided by the number of workers: other work on
+the machine disturbs that less.
 """
 
 import argparse
@@ -36,8 +36,8 @@ TOKENIZERS = {
 }
 VOCAB_SIZE = 32_000
 TRAINED_ON = 20_000_000  # bytes
-OFTEN = 3  # runs of what takes a second, for each of what takes a minute
-GOALS = {"hf": 40, "spm": 4}  # times their rate
+OFTEN = 3  # runs of what takes a second, for each run of what takes a minute
+GOALS = {"hf": 40, "spm": 4}  # our rate over theirs
 
 
 def documents(limit: int) -> list[str]:
@@ -158,8 +158,8 @@ def theirs(kind: str, tokenizer: str, corpus: str, prefix: str, workers: int) ->
 
 
 def ceiling(kind: str, tokenizer: str, corpus: str, way: str, workers: int) -> None:
-    """Prints what gigatoken takes for texts in memory, met for the first time: seconds by the
-    clock and of processors."""
+    """Prints how long gigatoken takes for texts in memory that are new to it: seconds by the clock,
+    and of processor time."""
     import gigatoken
 
     with open(corpus, encoding="utf-8") as lines:
@@ -186,7 +186,7 @@ def ceiling(kind: str, tokenizer: str, corpus: str, way: str, workers: int) -> N
 
 
 def run(*command) -> tuple[float, float, str]:
-    """Seconds by the clock and of processors, and stdout."""
+    """Seconds by the clock, seconds of processor time, and stdout."""
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
         "TOKENIZERS_PARALLELISM": "false",
@@ -264,7 +264,7 @@ def measure(kind: str, folder: Path, sizes: dict[str, int], workers: int, repeat
 
 
 def rates(seconds: dict[str, list[float]], sizes: dict[str, int]) -> dict[str, float]:
-    """MB/s of everything, and the two ratios."""
+    """MB/s of both programs, gigatoken's ways and the ceiling, and two ratios."""
     median = {name: statistics.median(values) for name, values in seconds.items()}
     found = {
         who: (sizes["whole"] - sizes["small"])

@@ -1,8 +1,8 @@
-"""Seconds that a save costs a run, in the foreground and in the background, and those of a resume.
+"""Seconds that a save costs a run, in the foreground and in the background, and a resume's seconds.
 
-Baseline: torch.save of the same weights and optimizer state with an fsync, and torch.load of it, in
-the same run. A save in the background costs what the call itself takes and what it slows the steps
-after it; both are counted, by the time of a fixed number of steps with and without it.
+Baselines, in the same run: torch.save of the same weights and optimizer state, with an fsync, and
+torch.load of that file. A save in the background costs the time of the call itself, and slows the
+steps after it; both are counted, by timing a fixed number of steps with and without it.
 """
 
 import argparse
@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--num-layers", type=int, default=8, help="[8]")
     parser.add_argument("--repeats", type=int, default=5, help="[5]")
     parser.add_argument(
-        "--steps", type=int, default=20, help="that a background save runs beside [20]"
+        "--steps", type=int, default=20, help="to run during a background save [20]"
     )
     parser.add_argument("--output", type=Path, help="write the figures there as JSON")
     parser.add_argument("--rows", help=argparse.SUPPRESS)
@@ -97,7 +97,7 @@ def work(args: argparse.Namespace) -> None:
 
 
 def background(run: trainers.Run, steps: int) -> tuple[float, float]:
-    """(seconds of the call, seconds by which it lengthens so many steps)."""
+    """(seconds of the call, seconds by which a background save lengthens this many steps)."""
     alone = timed(lambda: [run.step() for _ in range(steps)])
     queue = AsyncCallsQueue()
     start = time.perf_counter()

@@ -1,9 +1,9 @@
-"""What skip-wise positions cost: a training step of ours against the same megatron-core model with
-its stock RoPE, in one process and in turn (A B A B ...).
+"""What skip-wise positions cost: a training step with them against one with megatron-core's stock
+RoPE, in one process and in turn (A B A B ...).
 
-Both run this project's trainer: same layers, optimizer and data path. "pose" draws skip-wise
-positions for every sample and rotates by them; "stock" rotates by megatron-core's RotaryEmbedding
-at 0, 1, 2, ... Peak memory is of processes that run one of the two alone.
+Both run this project's trainer, with the same layers, optimizer and data path. "pose" draws
+skip-wise positions for every sample and rotates by them; "stock" rotates by megatron-core's
+RotaryEmbedding at 0, 1, 2, ... Peak memory is measured in processes that run only one of the two.
 """
 
 import argparse
@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--hidden-size", type=int, default=512, help="[512]")
     parser.add_argument("--seq-length", type=int, default=512, help="window L [512]")
     parser.add_argument("--micro-batch-size", type=int, default=2, help="[2]")
-    parser.add_argument("--steps", type=int, default=30, help="of each of the two [30]")
+    parser.add_argument("--steps", type=int, default=30, help="steps of each of the two [30]")
     parser.add_argument(
         "--tensor-parallel",
         type=int,

@@ -1,6 +1,6 @@
-"""Trainers as `pretrain_pose.py` builds them, on random tokens: what the benchmarks of steps share.
+"""Trainers as `pretrain_pose.py` builds them, on random tokens, for the benchmarks of steps.
 
-Also launches a benchmark's own ranks, and says what machine the figures are from.
+Also launches a benchmark's ranks, and describes the machine that the figures are from.
 """
 
 import json
@@ -35,7 +35,7 @@ from pose_megatron.training.trainer import setup
 
 
 def random_corpus(folder: Path, vocabulary: int, document: int, documents: int = 64) -> str:
-    """Documents of so many random tokens; returns the prefix."""
+    """A corpus of documents of `document` random tokens each; returns its prefix."""
     prefix = folder / "random_text_document"
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.int32)
     generator = torch.Generator().manual_seed(0)
@@ -51,8 +51,8 @@ class Run:
 
     Args:
         words: flags of pretrain_pose.py.
-        stock: rotates by megatron-core's own RotaryEmbedding at 0, 1, 2, ..., as its GPTModel does,
-            and takes plain positions from the dataset; all else is the same.
+        stock: whether to rotate by megatron-core's own RotaryEmbedding at 0, 1, 2, ..., as its
+            GPTModel does, over plain positions from the dataset; all else is the same.
     """
 
     def __init__(self, words: list[str], stock: bool = False):
@@ -86,7 +86,7 @@ class Run:
 
 
 def launch(program: str, words: list[str], ranks: int = 1) -> list[dict]:
-    """Runs a program with `words` and --rows FILE on so many ranks; returns the rows of FILE."""
+    """Runs a program with `words` and --rows FILE on `ranks` ranks; returns the rows of FILE."""
     command = [sys.executable, program]
     if ranks > 1:
         command = [
@@ -110,7 +110,7 @@ def launch(program: str, words: list[str], ranks: int = 1) -> list[dict]:
 
 
 def report(rows_file: str, **row) -> None:
-    """Adds this rank's row, on rank 0, for `launch`."""
+    """On rank 0, adds a row to the file that `launch` reads."""
     if distributed.rank() == 0:
         with open(rows_file, "a") as file:
             file.write(json.dumps(row) + "\n")
@@ -121,7 +121,7 @@ def synchronize() -> None:
 
 
 def machine() -> dict:
-    """Where and when, and with which packages."""
+    """The date, the device and the versions of the packages that matter."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "date": date.today().isoformat(),

@@ -13,3 +13,11 @@ class DamagedCheckpoint(ValueError):
 def spell(name: str) -> str:
     """The flag of a name: --seq-length of seq_length."""
     return "--" + name.replace("_", "-")
+
+
+def gist(error: BaseException) -> str:
+    """An error's class and first line, for a message about a damaged file."""
+    if failures := getattr(error, "failures", None):  # torch's CheckpointException, by rank
+        error = next(iter(failures.values()))[0]
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from pose_megatron.errors import ConfigError
+from pose_megatron.errors import gist as gist  # for checkpoints/, until it imports errors.gist
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -62,11 +63,3 @@ def staged(target: Path, overwrite: bool, marks: Iterable[str]) -> Iterator[Path
         fsync(target.parent)
         if occupied:
             shutil.rmtree(old)
-
-
-def gist(error: BaseException) -> str:
-    """An error's class and first line, for a message about a damaged file."""
-    if failures := getattr(error, "failures", None):  # torch's CheckpointException, by rank
-        error = next(iter(failures.values()))[0]
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

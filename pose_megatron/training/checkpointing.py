@@ -23,35 +23,18 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from pose_megatron.checkpoints.megatron.args import common_state
 from pose_megatron.checkpoints.megatron.directory import (
-    TRACKER,
     Checkpoint,
     content_metadata,
     copy_tokenizer,
-    exists,
-    fall_back,
-    find,
     forget,
     path_of,
     publish,
     whole_iterations,
 )
-from pose_megatron.errors import ConfigError, DamagedCheckpoint
+from pose_megatron.errors import ConfigError, DamagedCheckpoint, gist
 from pose_megatron.models.shape import ModelConfig
-from pose_megatron.runtime.atomic_files import gist
 from pose_megatron.runtime.processes import children_end_with_this
 from pose_megatron.training.optimizer import init_optimizer_state, parts
-
-__all__ = [
-    "TRACKER",
-    "Checkpoint",
-    "exists",
-    "fall_back",
-    "find",
-    "load",
-    "save",
-    "whole_iterations",
-    "write",
-]
 
 # megatron-core has no error of its own for damaged files, and torch's is no Exception.
 ANY_FAILURE = (Exception, CheckpointException)
