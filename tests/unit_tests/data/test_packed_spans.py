@@ -36,7 +36,7 @@ def an_epoch(prefix, epoch=0, window=8, **options):
     n = packed(prefix, window=window, **options).sources.samples_per_epoch
     data = packed(prefix, samples=(epoch + 1) * n, window=window, **options)
     samples = [data[epoch * n + i] for i in range(n)]
-    return [samples[i] for i in np.argsort([data.sources._shuffle[1][i] for i in range(n)])]
+    return [samples[i] for i in np.argsort([data.sources._shuffle[i] for i in range(n)])]
 
 
 @settings(
