@@ -18,8 +18,7 @@ from typing import IO, Self
 import torch
 from torch import Tensor
 
-from pose_megatron.errors import ConfigError, DamagedCheckpoint
-from pose_megatron.runtime.atomic_files import gist
+from pose_megatron.errors import ConfigError, DamagedCheckpoint, gist
 
 _DTYPES = {  # by safetensors' names
     "F64": torch.float64,

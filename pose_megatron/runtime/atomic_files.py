@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from pose_megatron.errors import ConfigError
-from pose_megatron.errors import gist as gist  # for checkpoints/, until it imports errors.gist
 
 
 def write_atomically(path: Path, text: str) -> None:

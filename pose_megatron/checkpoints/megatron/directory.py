@@ -24,9 +24,9 @@ import torch
 from pose_megatron.checkpoints.megatron import args as megatron_args
 from pose_megatron.checkpoints.megatron.legacy import LegacyWeights, is_legacy
 from pose_megatron.checkpoints.megatron.torch_dist_metadata import read_index
-from pose_megatron.errors import ConfigError, DamagedCheckpoint
+from pose_megatron.errors import ConfigError, DamagedCheckpoint, gist
 from pose_megatron.models.shape import ModelConfig
-from pose_megatron.runtime.atomic_files import fsync, gist, write_atomically
+from pose_megatron.runtime.atomic_files import fsync, write_atomically
 
 TRACKER = "latest_checkpointed_iteration.txt"
 

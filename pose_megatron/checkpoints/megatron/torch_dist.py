@@ -38,9 +38,9 @@ from pose_megatron.checkpoints.megatron.torch_dist_metadata import (
 )
 from pose_megatron.checkpoints.stored_weights import StoredWeights
 from pose_megatron.checkpoints.tensor_files import OutputFile, Stored, data, locate
-from pose_megatron.errors import DamagedCheckpoint
+from pose_megatron.errors import DamagedCheckpoint, gist
 from pose_megatron.models.shape import ModelConfig
-from pose_megatron.runtime.atomic_files import fsync, gist
+from pose_megatron.runtime.atomic_files import fsync
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
 _EXTRA = (

@@ -14,8 +14,7 @@ from typing import Any
 
 import torch
 
-from pose_megatron.errors import ConfigError, DamagedCheckpoint
-from pose_megatron.runtime.atomic_files import gist
+from pose_megatron.errors import ConfigError, DamagedCheckpoint, gist
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,9 @@ from pose_megatron.checkpoints.mapping import scatter
 from pose_megatron.checkpoints.meta.params import read_params
 from pose_megatron.checkpoints.stored_weights import StoredWeights
 from pose_megatron.checkpoints.tensor_files import OutputFile, Stored, read_torch, write_at
-from pose_megatron.errors import ConfigError, DamagedCheckpoint
+from pose_megatron.errors import ConfigError, DamagedCheckpoint, gist
 from pose_megatron.models.shape import ModelConfig
-from pose_megatron.runtime.atomic_files import fsync, gist
+from pose_megatron.runtime.atomic_files import fsync
 
 _NAMES = {  # Hugging Face's: Meta's, and the dimension that is sliced
     "model.embed_tokens.weight": ("tok_embeddings.weight", 1),  # of LLaMA 3: 0

@@ -104,6 +104,6 @@ def test_a_sampler_that_cannot_be_is_answered_with_a_sentence(words, tokenizer, 
         sampler(words, tokenizer=tokenizer)
 
 
-def test_positions_non_default_flags_are_those_that_differ_from_the_defaults():
+def test_non_default_flags_are_those_that_differ_from_the_defaults():
     args = parse(["--pose-num-chunks", "3", "--pose-content", "uniform", "--train-iters", "1"])
     assert non_default_flags(args.position) == {"pose_num_chunks": 3}
