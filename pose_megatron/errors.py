@@ -10,7 +10,7 @@ class DamagedCheckpoint(ValueError):
     taken. A checkpoint that is whole and does not fit the run is a ConfigError."""
 
 
-def spell(name: str) -> str:
+def flag_name(name: str) -> str:
     """The flag of a name: --seq-length of seq_length."""
     return "--" + name.replace("_", "-")
 

@@ -1,0 +1,1 @@
+"""Checkpoints of every format, and conversion between them; start with formats.py."""

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pose_megatron.checkpoints.formats import FORMATS, CheckpointFormat, format_class
-from pose_megatron.errors import ConfigError, spell
+from pose_megatron.errors import ConfigError, flag_name
 from pose_megatron.runtime.atomic_files import write_atomically
 from pose_megatron.runtime.cli import command
 from pose_megatron.runtime.ranks import rank
@@ -163,7 +163,7 @@ def _check_flags(args: argparse.Namespace) -> None:
     for name, loader in (("iteration", "megatron"), ("max_position_embeddings", "meta")):
         if getattr(args, name) is not None and args.loader != loader:
             raise ConfigError(
-                f"{spell(name)} has no meaning with --loader {args.loader}, only with {loader}"
+                f"{flag_name(name)} has no meaning with --loader {args.loader}, only with {loader}"
             )
     if args.target_tensor_parallel_size != 1 and args.saver != "meta":
         raise ConfigError(

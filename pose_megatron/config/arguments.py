@@ -21,7 +21,7 @@ from pose_megatron.config.megatron_flags import (
     refuse,
     synonym,
 )
-from pose_megatron.errors import ConfigError, spell
+from pose_megatron.errors import ConfigError, flag_name
 
 
 def _groups() -> dict[str, type]:
@@ -68,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
                     and "default" not in f.metadata["help"]
                 ):
                     options["help"] += f" (default: {f.default})"
-            section.add_argument(spell(f.name), dest=f"{name}.{f.name}", **options)
+            section.add_argument(flag_name(f.name), dest=f"{name}.{f.name}", **options)
     add_facts(parser)
     return parser
 
@@ -140,9 +140,9 @@ def _argv_of_config(path: Path) -> list[str]:
         if name not in flags:
             raise ConfigError(f"--config {path}: unknown name '{key}'; see --help for the flags")
         if isinstance(value, bool):
-            argv.append(spell(name) if value else spell("no_" + name))
+            argv.append(flag_name(name) if value else flag_name("no_" + name))
         elif value is not None:
-            argv += [spell(name), *map(str, value if isinstance(value, list) else [value])]
+            argv += [flag_name(name), *map(str, value if isinstance(value, list) else [value])]
     return argv
 
 
@@ -189,7 +189,7 @@ def _check_ranges(args: Arguments) -> None:
             for name in names:
                 value = getattr(getattr(args, group), name)
                 if value is not None and value < least:
-                    raise ConfigError(f"{spell(name)} must be at least {least}, not {value}")
+                    raise ConfigError(f"{flag_name(name)} must be at least {least}, not {value}")
     t = args.training
     if t.min_lr > t.lr:
         raise ConfigError(f"--min-lr {t.min_lr} is greater than --lr {t.lr}")
@@ -238,8 +238,8 @@ def _check_length(t: TrainingFlags, trains: bool) -> None:
     for name in ("lr_warmup", "lr_decay", "lr_wsd_decay"):
         if value := getattr(t, f"{name}_{other}"):
             raise ConfigError(
-                f"{spell(name)}-{other} {value} has no meaning with --train-{unit}; say "
-                f"{spell(name)}-{unit}"
+                f"{flag_name(name)}-{other} {value} has no meaning with --train-{unit}; say "
+                f"{flag_name(name)}-{unit}"
             )
     length, warmup = getattr(t, f"train_{unit}"), getattr(t, f"lr_warmup_{unit}")
     if warmup and length and warmup >= length:

@@ -10,7 +10,7 @@ import textwrap
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from pose_megatron.errors import ConfigError, spell
+from pose_megatron.errors import ConfigError, flag_name
 
 REFUSED = {
     "reset_position_ids": "positions come from --position-sampler and never start again inside a "
@@ -101,7 +101,7 @@ SYNONYMS = {
 def refuse(name: str) -> None:
     """Raises ConfigError where the flag of this name is one of REFUSED."""
     if name in REFUSED:
-        raise ConfigError(f"{spell(name)} cannot be used: {REFUSED[name]}; leave it out")
+        raise ConfigError(f"{flag_name(name)} cannot be used: {REFUSED[name]}; leave it out")
 
 
 def add_facts(parser: argparse.ArgumentParser) -> None:
@@ -114,7 +114,7 @@ def add_facts(parser: argparse.ArgumentParser) -> None:
             options["action"] = argparse.BooleanOptionalAction
         else:
             options["type"] = kind
-        group.add_argument(spell(name), default=argparse.SUPPRESS, **options)
+        group.add_argument(flag_name(name), default=argparse.SUPPRESS, **options)
 
 
 def check_facts(given: Mapping) -> None:
@@ -143,6 +143,6 @@ def _listed() -> str:
 def _stated(name: str, *values: bool | float | str) -> str:
     """--swiglu, --no-rope-fusion, --ckpt-format torch_dist, --attention-backend auto|flash."""
     if isinstance(values[0], bool):
-        return spell(name if values[0] else f"no_{name}")
+        return flag_name(name if values[0] else f"no_{name}")
     shown = (f"{value:g}" if isinstance(value, float) else str(value) for value in values)
-    return f"{spell(name)} {'|'.join(shown)}"
+    return f"{flag_name(name)} {'|'.join(shown)}"

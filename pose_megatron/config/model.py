@@ -3,7 +3,7 @@
 import dataclasses
 
 from pose_megatron.config.flags import ModelFlags
-from pose_megatron.errors import ConfigError, spell
+from pose_megatron.errors import ConfigError, flag_name
 from pose_megatron.models.families import family_of
 from pose_megatron.models.shape import ModelConfig
 from pose_megatron.rope import huggingface
@@ -81,7 +81,7 @@ def _shape_of_flags(flags: ModelFlags) -> dict:
 def _given(flags: ModelFlags, name: str) -> int:
     value = getattr(flags, name)
     if value is None:
-        raise ConfigError(f"{spell(name)} is missing: give it, or --load a checkpoint")
+        raise ConfigError(f"{flag_name(name)} is missing: give it, or --load a checkpoint")
     return value
 
 
@@ -93,7 +93,7 @@ def _shape_of_checkpoint(flags: ModelFlags, loaded: ModelConfig) -> dict:
         wanted = getattr(flags, name)
         if wanted not in (None, False) and wanted != value:
             raise ConfigError(
-                f"{spell(name)} {wanted} contradicts the checkpoint, which has {value}; "
+                f"{flag_name(name)} {wanted} contradicts the checkpoint, which has {value}; "
                 "leave the flag out"
             )
     return shape

@@ -1,0 +1,4 @@
+"""From token files to micro-batches: sources, skip-wise samples, blends, one batch on every rank.
+
+Start with spans.py.
+"""

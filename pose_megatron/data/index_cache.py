@@ -17,6 +17,7 @@ import numpy as np
 
 from pose_megatron.errors import ConfigError
 from pose_megatron.runtime.atomic_files import fsync
+from pose_megatron.runtime.json_files import read_json
 
 FORMAT = 1  # goes up when an array changes its meaning
 
@@ -41,9 +42,9 @@ def cached(
     if not entry.is_dir():
         _write(entry, identity, build())
     try:
-        names = json.loads((entry / "entry.json").read_text())["arrays"]
+        names = read_json(entry / "entry.json")["arrays"]
         return {name: _load(entry / f"{name}.npy") for name in names}
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, KeyError, EOFError) as error:
         raise ConfigError(
             f"--data-cache-path {folder}: {entry} is damaged ({error}); delete that folder"
         ) from None

@@ -18,9 +18,10 @@ import numpy as np
 import torch
 
 from pose_megatron.data.indexed_corpus import IndexedCorpus
-from pose_megatron.errors import ConfigError, spell
+from pose_megatron.errors import ConfigError, flag_name
 from pose_megatron.preprocessing.indexed_writer import IndexedWriter, publish, token_dtype
 from pose_megatron.runtime.atomic_files import write_atomically
+from pose_megatron.runtime.json_files import read_json
 
 PARTS = {"tokens": "tokens", "labels": "labels", "positions": "position_ids"}
 ONE = np.array([1])  # each sample is a document of one sequence
@@ -90,7 +91,7 @@ class MaterializedDataset(torch.utils.data.Dataset):
         for flag, mine, theirs in (
             ("--seq-length", window, description["window"]),
             *(
-                (spell(name), value, description["positions"].get(name))
+                (flag_name(name), value, description["positions"].get(name))
                 for name, value in position_flags.items()
             ),
         ):
@@ -158,7 +159,7 @@ def read_description(prefix: str) -> dict:
             "tools/materialize_positions.py (again)"
         )
     try:
-        description = json.loads(path.read_text())
+        description = read_json(path)
         for name in ("window", "target", "samples"):
             int(description[name])
         dict(description["positions"])

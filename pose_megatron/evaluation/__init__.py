@@ -1,0 +1,1 @@
+"""What a model can do with its window: perplexity, passkeys, and parity with transformers."""

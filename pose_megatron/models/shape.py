@@ -4,7 +4,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
-from pose_megatron.errors import ConfigError, spell
+from pose_megatron.errors import ConfigError, flag_name
 from pose_megatron.models.families import family_named
 from pose_megatron.models.tensors import LAYER, OUTPUT
 from pose_megatron.rope.scaling import RopeScaling, inverse_frequencies
@@ -58,8 +58,8 @@ class ModelConfig:
             "max_position_embeddings",
             "make_vocab_size_divisible_by",
         ):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{spell(name)} must be at least 1, not {getattr(self, name)}")
+            if (value := getattr(self, name)) < 1:
+                raise ConfigError(f"{flag_name(name)} must be at least 1, not {value}")
         if heads % groups:
             raise ConfigError(
                 f"--num-attention-heads {heads} is not a multiple of --num-query-groups {groups}"

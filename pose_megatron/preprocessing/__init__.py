@@ -1,0 +1,1 @@
+"""From text to token files: readers, tokenizers, encoding in parallel, .bin and .idx."""

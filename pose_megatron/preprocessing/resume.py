@@ -23,6 +23,7 @@ from pose_megatron.preprocessing.encoding import FIRST_SKIPPED, Encoded
 from pose_megatron.preprocessing.indexed_writer import IndexedWriter, Size, token_dtype
 from pose_megatron.preprocessing.readers import Cursor, Part
 from pose_megatron.runtime.atomic_files import write_atomically
+from pose_megatron.runtime.json_files import read_json
 
 SAVE_SECONDS = 5.0  # from one saved state to the next
 
@@ -162,7 +163,7 @@ class UnfinishedRun:
 
     def _stored(self) -> State:
         try:
-            stored = json.loads(self._path.read_text())
+            stored = read_json(self._path)
             made_from, state = stored["made_from"], State.load(stored["state"])
             changed = [flag for flag, value in self._made_from.items() if made_from[flag] != value]
         except (ValueError, KeyError, TypeError):

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pose_megatron.errors import ConfigError
+from pose_megatron.runtime.json_files import read_json
 
 TOKENIZER_TYPES = ("SentencePieceTokenizer", "HuggingFaceTokenizer")
 # Texts that are rare in corpora, and that other implementations of a tokenizer get wrong.
@@ -252,9 +253,8 @@ def _files(path: Path) -> list[Path]:
 
 
 def _json(path: Path) -> dict:
-    if not path.is_file():
-        return {}
+    """The object in a file that a tokenizer may have beside it."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"--tokenizer-model {path}: not JSON ({error})") from error
+        return read_json(path) if path.is_file() else {}
+    except ConfigError as error:
+        raise ConfigError(f"--tokenizer-model {error}") from error

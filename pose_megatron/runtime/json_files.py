@@ -20,7 +20,7 @@ def read_json(path: Path, error: type[ValueError] = ConfigError) -> dict:
     if not path.is_file():
         raise error(f"{path} is missing")
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as reason:
         raise error(f"{path} is not JSON: {reason}") from None
     if not isinstance(content, dict):

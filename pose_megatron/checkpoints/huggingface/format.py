@@ -13,7 +13,7 @@ from pose_megatron.checkpoints.formats import CheckpointFormat, CheckpointWriter
 from pose_megatron.checkpoints.huggingface import config_json, shards
 from pose_megatron.checkpoints.mapping import ParamMapping
 from pose_megatron.checkpoints.parts_reader import PartsReader
-from pose_megatron.errors import ConfigError, spell
+from pose_megatron.errors import ConfigError, flag_name
 from pose_megatron.rope.huggingface import notes
 
 
@@ -37,7 +37,7 @@ class HuggingFace(CheckpointFormat):
     def __post_init__(self):
         if self.make_vocab_size_divisible_by < 1:
             raise ConfigError(
-                f"{spell('make_vocab_size_divisible_by')} must be at least 1, not "
+                f"{flag_name('make_vocab_size_divisible_by')} must be at least 1, not "
                 f"{self.make_vocab_size_divisible_by}"
             )
         self.shard_bytes()

@@ -1,0 +1,1 @@
+"""Meta's own format of LLaMA: params.json and consolidated.NN.pth."""

@@ -14,7 +14,7 @@ from pose_megatron.checkpoints.mapping import ParamMapping
 from pose_megatron.checkpoints.meta.consolidated import ConsolidatedWriter, MetaWeights
 from pose_megatron.checkpoints.meta.params import read_config, write_params
 from pose_megatron.checkpoints.parts_reader import PartsReader
-from pose_megatron.errors import ConfigError, spell
+from pose_megatron.errors import ConfigError, flag_name
 from pose_megatron.runtime.json_files import naming
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -45,7 +45,7 @@ class Meta(CheckpointFormat):
             "target_tensor_parallel_size",
         ):
             if (value := getattr(self, name)) is not None and value < 1:
-                raise ConfigError(f"{spell(name)} must be at least 1, not {value}")
+                raise ConfigError(f"{flag_name(name)} must be at least 1, not {value}")
 
     def open(self, folder: Path) -> PartsReader:
         weights = MetaWeights(folder)

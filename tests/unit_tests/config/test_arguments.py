@@ -10,7 +10,7 @@ from pose_megatron.config.flags import LR_DECAY_STYLES
 from pose_megatron.config.layout import lay_out
 from pose_megatron.config.megatron_flags import REFUSED
 from pose_megatron.config.model import resolve_model
-from pose_megatron.errors import spell
+from pose_megatron.errors import flag_name
 from pose_megatron.models.shape import ModelConfig
 from pose_megatron.rope.scaling import RopeScaling
 
@@ -236,8 +236,8 @@ def test_lengths_and_schedules_that_contradict_each_other(words, message):
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_flags_of_megatron_that_would_be_wrong_are_refused_with_a_reason(name, tmp_path):
-    message = f"{spell(name)} cannot be used: .*; leave it out"
-    for word in (spell(name), f"{spell(name)}=1"):
+    message = f"{flag_name(name)} cannot be used: .*; leave it out"
+    for word in (flag_name(name), f"{flag_name(name)}=1"):
         with pytest.raises(ValueError, match=message):
             parse([*RUN, word])
     (tmp_path / "run.yaml").write_text(f"{name.replace('_', '-')}: 1\n")
