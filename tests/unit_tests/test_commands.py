@@ -19,7 +19,7 @@ TOOLS = {
     "plot-coverage": "plot_coverage.py",
     "convert": "checkpoint/convert.py",
     "verify": "checkpoint/verify.py",
-    "inspect": "checkpoint/inspect.py",
+    "inspect": "checkpoint/checkpoint_inspector.py",
     "evaluate-perplexity": "evaluate_perplexity.py",
     "evaluate-passkey": "evaluate_passkey.py",
     "plot": "plot_results.py",
