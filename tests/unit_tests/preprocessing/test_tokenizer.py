@@ -170,7 +170,7 @@ def test_bad_tokenizer_config(tmp_path, hf_folder):
     with pytest.raises(ValueError, match="lacks token '<new>' with id 1234"):
         build_tokenizer("HuggingFaceTokenizer", tmp_path)
     config.write_text("{")
-    with pytest.raises(ValueError, match=r"tokenizer_config\.json: not JSON"):
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json is not JSON"):
         build_tokenizer("HuggingFaceTokenizer", tmp_path)
 
 
