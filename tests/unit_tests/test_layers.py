@@ -152,3 +152,16 @@ def test_light_modules_stay_light(module, absent):
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.split()
     assert f"pose_megatron.{module}" in loaded and not absent & set(loaded)
+
+
+def test_importing_the_package_changes_nothing_around_it():
+    code = (
+        "import sys, warnings; before = list(warnings.filters); import torch, pose_megatron\n"
+        "allowed = torch.serialization.get_safe_globals()\n"
+        "pose_megatron.PoseSampler, pose_megatron.RopeScaling, pose_megatron.convert\n"
+        "assert warnings.filters == before, warnings.filters\n"
+        "assert torch.serialization.get_safe_globals() == allowed\n"
+        "assert 'megatron' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

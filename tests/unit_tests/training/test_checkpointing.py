@@ -13,6 +13,7 @@ from pose_megatron.checkpoints.megatron import directory, torch_dist
 from pose_megatron.config.arguments import parse
 from pose_megatron.config.layout import lay_out
 from pose_megatron.config.sampler import build_sampler
+from pose_megatron.errors import ConfigError
 from pose_megatron.models.build import build_model, transformer_config
 from pose_megatron.models.shape import ModelConfig
 from pose_megatron.rope.scaling import RopeScaling
@@ -365,6 +366,31 @@ def test_a_vocabulary_padded_otherwise_is_an_error(folder):
 def test_training_does_not_resume_from_weights_alone(folder):
     with pytest.raises(ValueError, match="holds weights only: add --finetune"):
         trainer_of(MODEL, "--load", str(folder), loaded=directory.find(folder))
+
+
+@pytest.mark.parametrize(
+    "change, flags, message",
+    [
+        ({"make_vocab_size_divisible_by": 1024}, [], "the model one padded to 1024"),
+        ({}, ["--use-distributed-optimizer"], "without --use-distributed-optimizer"),
+    ],
+)
+def test_fallback_is_for_damage_alone(tmp_path, change, flags, message):
+    """A checkpoint that is whole and does not fit the run is refused, with an older one beside it."""
+    trainer = stepped(trainer_of(MODEL, "--save", str(tmp_path)))
+    save(trainer)
+    trainer.iteration = 2
+    save(trainer)
+    flags = ["--load", str(tmp_path), "--load-fallback", *flags]
+    other = ModelConfig.from_dict(MODEL.to_dict() | change)
+    with pytest.raises(ConfigError, match=message):
+        trainer_of(other, *flags, loaded=directory.find(tmp_path))
+    # The same run takes the older one where the latest is damaged.
+    damage(tmp_path / "iter_0000002" / "__0_0.distcp", 0)
+    resumed = trainer_of(
+        MODEL, "--load", str(tmp_path), "--load-fallback", loaded=directory.find(tmp_path)
+    )
+    assert resumed.iteration == 1
 
 
 def test_another_batch_size_goes_on_after_the_same_samples(tmp_path):
