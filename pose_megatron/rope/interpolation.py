@@ -6,6 +6,7 @@ L theta_i / (2 pi) times inside L.
 """
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
@@ -55,7 +56,7 @@ class Pairs:
 
 
 @dataclass(frozen=True)
-class Interpolation:
+class Interpolation(ABC):
     """One method with its options, which are the fields below and those that a subclass adds.
 
     A subclass gives at least `name` and `stretch`. Its fields become fields of RopeScaling and keys
@@ -113,6 +114,7 @@ class Interpolation:
         """Whether short sequences have other frequencies than long ones."""
         return False
 
+    @abstractmethod
     def stretch(self, pairs: Pairs, length: int | None = None) -> Tensor | float:
         """What each pair's frequency is divided by: float64 [rotary_dim / 2], or one number.
 
@@ -123,7 +125,6 @@ class Interpolation:
         Raises:
             ConfigError: the method does not fit so many pairs, or needs a length.
         """
-        raise NotImplementedError
 
     def temperature(self) -> float:
         """Multiplies cos and sin: Hugging Face's attention_factor, an option of some methods."""
