@@ -166,38 +166,3 @@ def one_dtype(mapping: ParamMapping, dtypes: Iterable[torch.dtype]) -> torch.dty
     if len(found) > 1:
         raise ConfigError(f"tensors {', '.join(mapping.parts)} must have one dtype")
     return found.pop()
-
-
-def hf_to_megatron(tensors: Mapping[str, Tensor], **sizes) -> dict[str, Tensor]:
-    """Converts the tensors of a Hugging Face model; `sizes` as in `param_mappings`.
-
-    Raises:
-        ConfigError: as in check_hf; or the embeddings are tied, and an `lm_head.weight` is there
-            and differs from the embedding.
-    """
-    mappings = list(param_mappings(**sizes))
-    shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    for head in check_hf(shapes, mappings, sizes["tied"]):
-        (embedding,) = mappings[0].parts
-        if not torch.equal(tensors[head], tensors[embedding]):
-            raise ConfigError(f"the embeddings are tied, but {head} differs from {embedding}")
-
-    result = {}
-    for mapping in mappings:
-        dtype = one_dtype(mapping, (tensors[name].dtype for name in mapping.parts))
-        result[mapping.name] = mapping.join(
-            lambda name, pieces: scatter(tensors[name], pieces),
-            torch.empty(mapping.shape, dtype=dtype),
-        )
-    return result
-
-
-def megatron_to_hf(tensors: Mapping[str, Tensor], **sizes) -> dict[str, Tensor]:
-    """The inverse of `hf_to_megatron`, same sizes and errors; the results are contiguous."""
-    mappings = list(param_mappings(**sizes))
-    check_megatron({name: tensor.shape for name, tensor in tensors.items()}, mappings)
-    return {
-        name: torch.cat(pieces)
-        for mapping in mappings
-        for name, pieces in mapping.pieces(tensors[mapping.name]).items()
-    }

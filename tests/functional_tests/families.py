@@ -452,9 +452,10 @@ def errors(logits: Callable, theirs: Callable) -> dict[str, float]:
 
 def measure(case: Case, folder: Path) -> list[dict]:
     """Rows of the table: the family in, out, and out after an extension; on one rank."""
-    from pose_megatron.checkpoints.megatron import directory, torch_dist
+    from pose_megatron.checkpoints.megatron import directory
     from pose_megatron.models.families import FAMILIES
     from pose_megatron.rope.scaling import RopeScaling
+    from tests import whole_models
 
     run, meta = convert_tool(), case.name == "Meta"
     theirs, megatron, back = folder / "theirs", folder / "megatron", folder / "back"
@@ -510,9 +511,9 @@ def measure(case: Case, folder: Path) -> list[dict]:
         for direction, of in (("in", theirs), ("out", back))
     ]
     if case.scaled:
-        tensors, model = torch_dist.read_weights(megatron)
+        tensors, model = whole_models.read_weights(megatron)
         model = replace(model, rope_scaling=RopeScaling("yarn", TARGET / ORIGINAL, ORIGINAL))
-        torch_dist.write_weights(folder / "extended", tensors, model)
+        whole_models.write_weights(folder / "extended", tensors, model)
         llama = case.name == "Baichuan"  # whose own code cannot interpolate
         run(
             "--loader",

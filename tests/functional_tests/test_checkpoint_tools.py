@@ -13,9 +13,8 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pose_megatron.checkpoints.huggingface import config_json
-from pose_megatron.checkpoints.mapping import hf_to_megatron
-from pose_megatron.checkpoints.megatron.torch_dist import write_weights
 from pose_megatron.rope.scaling import RopeScaling
+from tests.whole_models import hf_to_megatron, write_weights
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools" / "checkpoint"
 

@@ -104,7 +104,7 @@ def test_there_and_back_is_bit_identical(run, tmp_path, dtype, shape):
 
 @torch.no_grad()
 def test_megatron_side_holds_what_transformers_computes(run, tmp_path, hf):
-    from pose_megatron.checkpoints.megatron.torch_dist import read_weights
+    from tests.whole_models import read_weights
 
     run(*to_megatron(hf, tmp_path / "meg"), "--make-vocab-size-divisible-by", 64)
     assert (tmp_path / "meg" / "latest_checkpointed_iteration.txt").read_text() == "release"
@@ -140,8 +140,8 @@ def megatron(run, llama):
 def extended(megatron, folder, method):
     """The checkpoint as training to 8 times the window would save it."""
     from pose_megatron.checkpoints.megatron.directory import find
-    from pose_megatron.checkpoints.megatron.torch_dist import read_weights, write_weights
     from pose_megatron.rope.scaling import RopeScaling
+    from tests.whole_models import read_weights, write_weights
 
     tensors, model = read_weights(megatron)
     model = dataclasses.replace(
@@ -328,7 +328,7 @@ def test_as_llama_is_for_those_that_need_it(run, megatron, tmp_path):
 
 
 def test_wrong_tensors_in_a_megatron_checkpoint(run, megatron, tmp_path):
-    from pose_megatron.checkpoints.megatron.torch_dist import read_weights, write_weights
+    from tests.whole_models import read_weights, write_weights
 
     tensors, model = read_weights(megatron)
     del tensors["decoder.final_layernorm.weight"]

@@ -12,7 +12,7 @@ import io
 import json
 import re
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -250,26 +250,6 @@ def finish(root: Path, model: ModelConfig, chunks: Sequence[ChunkLocation]) -> N
     publish(root, path, "release")
 
 
-def write_weights(
-    root: str | Path,
-    tensors: Mapping[str, Tensor],
-    model: ModelConfig,
-    tokenizer_files: Iterable[Path] = (),
-) -> Path:
-    """Writes a folder's `release` checkpoint in one process; returns the path of `release`.
-
-    Args:
-        tensors: by the names of an undivided model, as checkpoints.mapping makes them.
-    """
-    root = Path(root)
-    path = begin(root, tokenizer_files)
-    with DistcpWriter(root) as writer:
-        for name, tensor in tensors.items():
-            writer.put(name, tensor)
-    finish(root, model, writer.chunks)
-    return path
-
-
 def begin(root: Path, tokenizer_files: Iterable[Path]) -> Path:
     """An empty `release` folder for DistcpWriters; what was there is no longer found."""
     path = path_of(root, "release")
@@ -280,14 +260,6 @@ def begin(root: Path, tokenizer_files: Iterable[Path]) -> Path:
     path.mkdir()
     copy_tokenizer(root, tokenizer_files)
     return path
-
-
-def read_weights(
-    root: str | Path, iteration: int | None = None
-) -> tuple[dict[str, Tensor], ModelConfig]:
-    """All tensors at once by the names of an undivided model, and the model; errors as `find`."""
-    checkpoint = find(root, iteration)
-    return dict(weights_of(checkpoint)), checkpoint.model
 
 
 def open_weights(root: str | Path, iteration: int | None = None) -> StoredWeights:

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pose_megatron.checkpoints.mapping import hf_to_megatron, megatron_to_hf, param_mappings
+from pose_megatron.checkpoints.mapping import param_mappings
+from tests.whole_models import hf_to_megatron, megatron_to_hf
 
 
 def sizes_of(heads=4, groups=2, tied=False, **more):

@@ -25,6 +25,7 @@ from pose_megatron.models.build import transformer_config
 from pose_megatron.models.shape import ModelConfig
 from pose_megatron.rope.angles import angles
 from pose_megatron.rope.scaling import RopeScaling, attention_factor, inverse_frequencies
+from tests import whole_models
 
 pytestmark = pytest.mark.usefixtures("world")
 MODEL = ModelConfig(
@@ -162,7 +163,7 @@ def save_as_they_do(root, common: dict, tensors: dict):
 
 
 def test_our_common_file_has_what_their_loaders_ask_for(tmp_path):
-    torch_dist.write_weights(tmp_path, whole_tensors(), MODEL)
+    whole_models.write_weights(tmp_path, whole_tensors(), MODEL)
     path = tmp_path / "release"
     common = dist_checkpointing.load_common_state_dict(str(path))
     args = common["args"]
@@ -210,7 +211,7 @@ def test_stock_megatron_core_rotates_as_we_do_from_our_args(scaling):
 def test_stock_megatron_core_finds_all_that_it_asks_for(tmp_path):
     """Extra state too, which Megatron-LM's loader wants by default (assume_ok_unexpected)."""
     tensors = whole_tensors()
-    path = torch_dist.write_weights(tmp_path, tensors, MODEL)
+    path = whole_models.write_weights(tmp_path, tensors, MODEL)
     model = stock_model()
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     asked = model.sharded_state_dict(metadata={"dp_cp_group": group})
@@ -241,7 +242,7 @@ def test_a_checkpoint_of_megatron_lm_is_read(tmp_path):
     found = directory.find(tmp_path)
     assert found.model == dataclasses.replace(MODEL, vocab_size=256)
     assert (found.iteration, found.consumed_samples) == (20, 640)
-    read, model = torch_dist.read_weights(tmp_path)
+    read, model = whole_models.read_weights(tmp_path)
     assert read.keys() == tensors.keys() and model == found.model
     assert all(torch.equal(read[name], tensors[name]) for name in tensors)
     assert directory.find(tmp_path / "iter_0000020") == found  # the iteration itself
@@ -488,7 +489,7 @@ def test_a_checkpoint_of_megatron_bridge_is_read(tmp_path, shape):
     assert found.model == MODEL and (found.iteration, found.consumed_samples) == (20, 1280)
     assert found.common["args"].use_distributed_optimizer
     assert found.common["args"].tensor_model_parallel_size == 2
-    read, _ = torch_dist.read_weights(tmp_path)
+    read, _ = whole_models.read_weights(tmp_path)
     assert all(torch.equal(read[name], tensors[name]) for name in tensors)
     load_logits(found)
 
@@ -634,7 +635,7 @@ def test_legacy_parts_become_whole(tmp_path, tp, pp, vpp, rename, tree):
     found = directory.find(tmp_path)
     assert found.model == dataclasses.replace(MODEL, vocab_size=256) and found.is_legacy
     assert (found.iteration, found.consumed_samples) == (20, 640)
-    read, model = torch_dist.read_weights(tmp_path)
+    read, model = whole_models.read_weights(tmp_path)
     assert read.keys() == tensors.keys() and model == found.model
     assert all(torch.equal(read[name], tensors[name]) for name in tensors)
     assert set(torch_dist.open_weights(tmp_path).dtypes.values()) == {torch.float32}
@@ -658,7 +659,7 @@ def test_a_tied_head_is_not_read_twice(tmp_path):
     save_legacy(
         tmp_path, whole_tensors(), pp=2, args={"untie_embeddings_and_output_weights": False}
     )
-    read, _ = torch_dist.read_weights(tmp_path)
+    read, _ = whole_models.read_weights(tmp_path)
     assert "output_layer.weight" not in read and "embedding.word_embeddings.weight" in read
 
 

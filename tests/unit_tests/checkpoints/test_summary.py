@@ -11,8 +11,6 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pose_megatron.checkpoints.huggingface import config_json
-from pose_megatron.checkpoints.mapping import hf_to_megatron
-from pose_megatron.checkpoints.megatron.torch_dist import write_weights
 from pose_megatron.checkpoints.summary import compare, summarise
 from pose_megatron.config.arguments import parse
 from pose_megatron.config.layout import lay_out
@@ -20,6 +18,7 @@ from pose_megatron.config.sampler import build_sampler
 from pose_megatron.rope.scaling import RopeScaling, inverse_frequencies
 from pose_megatron.training.run import Run
 from pose_megatron.training.trainer import save, setup
+from tests.whole_models import hf_to_megatron, write_weights
 
 pytestmark = pytest.mark.usefixtures("world")
 LLAMA3 = {

@@ -10,11 +10,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from pose_megatron.checkpoints.huggingface import config_json, rope_check
-from pose_megatron.checkpoints.mapping import hf_to_megatron
 from pose_megatron.checkpoints.megatron.directory import find
-from pose_megatron.checkpoints.megatron.torch_dist import open_weights, write_weights
+from pose_megatron.checkpoints.megatron.torch_dist import open_weights
 from pose_megatron.evaluation import parity
 from pose_megatron.rope.scaling import RopeScaling
+from tests.whole_models import hf_to_megatron, write_weights
 
 pytestmark = pytest.mark.usefixtures("world")
 LISTS = {"short_factor": [1.0] * 8, "long_factor": [1.0 + i for i in range(8)]}

@@ -10,7 +10,6 @@ import transformers
 from safetensors.torch import load_file
 
 from pose_megatron.checkpoints.huggingface import config_json, rope_check
-from pose_megatron.checkpoints.mapping import hf_to_megatron, megatron_to_hf
 from pose_megatron.checkpoints.megatron import args
 from pose_megatron.models import families
 from pose_megatron.models.build import build_model, transformer_config
@@ -19,6 +18,7 @@ from pose_megatron.models.families.family import Family
 from pose_megatron.models.shape import ModelConfig
 from pose_megatron.models.tensors import LAYER
 from pose_megatron.rope.scaling import RopeScaling
+from tests.whole_models import hf_to_megatron, megatron_to_hf
 
 SIZES = {
     "vocab_size": 301,

@@ -13,12 +13,12 @@ from megatron.core.transformer.enums import CudaGraphScope
 from megatron.core.transformer.module import Float16Module
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pose_megatron.checkpoints.mapping import megatron_to_hf
 from pose_megatron.config.arguments import parse
 from pose_megatron.models.build import build_model, initialize, transformer_config
 from pose_megatron.models.gpt import PoseGPTModel, install_pose, softmax_scale
 from pose_megatron.models.shape import ModelConfig
 from pose_megatron.rope.scaling import RopeScaling
+from tests.whole_models import megatron_to_hf
 
 pytestmark = pytest.mark.usefixtures("world")
 

@@ -9,7 +9,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 
 from pose_megatron.checkpoints.mapping import param_mappings
-from pose_megatron.checkpoints.megatron import directory, torch_dist
+from pose_megatron.checkpoints.megatron import directory
 from pose_megatron.config.arguments import parse
 from pose_megatron.config.layout import lay_out
 from pose_megatron.config.sampler import build_sampler
@@ -20,6 +20,7 @@ from pose_megatron.rope.scaling import RopeScaling
 from pose_megatron.training import checkpointing
 from pose_megatron.training.run import Run
 from pose_megatron.training.trainer import core_transformer_config_from_args, save, setup
+from tests import whole_models
 
 pytestmark = pytest.mark.usefixtures("world")
 
@@ -128,10 +129,10 @@ def damage(path, left):
 @pytest.mark.parametrize("model", [MODEL, tied()], ids=["untied", "tied"])
 def test_weights_come_back_bit_by_bit(tmp_path, model, dtype):
     tensors = random_weights(model, dtype)
-    path = torch_dist.write_weights(tmp_path / "out", tensors, model)
+    path = whole_models.write_weights(tmp_path / "out", tensors, model)
     assert path == tmp_path / "out" / "release"
     assert (tmp_path / "out" / "latest_checkpointed_iteration.txt").read_text() == "release"
-    back, shape = torch_dist.read_weights(tmp_path / "out")
+    back, shape = whole_models.read_weights(tmp_path / "out")
     assert shape == model and set(back) == set(tensors)
     for name, tensor in tensors.items():
         assert back[name].dtype == dtype and torch.equal(back[name], tensor), name
@@ -141,7 +142,7 @@ def test_weights_come_back_bit_by_bit(tmp_path, model, dtype):
 
 @pytest.mark.parametrize("model", [MODEL, tied()], ids=["untied", "tied"])
 def test_a_release_has_the_names_that_stock_megatron_core_loads(tmp_path, model):
-    path = torch_dist.write_weights(tmp_path, random_weights(model), model)
+    path = whole_models.write_weights(tmp_path, random_weights(model), model)
     assert stored_keys(path) == stock_keys(model)
 
 
@@ -179,7 +180,7 @@ def test_a_training_checkpoint_has_the_names_of_stock_megatron_core(tmp_path, mo
 
 def test_a_stock_model_loads_a_release(tmp_path):
     tensors = random_weights(MODEL)
-    path = torch_dist.write_weights(tmp_path, tensors, MODEL)
+    path = whole_models.write_weights(tmp_path, tensors, MODEL)
     config = transformer_config(MODEL)
     stock = GPTModel(
         config,
@@ -205,7 +206,7 @@ def test_a_stock_model_loads_a_release(tmp_path):
 
 def test_a_model_takes_the_weights_of_a_release(tmp_path):
     tensors = random_weights(MODEL)
-    torch_dist.write_weights(tmp_path, tensors, MODEL)
+    whole_models.write_weights(tmp_path, tensors, MODEL)
     stage = stage_of(MODEL)
     checkpointing.load(directory.find(tmp_path), [stage])
     parameters = dict(stage.named_parameters())
@@ -223,7 +224,7 @@ def test_a_model_takes_the_weights_of_a_release(tmp_path):
 
 def test_float32_weights_load_into_a_bf16_model(tmp_path):
     tensors = random_weights(MODEL)
-    torch_dist.write_weights(tmp_path, tensors, MODEL)
+    whole_models.write_weights(tmp_path, tensors, MODEL)
     stage = stage_of(MODEL, "--bf16")
     checkpointing.load(directory.find(tmp_path), [stage])
     weight = dict(stage.named_parameters())["output_layer.weight"]
@@ -233,7 +234,7 @@ def test_float32_weights_load_into_a_bf16_model(tmp_path):
 def test_training_weights_can_be_read_for_export(tmp_path):
     trainer = trainer_of(MODEL, "--save", str(tmp_path))
     save(trainer)
-    tensors, model = torch_dist.read_weights(tmp_path)
+    tensors, model = whole_models.read_weights(tmp_path)
     assert model == MODEL and set(tensors) == set(random_weights(MODEL))
     parameters = dict(trainer.stages[0].named_parameters())
     for layer in range(3):
@@ -244,11 +245,13 @@ def test_training_weights_can_be_read_for_export(tmp_path):
 def test_tokenizer_files_travel_with_the_weights(tmp_path):
     tokenizer = tmp_path / "tokenizer.json"
     tokenizer.write_text("{}")
-    torch_dist.write_weights(tmp_path / "out", random_weights(MODEL), MODEL, [tokenizer])
+    whole_models.write_weights(tmp_path / "out", random_weights(MODEL), MODEL, [tokenizer])
     found = directory.find(tmp_path / "out")
     assert [f.name for f in found.tokenizer_files] == ["tokenizer.json"]
     # Saving again into the same folder, from its own copies.
-    torch_dist.write_weights(tmp_path / "out", random_weights(MODEL), MODEL, found.tokenizer_files)
+    whole_models.write_weights(
+        tmp_path / "out", random_weights(MODEL), MODEL, found.tokenizer_files
+    )
     assert found.tokenizer_files[0].read_text() == "{}"
 
 
@@ -258,7 +261,7 @@ def test_tokenizer_files_travel_with_the_weights(tmp_path):
 @pytest.fixture(scope="module")
 def written(world, tmp_path_factory):
     folder = tmp_path_factory.mktemp("written")
-    torch_dist.write_weights(folder, random_weights(MODEL), MODEL)
+    whole_models.write_weights(folder, random_weights(MODEL), MODEL)
     return folder
 
 
@@ -331,7 +334,7 @@ def test_damage_is_an_error_of_one_sentence(folder, name, left):
             read()
         assert "\n" not in str(error.value)
 
-    loads(lambda: torch_dist.read_weights(folder))
+    loads(lambda: whole_models.read_weights(folder))
     loads(lambda: checkpointing.load(directory.find(folder), [stage_of(MODEL)]))
 
 
@@ -339,7 +342,7 @@ def test_a_missing_shard_is_an_error(folder):
     for file in (folder / "release").glob("*.distcp"):
         file.unlink()
     with pytest.raises(ValueError, match="release cannot be loaded"):
-        torch_dist.read_weights(folder)
+        whole_models.read_weights(folder)
 
 
 @pytest.mark.parametrize(
@@ -426,5 +429,5 @@ def test_an_older_iteration_can_be_asked_for(tmp_path):
         trainer.stages[0].output_layer.weight.add_(1)
     trainer.iteration = 2
     save(trainer)
-    new, old = (torch_dist.read_weights(tmp_path, i)[0]["output_layer.weight"] for i in (None, 0))
+    new, old = (whole_models.read_weights(tmp_path, i)[0]["output_layer.weight"] for i in (None, 0))
     torch.testing.assert_close(new, old + 1)
