@@ -11,7 +11,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.utils import get_batch_on_this_cp_rank
 
 from pose_megatron.data.dataset import TrainingSet
 from pose_megatron.errors import ConfigError
@@ -52,7 +51,9 @@ class MicroBatchSampler:
 def _collate(samples: list[dict[str, np.ndarray]]) -> torch.Tensor:
     """b samples, each with f fields of L values, as int64 [f, b, L], in the order of FIELDS."""
     fields = [name for name in FIELDS if name in samples[0]]
-    return torch.from_numpy(np.stack([[s[name] for s in samples] for name in fields]))
+    # The loss mask is float32, as megatron-core's is; it holds zeros and ones.
+    rows = [[s[name].astype(np.int64, copy=False) for s in samples] for name in fields]
+    return torch.from_numpy(np.stack(rows))
 
 
 def batches(
@@ -103,5 +104,18 @@ def get_batch(
             parallel_state.get_tensor_model_parallel_src_rank(),
             group=parallel_state.get_tensor_model_parallel_group(),
         )
-    batch = get_batch_on_this_cp_rank(dict(zip(fields, packed, strict=True)))
+    batch = dict(zip(fields, slice_for_context_parallelism(packed), strict=True))
     return {name: batch.get(name) for name in FIELDS}
+
+
+def slice_for_context_parallelism(rows: torch.Tensor) -> torch.Tensor:
+    """[..., L] -> [..., L / n]: chunks r and 2n-1-r of 2n on rank r of n, megatron-core's zigzag.
+
+    megatron-core has a function for it, with another signature in every release.
+    """
+    n = parallel_state.get_context_parallel_world_size()
+    if n == 1:
+        return rows
+    r = parallel_state.get_context_parallel_rank()
+    chunks = rows.chunk(2 * n, dim=-1)
+    return torch.cat([chunks[r], chunks[2 * n - 1 - r]], dim=-1)

@@ -31,8 +31,8 @@ logger = logging.getLogger(__name__)
 class PoseDataset(torch.utils.data.Dataset):
     """Samples with skip-wise positions, over a dataset of sources.
 
-    `dataset[i]` holds int64 [L] arrays: `tokens`, `labels` (each token's true next one),
-    `loss_mask` (ones) and `position_ids` in [0, T).
+    `dataset[i]` holds [L] arrays, typed as megatron-core's GPTDataset's: int64 `tokens`, `labels`
+    (each token's true next one) and `position_ids` in [0, T), and a float32 `loss_mask` of ones.
 
     Args:
         sources: items {"source": Source}. The index is the sample's identity: sample i has the plan
@@ -77,7 +77,7 @@ class PoseDataset(torch.utils.data.Dataset):
         return {
             "tokens": rows[0],
             "labels": rows[1],
-            "loss_mask": np.ones_like(positions),
+            "loss_mask": np.ones(len(positions), np.float32),
             "position_ids": positions,
         }
 

@@ -137,7 +137,7 @@ class MaterializedDataset(torch.utils.data.Dataset):
         return {
             "tokens": tokens,
             "labels": labels,
-            "loss_mask": np.ones_like(tokens),
+            "loss_mask": np.ones(len(tokens), np.float32),
             "position_ids": read("positions"),
         }
 

@@ -160,7 +160,9 @@ def _bind_rotary(model: GPTModel, scaling: RopeScaling, base: float) -> None:
             raise ConfigError(
                 f"{fusion} expects one row of angles for the whole batch; switch it off"
             )
-    scope = {getattr(s, "name", s) for s in config.cuda_graph_scope or ["attn"]}
+    # megatron-core 0.19 has renamed it; none of them is the whole layer.
+    graphed = getattr(config, "cuda_graph_modules", None) or config.cuda_graph_scope or ["attn"]
+    scope = {getattr(s, "name", s) for s in graphed}
     if config.cuda_graph_impl != "none" and scope & {"attn", "full", "full_iteration"}:
         raise ConfigError(
             f"cuda_graph_impl {config.cuda_graph_impl!r} over attention replays the angles of the "

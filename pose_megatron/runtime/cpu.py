@@ -7,6 +7,7 @@ all threads, so that the same megatron-core code runs over gloo. Operators of th
 backward pass are not wrapped, so they cost nothing.
 """
 
+import contextlib
 import functools
 
 import torch
@@ -51,6 +52,10 @@ def install() -> None:
         "manual_seed": torch.manual_seed,
         "get_rng_state": lambda device="cuda": torch.get_rng_state(),
         "set_rng_state": lambda state, device="cuda": torch.set_rng_state(state),
+        "current_stream": lambda device=None: Stream(),
+        "stream": contextlib.nullcontext,
+        "Stream": Stream,
+        "Event": Event,
     }.items():
         setattr(torch.cuda, name, function)
     for name in ("set_device", "synchronize", "empty_cache"):  # a function each: dynamo wants that
@@ -60,6 +65,44 @@ def install() -> None:
 
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+
+
+class Stream:
+    """A stream of the CPU, where everything is done in order and there is nothing to wait for."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def wait_event(self, event) -> None:
+        pass
+
+    def wait_stream(self, stream) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+    def record_event(self, event=None) -> "Event":
+        return event or Event()
+
+
+class Event:
+    """A point in such a stream, which is past at once."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def record(self, stream=None) -> None:
+        pass
+
+    def wait(self, stream=None) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+    def query(self) -> bool:
+        return True
 
 
 def _is_cuda(device) -> bool:

@@ -4,6 +4,7 @@ Weights are stored under names that no layout changes, with the layer as a leadi
 layout has saved loads under any other.
 """
 
+import inspect
 import multiprocessing
 import random
 import shutil
@@ -22,6 +23,7 @@ from megatron.core.safe_globals import register_safe_globals
 from torch.distributed.checkpoint.api import CheckpointException
 
 from pose_megatron.checkpoints.megatron.args import common_state
+from pose_megatron.checkpoints.megatron.common_state import FILE, add_common_file
 from pose_megatron.checkpoints.megatron.directory import (
     Checkpoint,
     content_metadata,
@@ -33,6 +35,7 @@ from pose_megatron.checkpoints.megatron.directory import (
 )
 from pose_megatron.errors import ConfigError, DamagedCheckpoint, gist
 from pose_megatron.models.shape import ModelConfig
+from pose_megatron.runtime.megatron_core import common_state_is_an_object, megatron_core_version
 from pose_megatron.runtime.processes import children_end_with_this
 from pose_megatron.training.optimizer import init_optimizer_state, parts
 
@@ -94,6 +97,7 @@ def save(
 
     def finish(path: Path) -> None:
         if dist.get_rank() == 0:
+            add_common_file(path)
             publish(root, path, iteration)
             for older in [i for i in whole_iterations(root) if i <= iteration][retain or 1 << 62 :]:
                 shutil.rmtree(path_of(root, older))
@@ -127,9 +131,10 @@ def write(
         copy_tokenizer(root, tokenizer_files)
     dist.barrier()
     _quick_results_queue()
-    request = dist_checkpointing.save(
-        state, str(path), content_metadata=metadata, async_sharded_save=queue is not None
-    )
+    options = {"content_metadata": metadata, "async_sharded_save": queue is not None}
+    if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:
+        options["async_strategy"] = "mcore"  # the default is a package that is not installed
+    request = dist_checkpointing.save(state, str(path), **options)
     if queue is None:
         finish(path)
         dist.barrier()
@@ -161,6 +166,12 @@ def load(checkpoint: Checkpoint, stages: list, optimizer=None, scheduler=None) -
         raise ConfigError(
             f"checkpoint {checkpoint.path} is in Megatron-LM's legacy layout; convert it first: "
             "tools/checkpoint/convert.py --loader megatron --saver megatron"
+        )
+    if not ((checkpoint.path / FILE).is_file() or common_state_is_an_object()):
+        raise ConfigError(
+            f"checkpoint {checkpoint.path} has no {FILE}, which megatron-core "
+            f"{megatron_core_version()} needs: load it with megatron-core 0.19, or convert it "
+            "first: tools/checkpoint/convert.py --loader megatron --saver megatron"
         )
     p = parallel_state
     group = p.get_data_parallel_group(with_context_parallel=True)
@@ -207,7 +218,7 @@ def load(checkpoint: Checkpoint, stages: list, optimizer=None, scheduler=None) -
             p.get_pipeline_model_parallel_world_size(),
         ):
             sharded["rng_state"] = _random_state()
-    register_safe_globals()  # classes in Megatron-LM's common.pt
+    register_safe_globals()  # classes in Megatron-LM's common state
     try:
         state = dist_checkpointing.load(sharded, str(checkpoint.path))
     except (MemoryError, torch.OutOfMemoryError):

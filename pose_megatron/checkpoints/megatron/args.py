@@ -1,14 +1,14 @@
 """A model as Megatron writes it: Megatron-LM's `args` and Megatron-Bridge's run_config.yaml.
 
-    common_state     ModelConfig -> the content of Megatron-LM's common.pt
-    to_args          ModelConfig -> the Namespace in common.pt, with every name that Megatron-LM's
+    common_state     ModelConfig -> what all ranks of a Megatron-LM checkpoint share
+    to_args          ModelConfig -> the Namespace in it, with every name that Megatron-LM's
                      load_args_from_checkpoint (core_v0.16.1) and Megatron-Bridge's reader of
                      Megatron-LM checkpoints look for
     from_args        the Namespace of a checkpoint trained by Megatron-LM -> ModelConfig
     from_run_config  Megatron-Bridge's `model` section -> ModelConfig
 
 Stock Megatron knows two scalings: llama3 with Llama 3.1's constants, and linear. Any other is
-stored under our own key of common.pt, and stock Megatron takes the rope for a plain one.
+stored under our own key of the common state, and stock Megatron takes the rope for a plain one.
 """
 
 import argparse
@@ -73,6 +73,7 @@ _EXPECTED: dict[str, Any] = {
     "data_parallel_random_init": False,
     "ckpt_format": "torch_dist",
     "ckpt_fully_parallel_save": False,
+    "async_strategy": "mcore",
 }
 
 
@@ -110,7 +111,7 @@ def to_args(model: ModelConfig, iteration: int, consumed_samples: int, **run) ->
 
 
 def common_state(model: ModelConfig, iteration: int, consumed_samples: int, **run) -> dict:
-    """The content of Megatron-LM's common.pt, and our own key.
+    """What all ranks of a Megatron-LM checkpoint share, and our own key.
 
     Args:
         run: further arguments under Megatron-LM's names: layout, precision.
@@ -147,6 +148,7 @@ def from_args(args: dict, embedding_rows: int) -> ModelConfig:
     shape = {
         name: args[name] for name in ours - {"rope_scaling", "family"} if args.get(name) is not None
     }
+    shape["norm_epsilon"] = _norm_epsilon(args)
     heads = args["num_attention_heads"]
     shape.setdefault("kv_channels", args["hidden_size"] // heads)
     # Megatron-LM pads the vocabulary to a multiple that grows with the tensor ranks.
@@ -169,6 +171,17 @@ def from_args(args: dict, embedding_rows: int) -> ModelConfig:
             "family": family_of(bool(args.get("add_qkv_bias")), bool(args.get("qk_layernorm"))),
         }
     )
+
+
+def _norm_epsilon(args: dict) -> float:
+    """Megatron-LM calls it norm_epsilon before 0.16.1, and layernorm_epsilon from then on."""
+    names = ("norm_epsilon", "layernorm_epsilon")
+    found = {name: args[name] for name in names if args.get(name) is not None}
+    if len(set(found.values())) > 1:
+        raise ConfigError(
+            " and ".join(f"{name} {value}" for name, value in found.items()) + " contradict"
+        )
+    return float(next(iter(found.values()), 1e-5))
 
 
 def read_run_config(path: Path, embedding_rows: int) -> tuple[ModelConfig, dict]:

@@ -1,17 +1,16 @@
-"""A checkpoint's directory: Megatron-LM's names, the tracker, and common.pt.
+"""A checkpoint's directory: Megatron-LM's names, the tracker, and what all ranks share.
 
     <dir>/latest_checkpointed_iteration.txt    an iteration, or `release` (converted weights)
-    <dir>/iter_0000100/                        torch_dist: __R_N.distcp, .metadata, common.pt,
-                                               metadata.json (written last)
+    <dir>/iter_0000100/                        torch_dist: __R_N.distcp, .metadata, metadata.json
+                                               (written last), common.pt
     <dir>/tokenizer/                           the tokenizer's files, for export
 
 The tracker is written, atomically, once everything it points at is complete; it never points at a
 directory that a killed run left unfinished. Nothing here imports megatron-core, which takes
-seconds, as long as common.pt is our own: programs that only look into a checkpoint start at once.
+seconds, as long as the common state is our own: programs that only look into a checkpoint start at
+once.
 """
 
-import argparse
-import pickle
 import re
 import shutil
 from collections.abc import Iterable
@@ -22,9 +21,10 @@ from typing import Any
 import torch
 
 from pose_megatron.checkpoints.megatron import args as megatron_args
+from pose_megatron.checkpoints.megatron.common_state import read_common_state
 from pose_megatron.checkpoints.megatron.legacy import LegacyWeights, is_legacy
 from pose_megatron.checkpoints.megatron.torch_dist_metadata import read_index
-from pose_megatron.errors import ConfigError, DamagedCheckpoint, gist
+from pose_megatron.errors import ConfigError, DamagedCheckpoint
 from pose_megatron.models.shape import ModelConfig
 from pose_megatron.runtime.atomic_files import fsync, write_atomically
 
@@ -40,7 +40,7 @@ class Checkpoint:
         iteration: steps trained, 0 for converted weights.
         path: its iter_ or release directory.
         model: shape and rope.
-        common: everything in common.pt.
+        common: what all ranks share (common_state.py), with Megatron-LM's `args`.
     """
 
     root: Path
@@ -122,7 +122,7 @@ def path_of(root: Path, entry: str | int) -> Path:
 
 
 def content_metadata() -> dict[str, Any]:
-    """What megatron-core keeps in common.pt about the form of the optimizer's state."""
+    """What megatron-core keeps in the common state about the form of the optimizer's."""
     return {
         # The one form that every other layout of ranks can read back.
         "distrib_optim_sharding_type": "fully_reshardable",
@@ -169,7 +169,7 @@ def copy_tokenizer(root: Path, files: Iterable[Path]) -> None:
 
 
 def model_and_common(path: Path) -> tuple[ModelConfig, dict]:
-    """One iteration's model and its common.pt, with Megatron-LM's `args` in it.
+    """One iteration's model and its common state, with Megatron-LM's `args` in it.
 
     Raises:
         ConfigError: the model is not supported.
@@ -178,22 +178,17 @@ def model_and_common(path: Path) -> tuple[ModelConfig, dict]:
     if is_legacy(path):
         old = LegacyWeights(path)
         return old.model, {"args": old.args, "iteration": old.iteration}
-    for name in ("metadata.json", "common.pt", ".metadata"):
+    for name in ("metadata.json", ".metadata"):
         if not (path / name).is_file():
             raise DamagedCheckpoint(f"checkpoint {path} is incomplete: {name} is missing")
-    try:
-        common = _read_common(path / "common.pt")
-    except Exception as error:  # damaged bytes raise errors of many classes
-        raise DamagedCheckpoint(
-            f"checkpoint {path}: common.pt cannot be read ({gist(error)})"
-        ) from None
+    common = read_common_state(path)
     if "pose_megatron" in common:
         return ModelConfig.from_dict(common["pose_megatron"]["model"]), common
     run_config = path / "run_config.yaml"
     if "args" not in common and not run_config.is_file():
         raise ConfigError(
-            f"checkpoint {path}: common.pt holds no 'args' to take the model from, and there is no "
-            "run_config.yaml"
+            f"checkpoint {path}: its common state holds no 'args' to take the model from, and there"
+            " is no run_config.yaml"
         )
     try:
         embedding = read_index(path).tensors["embedding.word_embeddings.weight"]
@@ -212,17 +207,3 @@ def model_and_common(path: Path) -> tuple[ModelConfig, dict]:
     consumed = int(progress.get("consumed_train_samples", 0))
     args = megatron_args.to_args(model, int(progress.get("step", 0)), consumed, **run)
     return model, common | {"args": args}
-
-
-def _read_common(path: Path) -> dict:
-    """What every rank shares; only plain values are unpickled."""
-    # Only what is not allowed yet: on its way out, the context manager takes back all it names.
-    classes = {argparse.Namespace}.difference(torch.serialization.get_safe_globals())
-    try:
-        with torch.serialization.safe_globals(list(classes)):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:  # Megatron-LM's file has some classes of megatron-core
-        from megatron.core.safe_globals import register_safe_globals
-
-        register_safe_globals()
-        return torch.load(path, map_location="cpu", weights_only=True)

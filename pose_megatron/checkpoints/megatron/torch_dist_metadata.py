@@ -49,10 +49,12 @@ class Index:
     """What .metadata says.
 
     Attributes:
-        tensors: by their keys; other objects are left out.
+        tensors: by their keys.
+        objects: file, offset and length of everything else, by key.
     """
 
     tensors: dict[str, StoredTensor]
+    objects: dict[str, tuple[str, int, int]]
 
 
 def write_index(
@@ -195,6 +197,7 @@ def read_index(path: Path) -> Index:
 def _index(metadata: Any) -> Index:
     """From torch's Metadata, unpickled by _Plain."""
     tensors: dict[str, StoredTensor] = {}
+    objects: dict[str, tuple[str, int, int]] = {}
     shapes: dict[tuple, tuple[int, ...]] = {}
     for key, tensor in metadata.state_dict_metadata.items():
         if not hasattr(tensor, "chunks"):  # not a tensor but an object: BytesStorageMetadata
@@ -202,7 +205,9 @@ def _index(metadata: Any) -> Index:
         tensors[key] = StoredTensor(tensor.size, tensor.properties.dtype, [])
         shapes |= {(key, chunk.offsets): chunk.sizes for chunk in tensor.chunks}
     for where, info in metadata.storage_data.items():
-        if (shape := shapes.get((where.fqn, getattr(where, "offset", None)))) is not None:
+        if where.fqn not in tensors:
+            objects[where.fqn] = (info.relative_path, info.offset, info.length)
+        elif (shape := shapes.get((where.fqn, where.offset))) is not None:
             tensor = tensors[where.fqn]
             tensor.chunks.append(
                 ChunkLocation(
@@ -215,4 +220,4 @@ def _index(metadata: Any) -> Index:
                     info.length,
                 )
             )
-    return Index(tensors)
+    return Index(tensors, objects)

@@ -93,9 +93,12 @@ def test_a_label_is_the_true_next_token_everywhere(world, make_corpus, name, con
         sample = data[i]
         assert sample["labels"].tolist() == [following[t] for t in sample["tokens"].tolist()]
         assert sample["loss_mask"].tolist() == [1] * 8
-        assert {name: value.dtype for name, value in sample.items()} == dict.fromkeys(
-            ("tokens", "labels", "loss_mask", "position_ids"), np.dtype(np.int64)
-        )
+        assert {name: value.dtype for name, value in sample.items()} == {
+            "tokens": np.dtype(np.int64),
+            "labels": np.dtype(np.int64),
+            "loss_mask": np.dtype(np.float32),
+            "position_ids": np.dtype(np.int64),
+        }
 
 
 def test_samples_of_a_real_corpus_are_its_bytes(world, stdlib_corpus, stdlib_documents):
