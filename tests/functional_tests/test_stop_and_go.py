@@ -14,6 +14,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
+
+from pose_megatron.checkpoints.megatron import directory
+from pose_megatron.checkpoints.megatron.torch_dist import open_weights
+from pose_megatron.runtime.megatron_core import common_state_is_an_object
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = """
@@ -270,3 +275,47 @@ def test_a_run_killed_again_and_again_comes_to_the_same_end(job, straight, backg
         process.communicate(timeout=120)
     job.run(name, *words)
     assert losses(job.log(name)) == losses(straight[0])
+
+
+KILLED_BEFORE_COMMON_PT = """
+import os, signal, sys
+from pathlib import Path
+
+replace = Path.replace
+
+def killed(self, target):
+    if self.name == "common.pt.tmp" and "iter_0000002" in str(self):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return replace(self, target)
+
+Path.replace = killed
+from pose_megatron.pretrain import main
+
+sys.exit(main())
+"""
+
+
+@pytest.mark.skipif(
+    not common_state_is_an_object(),
+    reason="before 0.19, megatron-core itself writes common.pt, before metadata.json",
+)
+def test_a_kill_before_common_pt_is_written_loses_nothing(job, tmp_path):
+    """megatron-core 0.19 has completed the checkpoint, and our common.pt beside it is missing."""
+    words = f"--train-iters 2 --load {tmp_path} --save {tmp_path} --save-interval 1".split()
+    process = subprocess.run(
+        [sys.executable, "-c", KILLED_BEFORE_COMMON_PT, *WORDS, "--data-path", job.corpus, *words],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=ROOT,
+    )
+    assert process.returncode == -signal.SIGKILL, process.stderr
+    cut = tmp_path / "iter_0000002"
+    assert (cut / "metadata.json").is_file() and not (cut / "common.pt").is_file()
+    assert directory.find(tmp_path).iteration == 1
+    weights = open_weights(tmp_path, 2)
+    killed = {name: weights[name] for name in weights.shapes}
+    job.run("after the kill", *words)
+    assert (cut / "common.pt").is_file() and directory.find(tmp_path).iteration == 2
+    weights = open_weights(tmp_path, 2)
+    assert all(torch.equal(killed[name], weights[name]) for name in weights.shapes)

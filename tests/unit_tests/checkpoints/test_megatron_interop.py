@@ -18,6 +18,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 
 from pose_megatron.checkpoints.megatron import args as megatron_args
 from pose_megatron.checkpoints.megatron import directory, torch_dist
+from pose_megatron.checkpoints.megatron.common_state import read_common_state
 from pose_megatron.checkpoints.megatron.format import Megatron
 from pose_megatron.config.layout import lay_out
 from pose_megatron.evaluation.logits import load_logits
@@ -157,6 +158,22 @@ def save_as_they_do(root, common: dict, tensors: dict):
     dist_checkpointing.save(state, str(path))
     (root / "latest_checkpointed_iteration.txt").write_text("20")
     return path
+
+
+@pytest.mark.parametrize("name", ["norm_epsilon", "layernorm_epsilon"])
+def test_the_norms_epsilon_is_read_by_both_of_its_names(name):
+    """Megatron-LM has renamed it in 0.16.1."""
+    args = vars(their_args())
+    del args["norm_epsilon"]
+    assert megatron_args.from_args(args | {name: 2e-6}, 256).norm_epsilon == 2e-6
+    assert megatron_args.from_args(args, 256).norm_epsilon == 1e-5  # Megatron-LM's default
+
+
+def test_two_epsilons_are_refused():
+    args = vars(their_args(layernorm_epsilon=1e-5))
+    message = "norm_epsilon 1e-06 and layernorm_epsilon 1e-05 contradict"
+    with pytest.raises(ValueError, match=message):
+        megatron_args.from_args(args, 256)
 
 
 # Ours, as they read it.
@@ -373,7 +390,7 @@ def test_a_run_of_theirs_is_resumed(tmp_path, distributed):
     trainer.scheduler.step(2)
     trainer.continue_from(1, 2)
     path = save(trainer)
-    common = torch.load(path / "common.pt", weights_only=True)
+    common = read_common_state(path)
     del common["pose_megatron"]
     torch.save(common, path / "common.pt")
     found = directory.find(tmp_path)
@@ -395,7 +412,7 @@ def test_an_optimizer_in_a_form_of_theirs_is_not_resumed(tmp_path):
     path = save_as_they_do(
         tmp_path, {"args": their_args(use_distributed_optimizer=True)}, whole_tensors()
     )
-    common = torch.load(path / "common.pt", weights_only=True)
+    common = read_common_state(path)
     common["content_metadata"] = {"distrib_optim_sharding_type": "dp_reshardable"}
     torch.save(common, path / "common.pt")
     found = directory.find(tmp_path)
