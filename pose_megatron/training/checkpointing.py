@@ -77,6 +77,7 @@ def save(
         world_size=dist.get_world_size(),
         tensor_model_parallel_size=p.get_tensor_model_parallel_world_size(),
         pipeline_model_parallel_size=p.get_pipeline_model_parallel_world_size(),
+        expert_model_parallel_size=p.get_expert_model_parallel_world_size(),
         data_parallel_size=p.get_data_parallel_world_size(),
         no_save_optim=False,
         no_save_rng=False,
