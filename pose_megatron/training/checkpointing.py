@@ -189,6 +189,13 @@ def load(checkpoint: Checkpoint, stages: list, optimizer=None, scheduler=None) -
                 f"checkpoint {checkpoint.path} was saved {'with' if was else 'without'} "
                 "--use-distributed-optimizer: resume the same way, or start anew with --finetune"
             )
+        divided = getattr(checkpoint.common["args"], "expert_model_parallel_size", 1) > 1
+        if divided != (len(parts(optimizer)) > 1):  # experts have an optimizer of their own
+            raise ConfigError(
+                f"checkpoint {checkpoint.path} was saved {'with' if divided else 'without'} "
+                "--expert-model-parallel-size above 1: resume the same way, or start anew with "
+                "--finetune"
+            )
         ours = metadata["distrib_optim_sharding_type"]
         theirs = checkpoint.common.get("content_metadata") or {}
         form = theirs.get("distrib_optim_sharding_type", ours)
