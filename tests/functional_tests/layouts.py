@@ -107,16 +107,12 @@ LAYOUTS = {
     "DP2, experts, distributed optimizer": Layout(2, SHARDED, "experts"),
     "EP2": Layout(2, f"{EP} 2", "experts", saves=True),
     "EP2, distributed optimizer, overlapped": Layout(2, f"{EP} 2 {OVERLAP}", "experts", saves=True),
-    "TP2 SP, experts, full recompute": Layout(
-        2, f"{TP} 2 {SP} {FULL}", "experts", saves=True
-    ),
+    "TP2 SP, experts, full recompute": Layout(2, f"{TP} 2 {SP} {FULL}", "experts", saves=True),
     "PP2 VPP2, experts, selective recompute": Layout(2, f"{PP} 2 {VPP2} {SELECTIVE}", "experts"),
     "CP2, experts": Layout(2, f"{CP} 2", "experts"),
     "CP2 EP2": Layout(2, f"{CP} 2 {EP} 2", "experts"),
     "EP2 TP2 SP": Layout(4, f"{EP} 2 {TP} 2 {SP} {WIDE}", "experts"),
-    "EP2 PP2 VPP2, distributed optimizer": Layout(
-        4, f"{EP} 2 {PP} 2 {VPP2} {SHARDED}", "experts"
-    ),
+    "EP2 PP2 VPP2, distributed optimizer": Layout(4, f"{EP} 2 {PP} 2 {VPP2} {SHARDED}", "experts"),
     "TP4 SP, 2 query groups": Layout(4, f"{TP} 4 {SP} {WIDE}"),
     "CP4, distributed optimizer": Layout(4, f"{CP} 4 {SHARDED} {WIDE}"),
     "CP2 TP2 SP": Layout(4, f"{CP} 2 {TP} 2 {SP} {WIDE}"),

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from pose_megatron.errors import ConfigError
-from pose_megatron.models.families import FAMILIES, family_named
+from pose_megatron.models.families import FAMILIES, REFUSED, family_named
 from pose_megatron.models.families.family import Family
 from pose_megatron.models.shape import ModelConfig
 from pose_megatron.preprocessing.tokenizer import FOLDER_FILES
@@ -35,7 +35,7 @@ def read_config(folder: Path, make_vocab_size_divisible_by: int = 128) -> ModelC
     """
     config = read_json(folder / "config.json")
     with naming(folder):
-        family = _family_of_architecture((config.get("architectures") or [None])[0])
+        family = _family_of(config)
         config = {**family.defaults, **_respelled(family, config)}
         _check_only(family, config)
         config = {name: value for name, value in config.items() if value is not None}
@@ -76,12 +76,15 @@ def read_config(folder: Path, make_vocab_size_divisible_by: int = 128) -> ModelC
         )
 
 
-def _family_of_architecture(architecture: str | None) -> Family:
+def _family_of(config: Mapping[str, Any]) -> Family:
+    architecture, kind = (config.get("architectures") or [None])[0], config.get("model_type")
     by_architecture = {family.architecture: family for family in FAMILIES.values()}
     if architecture not in by_architecture:
+        of_kind = f" of model_type {kind}" if architecture is None else ""
+        reason = f": {REFUSED[kind]}" if kind in REFUSED else ""
         raise ConfigError(
-            f"config.json: architecture {architecture} is not supported; supported are "
-            f"{', '.join(by_architecture)}"
+            f"config.json: architecture {architecture}{of_kind} is not supported{reason}; "
+            f"supported are {', '.join(by_architecture)}"
         )
     return by_architecture[architecture]
 

@@ -156,17 +156,17 @@ def from_args(args: dict, embedding_rows: int) -> ModelConfig:
     for name, only in FIXED.items():
         if name not in ours and args.get(name, only) != only:
             raise ConfigError(f"{name} {args[name]!r} is not supported, only {only!r} is")
-    has_experts = args.get("num_experts") is not None
-    if has_experts:
-        _check_experts(args)
-    else:  # the parser's defaults, which say nothing
-        ours = {name for name in ours if not name.startswith("moe_")}
     if missing := [
         name
         for name in ("num_layers", "hidden_size", "num_attention_heads")
         if args.get(name) is None
     ]:
         raise ConfigError(f"{missing[0]} is missing")
+    has_experts = args.get("num_experts") is not None
+    if has_experts:
+        _check_experts(args)
+    else:  # the parser's defaults, which say nothing
+        ours = {name for name in ours if not name.startswith("moe_")}
     shape = {
         name: args[name] for name in ours - {"rope_scaling", "family"} if args.get(name) is not None
     }
@@ -204,7 +204,9 @@ def _check_experts(args: dict) -> None:
         raise ConfigError(f"num_experts {experts} needs moe_router_topk, which is missing")
     for name, only in FIXED_OF_EXPERTS.items():
         value = args.get(name, only)
-        if value != only and not (name == "moe_layer_freq" and set(value) == {1}):
+        if name == "moe_layer_freq" and value == [1] * args["num_layers"]:
+            continue  # every layer, said one by one
+        if value != only:
             raise ConfigError(
                 f"num_experts {experts} with {name} {value!r} is not supported, only {only!r} is"
             )

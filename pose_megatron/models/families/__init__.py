@@ -18,6 +18,12 @@ FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (LLAMA, MISTRAL, QWEN2, QWEN3, MIXTRAL, QWEN3_MOE, BAICHUAN, GPTJ)
 }
+_GEMMA3 = (
+    "its layers rotate by two bases, one within a sliding window, and have norms behind attention "
+    "and MLP, for which megatron-core's layers have no place"
+)
+# Families that one might expect, by config.json's model_type: why they cannot be.
+REFUSED = {"gemma3": _GEMMA3, "gemma3_text": _GEMMA3}
 # Megatron's flags can also ask for Qwen2's biases and Qwen3's norms in one model.
 _BIASES_AND_NORMS = dataclasses.replace(
     QWEN3,

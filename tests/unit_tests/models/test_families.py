@@ -115,6 +115,35 @@ def test_flags_of_a_fresh_model_name_its_family(bias, norm, experts, family):
     assert (found.add_qkv_bias, found.qk_layernorm) == (bias, norm)
 
 
+@pytest.mark.parametrize("kind", ["Gemma3TextConfig", "Gemma3Config"])
+@pytest.mark.parametrize("with_architecture", [True, False])
+def test_gemma_3_is_refused_with_the_reason(tmp_path, kind, with_architecture):
+    config = getattr(transformers, kind)()
+    name = "Gemma3ForCausalLM" if "Text" in kind else "Gemma3ForConditionalGeneration"
+    config.architectures = [name] if with_architecture else None
+    config.save_pretrained(tmp_path)
+    what = name if with_architecture else f"None of model_type {config.model_type}"
+    with pytest.raises(
+        ValueError,
+        match=f"architecture {what} is not supported: its layers rotate by two bases.* norms behind attention "
+        "and MLP, .*; supported are LlamaForCausalLM, .*, Qwen3MoeForCausalLM",
+    ):
+        config_json.read_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["DeepseekV3", "Qwen2Moe", "GptOss", "Llama4Text", "Glm4Moe", "Gemma2", "Phi3", "Olmo2"]
+)
+def test_other_models_are_refused_with_those_that_are_supported(tmp_path, name):
+    config = getattr(transformers, f"{name}Config")()
+    config.architectures = [architecture := f"{name.removesuffix('Text')}ForCausalLM"]
+    config.save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match=f"architecture {architecture} is not supported; supported are Llama.*Mix"
+    ):
+        config_json.read_config(tmp_path)
+
+
 def test_an_unknown_family_is_refused():
     with pytest.raises(ValueError, match="the family 'gpt5' is not supported; .* llama, mistral"):
         family_named("gpt5")
