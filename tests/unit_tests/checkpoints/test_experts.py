@@ -3,6 +3,7 @@ the layouts of a Hugging Face folder."""
 
 import argparse
 import dataclasses
+import itertools
 import json
 
 import pytest
@@ -16,6 +17,7 @@ from pose_megatron.checkpoints.convert import convert
 from pose_megatron.checkpoints.huggingface import config_json
 from pose_megatron.checkpoints.megatron import args as megatron_args
 from pose_megatron.checkpoints.megatron import directory, torch_dist
+from pose_megatron.checkpoints.megatron.format import Megatron
 from pose_megatron.checkpoints.summary import summarise
 from pose_megatron.models.shape import ModelConfig
 from tests.functional_tests.families import vivid
@@ -213,6 +215,108 @@ def test_a_dense_models_args_hold_the_parsers_defaults_for_experts():
 def test_experts_of_another_kind_are_named(more, said):
     with pytest.raises(ValueError, match=said):
         megatron_args.from_args(vars(their_args(**more)), 256)
+
+
+# The legacy layout.
+
+
+def shard(name, tensor, rank, ranks):
+    """A tensor rank's share, as Megatron-LM's parallel layers hold it."""
+    if name.endswith("linear_fc1.weight"):
+        gate, up = tensor.chunk(2)
+        return torch.cat((gate.chunk(ranks)[rank], up.chunk(ranks)[rank]))
+    if name.endswith(("linear_qkv.weight", "word_embeddings.weight", "output_layer.weight")):
+        return tensor.chunk(ranks)[rank]
+    if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
+        return tensor.chunk(ranks, dim=1)[rank]
+    return tensor
+
+
+def sequential(fc1, fc2):
+    for i, (one, two) in enumerate(zip(fc1, fc2, strict=True)):
+        yield from ((f"local_experts.{i}.linear_fc{n}.weight", t) for n, t in ((1, one), (2, two)))
+
+
+def te_grouped(fc1, fc2):
+    for n, weights in ((1, fc1), (2, fc2)):
+        yield from ((f"linear_fc{n}.weight{i}", weight) for i, weight in enumerate(weights))
+
+
+def grouped(fc1, fc2):
+    """As GroupedMLP multiplies by them: [experts, in, out] in two dimensions."""
+    yield "weight1", torch.stack([t.T for t in fc1]).reshape(len(fc1[0].T), -1)
+    yield "weight2", torch.stack([t.T for t in fc2]).reshape(-1, len(fc2[0]))
+
+
+def save_legacy(root, model, module, tp=1, pp=1, ep=1, **args):
+    """mp_rank folders: every expert-parallel rank has some experts, and all else."""
+    held, count, depth = dict(model.named_parameters()), 4 // ep, 2 // pp
+    for rank, stage, expert in itertools.product(range(tp), range(pp), range(ep)):
+        part = {}
+        for name, tensor in held.items():
+            layer = int(name.split(".")[2]) if name.startswith("decoder.layers") else None
+            if ".local_experts." in name or (layer is not None and layer // depth != stage):
+                continue
+            if layer is None and (name.startswith("embedding") != (stage == 0)) and pp > 1:
+                continue
+            local = name if layer is None else name.replace(f".{layer}.", f".{layer % depth}.", 1)
+            part[local] = shard(name, tensor, rank, tp).detach().clone()
+        for layer in range(stage * depth, (stage + 1) * depth):
+            numbers = range(expert * count, (expert + 1) * count)
+            fc1, fc2 = (
+                [
+                    shard(
+                        f"linear_fc{n}.weight", held[LOCAL.format(layer, i, n)], rank, tp
+                    ).detach()
+                    for i in numbers
+                ]
+                for n in (1, 2)
+            )
+            for name, tensor in module(fc1, fc2):
+                part[f"decoder.layers.{layer % depth}.mlp.experts.{name}"] = tensor.clone()
+        words = {
+            "tensor_model_parallel_size": tp,
+            "pipeline_model_parallel_size": pp,
+            "expert_model_parallel_size": ep,
+        }
+        folder = f"mp_rank_{rank:02d}" + f"_{stage:03d}" * (pp > 1) + f"_{expert:03d}" * (ep > 1)
+        (root / "iter_0000020" / folder).mkdir(parents=True)
+        torch.save(
+            {
+                "args": their_args(**words | args),
+                "iteration": 20,
+                "checkpoint_version": 3.0,
+                "model": part,
+            },
+            root / "iter_0000020" / folder / "model_optim_rng.pt",
+        )
+    (root / "latest_checkpointed_iteration.txt").write_text("20")
+
+
+@pytest.mark.parametrize("module", [sequential, te_grouped, grouped])
+@pytest.mark.parametrize(
+    "tp, pp, ep", [(1, 1, 1), (1, 1, 2), (2, 1, 2), (1, 2, 1), (2, 2, 4), (2, 1, 1)]
+)
+def test_legacy_folders_of_experts_become_whole(tmp_path, module, tp, pp, ep):
+    model = fresh()
+    save_legacy(tmp_path, model, module, tp, pp, ep)
+    found = directory.find(tmp_path)
+    assert found.is_legacy and found.model == MODEL
+    weights = torch_dist.open_weights(tmp_path)
+    assert len(weights) == 3 + 2 * (7 + 2 * 4)
+    check_experts(weights, model)
+    assert all(weights[name].shape == shape for name, shape in weights.shapes.items())
+    Megatron().open(tmp_path).check()
+
+
+def test_what_is_wrong_with_legacy_experts_is_named(tmp_path):
+    save_legacy(tmp_path / "hole", fresh(), sequential, ep=4)
+    (tmp_path / "hole" / "iter_0000020" / "mp_rank_00_002" / "model_optim_rng.pt").unlink()
+    with pytest.raises(ValueError, match="mp_rank_00_002/model_optim_rng.pt is missing"):
+        directory.find(tmp_path / "hole")
+    save_legacy(tmp_path / "other", fresh(), sequential, tp=2, expert_tensor_parallel_size=1)
+    with pytest.raises(ValueError, match="expert_tensor_parallel_size 1 is not supported"):
+        directory.find(tmp_path / "other")
 
 
 # Hugging Face's folders.
