@@ -31,6 +31,8 @@ from pose_megatron.checkpoints.megatron.directory import (
     publish,
     whole_iterations,
 )
+from pose_megatron.checkpoints.megatron.torch_dist import EXPERTS_NORM, LOCAL_EXPERTS_NORM
+from pose_megatron.checkpoints.megatron.torch_dist_metadata import read_index
 from pose_megatron.errors import ConfigError, DamagedCheckpoint, gist
 from pose_megatron.models.shape import ModelConfig
 from pose_megatron.runtime.processes import children_end_with_this
@@ -176,6 +178,7 @@ def load(checkpoint: Checkpoint, stages: list, optimizer=None, scheduler=None) -
         name: _without_extra_state(model)
         for name, model in _sharded_models(stages, metadata).items()
     }
+    _ask_as_stored(models, checkpoint.path)
     sharded = dict(models)
     if optimizer is not None:
         if checkpoint.is_release:
@@ -257,6 +260,18 @@ def _of_optimizer(models: dict[str, dict]) -> dict:
 def _without_extra_state(sharded: dict) -> dict:
     """Leaves out Transformer Engine's FP8 state, which converted and `torch` checkpoints lack."""
     return {name: v for name, v in sharded.items() if not name.endswith("_extra_state")}
+
+
+def _ask_as_stored(models: dict[str, dict], path: Path) -> None:
+    """Names the norm before experts as the checkpoint does: megatron-core's local layer spec takes
+    it for a part of a dense MLP."""
+    own, local = (f"decoder.layers.{name}" for name in (EXPERTS_NORM, LOCAL_EXPERTS_NORM))
+    everything = (tensor for model in models.values() for tensor in model.values())
+    asked = [tensor for tensor in everything if getattr(tensor, "key", None) == own]
+    if not asked or own in (stored := read_index(path).tensors) or local not in stored:
+        return
+    for tensor in asked:
+        tensor.key = local
 
 
 def _random_state() -> ShardedObject:

@@ -52,7 +52,7 @@ _NUMBERED = re.compile(r"^(decoder\.layers\.)(\d+)\.(?:(mlp\.experts\.experts\.)
 _EXPERTS = "decoder.layers.mlp.experts.experts."
 # The norm before a mixture of experts as Transformer Engine's layer spec stores it, and as
 # megatron-core's own, which takes it for a part of a dense MLP.
-_NORM, _LOCAL_NORM = "pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"
+EXPERTS_NORM, LOCAL_EXPERTS_NORM = "pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"
 _EXTRA_ATTENTION = (
     "self_attention.linear_qkv",
     "self_attention.core_attention",
@@ -84,9 +84,9 @@ class TorchDistWeights(StoredWeights):
         sizes: dict[Path, int] = {}
         tensors = read_index(path).tensors
         if any("mlp.router.weight" in key for key in tensors):
-            for key in [key for key in tensors if key.endswith(_LOCAL_NORM)]:
+            for key in [key for key in tensors if key.endswith(LOCAL_EXPERTS_NORM)]:
                 norm = tensors.pop(key)
-                tensors.setdefault(key.replace(_LOCAL_NORM, _NORM), norm)
+                tensors.setdefault(key.replace(LOCAL_EXPERTS_NORM, EXPERTS_NORM), norm)
         for key, tensor in tensors.items():
             if key.startswith(("optimizer.", "rng_state")):
                 continue
@@ -248,9 +248,9 @@ def finish(root: Path, model: ModelConfig, chunks: Sequence[ChunkLocation]) -> N
     extra = _extra_state(model)
     chunks = [*chunks]
     chunks += [  # the same bytes
-        dataclasses.replace(chunk, key=chunk.key.replace(_NORM, _LOCAL_NORM))
+        dataclasses.replace(chunk, key=chunk.key.replace(EXPERTS_NORM, LOCAL_EXPERTS_NORM))
         for chunk in chunks
-        if chunk.key.endswith(_NORM)
+        if chunk.key.endswith(EXPERTS_NORM)
     ]
     write_index(path, chunks, model.num_layers, extra, empty, model.num_experts or 0)
     state = common_state(

@@ -19,7 +19,13 @@ from pose_megatron.checkpoints.megatron import args as megatron_args
 from pose_megatron.checkpoints.megatron import directory, torch_dist
 from pose_megatron.checkpoints.megatron.format import Megatron
 from pose_megatron.checkpoints.summary import summarise
+from pose_megatron.config.arguments import parse
+from pose_megatron.config.layout import lay_out
+from pose_megatron.config.sampler import build_sampler
+from pose_megatron.evaluation.logits import load_logits
 from pose_megatron.models.shape import ModelConfig
+from pose_megatron.training.run import Run
+from pose_megatron.training.trainer import setup
 from tests.functional_tests.families import vivid
 from tests.functional_tests.stock_experts import load, sharded, stock_model
 
@@ -128,12 +134,22 @@ def test_what_stock_megatron_core_saves_is_read(tmp_path, as_transformer_engine,
     assert len(weights) == 3 + 2 * (7 + 2 * 4)
     check_experts(weights, model)
     convert(tmp_path / "theirs", tmp_path / "hf", loader="megatron", saver="hf", quiet=True)
+    if layer_freq == 1:
+        tokens, positions = torch.arange(24)[None] * 7, torch.arange(24)[None]
+        ours = load_logits(directory.find(tmp_path / "theirs"))(tokens, 24)
+        mask = torch.ones(24, 24).triu(1).bool()[None, None]
+        with torch.no_grad():
+            expected = model.eval()(tokens, positions, mask)
+        assert expected.abs().max() > 0.5 and (ours - expected).abs().max() < 1e-4
     back = load_file(tmp_path / "hf" / "model.safetensors")
     fc1 = weights[EXPERT.format(1, 3, 1)].split(24)
     for name, half in zip(("gate", "up"), fc1, strict=True):
         assert torch.equal(back[f"model.layers.1.mlp.experts.3.{name}_proj.weight"], half)
 
 
+@pytest.mark.skipif(
+    not hasattr(core_experts, "GroupedMLP"), reason="this megatron-core has TEGroupedMLP alone"
+)
 def test_grouped_experts_load_what_we_write(tmp_path, monkeypatch):
     """Their weights lie side by side and transposed; only their product needs the library."""
     save_as_they_do(tmp_path / "theirs", fresh())
@@ -215,6 +231,48 @@ def test_a_dense_models_args_hold_the_parsers_defaults_for_experts():
 def test_experts_of_another_kind_are_named(more, said):
     with pytest.raises(ValueError, match=said):
         megatron_args.from_args(vars(their_args(**more)), 256)
+
+
+def test_optimizers_of_experts_that_were_apart_are_not_resumed_together(tmp_path):
+    args = {"expert_model_parallel_size": 2, "tensor_model_parallel_size": 1}
+    save_as_they_do(tmp_path, fresh(), **args)
+    found = directory.find(tmp_path)
+    words = parse(["--train-iters", "4", "--seq-length", "32", "--load", str(tmp_path)])
+    sampler = build_sampler(words, MODEL.max_position_embeddings)
+    run = Run(words, found.model, sampler, loaded=found, resume=True)
+    with pytest.raises(ValueError, match="with --expert-model-parallel-size above 1: .*--finetune"):
+        setup(run, lay_out(words, found.model, 1))
+
+
+def test_a_model_of_megatron_bridge():
+    section = {
+        "num_layers": 2,
+        "hidden_size": 32,
+        "ffn_hidden_size": 64,
+        "num_attention_heads": 4,
+        "num_query_groups": 2,
+        "kv_channels": 8,
+        "seq_length": 256,
+        "normalization": "RMSNorm",
+        "gated_linear_unit": True,
+        "add_bias_linear": False,
+        "activation_func": {"_target_": "torch.nn.functional.silu", "_call_": False},
+        "qk_layernorm": True,
+        "share_embeddings_and_output_weights": False,
+        "make_vocab_size_divisible_by": 64,
+        "rotary_base": 50000,
+        "position_embedding_type": "rope",
+        "num_moe_experts": 4,
+        "moe_ffn_hidden_size": 24,
+        "moe_router_topk": 2,
+        "moe_router_pre_softmax": False,
+        "moe_layer_freq": 1,
+        "moe_router_score_function": "softmax",
+    }
+    assert megatron_args.from_run_config({"model": section}, 256) == MODEL
+    section["moe_shared_expert_intermediate_size"] = 64
+    with pytest.raises(ValueError, match="moe_shared_expert_intermediate_size 64 is not supported"):
+        megatron_args.from_run_config({"model": section}, 256)
 
 
 # The legacy layout.
