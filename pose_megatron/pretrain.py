@@ -54,6 +54,14 @@ def describe(run: Run, layout: Layout) -> None:
     """What this run is, in one look."""
     args, model, sampler = run.args, run.model, run.sampler
     p, t = args.parallel, args.training
+    experts = ""
+    if model.num_experts is not None:
+        experts = (
+            f"{model.num_experts} experts of {model.moe_ffn_hidden_size}, "
+            f"{model.moe_router_topk} to a token, "
+        )
+    ep = p.expert_model_parallel_size
+    shared = f", experts over {ep} ranks" if ep > 1 else ""
     positions = sampler.describe()
     if args.data.materialized:
         law = read_description(args.data.materialized)["law"]
@@ -63,13 +71,13 @@ def describe(run: Run, layout: Layout) -> None:
     print_rank_0(
         f"model      {model.num_parameters:,} parameters: {model.num_layers} layers, hidden "
         f"{model.hidden_size}, ffn {model.ffn_hidden_size}, {model.num_attention_heads} heads, "
-        f"{model.num_query_groups} groups, vocabulary {model.vocab_size} "
+        f"{model.num_query_groups} groups, {experts}vocabulary {model.vocab_size} "
         f"(padded {model.padded_vocab_size}), {'bf16' if t.bf16 else 'float32'}\n"
         f"rope       theta {model.rotary_base:g}, {model.rope_scaling}\n"
         f"positions  {positions}\n"
         f"layout     tensor {p.tensor_model_parallel_size} x pipeline "
         f"{p.pipeline_model_parallel_size} x context {p.context_parallel_size} x data "
-        f"{layout.data_parallel_size}, batch {batch} = {t.micro_batch_size} x "
+        f"{layout.data_parallel_size}{shared}, batch {batch} = {t.micro_batch_size} x "
         f"{layout.num_microbatches(batch)} micro-batches x {layout.data_parallel_size}"
         f"{f', from {layout.batch_size(0)} up' if layout.rampup else ''}\n"
         f"training   {steps} steps, {samples * sampler.window:,} tokens, seed {t.seed}"

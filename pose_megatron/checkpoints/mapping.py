@@ -4,7 +4,8 @@ The Megatron side is the whole model (TP1, PP1); models/tensors.py says how its 
 Most only change their name; linear_qkv, linear_fc1 and the padded vocabulary are also rearranged.
 
 Values are never touched, so Hugging Face -> Megatron -> Hugging Face is bit-identical. A Megatron
-tensor is converted by itself, so a conversion needs the memory of its largest one.
+tensor is converted by itself, and an expert of a mixture is tensors of its own, so a conversion
+needs the memory of the largest one.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,7 +17,7 @@ from torch import Tensor
 from pose_megatron.errors import ConfigError
 from pose_megatron.models.families import family_named
 from pose_megatron.models.families.family import HFNames
-from pose_megatron.models.tensors import EMBEDDING, LAYER, TensorShape
+from pose_megatron.models.tensors import EMBEDDING, EXPERT, LAYER, TensorShape
 
 # Old checkpoints also carry rotary tables and causal masks.
 _BUFFERS = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attn.embed_positions")
@@ -84,6 +85,8 @@ def param_mappings(
     vocab_size: int,  # rows on the Hugging Face side
     padded_vocab_size: int,  # rows on the Megatron side
     tied: bool,  # the output layer is the embedding
+    num_experts: int | None = None,
+    moe_ffn_hidden_size: int | None = None,
 ) -> Iterator[ParamMapping]:
     """Every tensor of the model, in the order of the forward pass."""
     tensors = family_named(family).tensors
@@ -95,11 +98,16 @@ def param_mappings(
         kv_channels=kv_channels,
         vocab_size=vocab_size,
         padded_vocab_size=padded_vocab_size,
+        num_experts=num_experts,
+        moe_ffn_hidden_size=moe_ffn_hidden_size,
     )
     yield _param_mapping(EMBEDDING, tensors[EMBEDDING], shapes[EMBEDDING])
     for layer in range(num_layers):
         for name, hf_names in tensors.items():
-            if name.startswith(LAYER):
+            if name.startswith(EXPERT):
+                for expert in range(num_experts or 0):
+                    yield _param_mapping(name, hf_names, shapes[name], layer, expert)
+            elif name.startswith(LAYER):
                 yield _param_mapping(name, hf_names, shapes[name], layer)
     for name, hf_names in tensors.items():
         is_output = name.startswith("output_layer.")
@@ -108,14 +116,14 @@ def param_mappings(
 
 
 def _param_mapping(
-    name: str, hf_names: HFNames, tensor: TensorShape, layer: int = 0
+    name: str, hf_names: HFNames, tensor: TensorShape, *numbers: int
 ) -> ParamMapping:
     if isinstance(hf_names, str):
         rows = {hf_names: sum(tensor.blocks)}
     else:
         rows = dict(zip(hf_names, tensor.blocks, strict=True))
-    parts = {hf_name.format(layer): (n, *tensor.columns) for hf_name, n in rows.items()}
-    return ParamMapping(name.format(layer), tensor.shape, parts, tensor.blocks, tensor.groups)
+    parts = {hf_name.format(*numbers): (n, *tensor.columns) for hf_name, n in rows.items()}
+    return ParamMapping(name.format(*numbers), tensor.shape, parts, tensor.blocks, tensor.groups)
 
 
 def check_hf(

@@ -82,6 +82,12 @@ class Summary:
         c = self.config
         size = sum(tensor.nbytes for tensor in self.tensors.values())
         tied = "" if c["untie_embeddings_and_output_weights"] else ", tied embeddings"
+        experts = ""
+        if self.model.num_experts is not None:
+            experts = (
+                f", {c['num_experts']} experts of {c['moe_ffn_hidden_size']}, "
+                f"{c['moe_router_topk']} to a token"
+            )
         progress = (
             ", ".join(
                 f"{name} {value:,}" if isinstance(value, int) else f"{name} {value}"
@@ -94,7 +100,7 @@ class Summary:
             f"format      {self.format}, family {c['family'] or 'of no Hugging Face class'}\n"
             f"shape       {c['num_layers']} layers, hidden {c['hidden_size']}, ffn "
             f"{c['ffn_hidden_size']}, {c['num_attention_heads']} heads of {c['kv_channels']}, "
-            f"{c['num_query_groups']} groups, vocabulary {c['vocab_size']}{tied}\n"
+            f"{c['num_query_groups']} groups, vocabulary {c['vocab_size']}{tied}{experts}\n"
             f"parameters  {self.parameters:,} in {len(self.tensors)} tensors, "
             f"{size / 1e6:,.1f} MB\n"
             f"dtype       {', '.join(f'{name} x{n}' for name, n in self.dtypes.items())}\n"

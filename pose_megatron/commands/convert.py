@@ -1,7 +1,7 @@
 """Converts a checkpoint between Hugging Face, Meta's own format and Megatron, exactly.
 
 hf        safetensors (or legacy .bin) with config.json and the tokenizer's files: LLaMA, Mistral,
-          Qwen2, Qwen3, Baichuan2-7B, GPT-J
+          Mixtral, Qwen2, Qwen3, Qwen3-MoE, Baichuan2-7B, GPT-J
 meta      consolidated.NN.pth with params.json: LLaMA 1, 2, 3
 megatron  a torch_dist checkpoint, as every layout of ranks saves and loads it
 

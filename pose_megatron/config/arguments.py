@@ -164,6 +164,7 @@ def _read_yaml(path: Path) -> dict:
 _AT_LEAST_1 = {
     "model": (
         *("num_attention_heads", "num_query_groups", "ffn_hidden_size", "kv_channels"),
+        *("num_experts", "moe_router_topk", "moe_ffn_hidden_size"),
         "original_max_position_embeddings",
     ),
     "position": ("pose_num_chunks",),
@@ -176,6 +177,7 @@ _AT_LEAST_1 = {
     "parallel": (
         *("tensor_model_parallel_size", "pipeline_model_parallel_size"),
         *("context_parallel_size", "num_layers_per_virtual_pipeline_stage"),
+        "expert_model_parallel_size",
     ),
     "checkpoint": ("save_interval", "save_retain"),
     "logging": ("log_interval", "eval_interval"),

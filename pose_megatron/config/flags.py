@@ -48,6 +48,14 @@ class ModelFlags:
     untie_embeddings_and_output_weights: bool = flag(False, "separate output layer, as in LLaMA")
     add_qkv_bias: bool = flag(False, "biases for queries, keys and values, as in Qwen2")
     qk_layernorm: bool = flag(False, "RMSNorm on each query and key head, as in Qwen3")
+    num_experts: int | None = flag(
+        None, "make every MLP a mixture of so many experts, as in Mixtral and Qwen3-MoE"
+    )
+    moe_router_topk: int | None = flag(None, "experts that a token goes to (default: 2)")
+    moe_ffn_hidden_size: int | None = flag(None, "width of an expert (default: --ffn-hidden-size)")
+    moe_router_pre_softmax: bool = flag(
+        False, "weigh the experts by the softmax over all of them, not over those of the token"
+    )
     norm_epsilon: float | None = flag(None, "RMSNorm epsilon (default: 1e-5)")
     init_method_std: float = flag(0.02, "standard deviation of fresh weights")
     max_position_embeddings: int | None = flag(
@@ -191,6 +199,9 @@ class TrainingFlags:
         ("exponential", "linear", "cosine", "minus_sqrt"),
     )
     weight_decay: float = flag(0.01, "decoupled weight decay; norms have none")
+    moe_aux_loss_coeff: float = flag(
+        0.0, "weight of the loss that spreads the tokens of each micro-batch over the experts"
+    )
     clip_grad: float = flag(1.0, "clip the gradient to this norm; 0: never")
     adam_beta1: float = flag(0.9, "Adam's decay of the first moment")
     adam_beta2: float = flag(0.95, "Adam's decay of the second moment")
@@ -236,6 +247,9 @@ class ParallelFlags:
         None, "interleave the pipeline: layers per model chunk"
     )
     context_parallel_size: int = flag(1, "ranks that share a sequence")
+    expert_model_parallel_size: int = flag(
+        1, "ranks, of those with other samples, that share the experts of --num-experts"
+    )
     sequence_parallel: bool = flag(
         False, "split the activations between layers over the tensor-parallel ranks"
     )
@@ -262,6 +276,7 @@ class ParallelFlags:
             "pipeline_model_parallel_size": self.pipeline_model_parallel_size,
             "virtual_pipeline_model_parallel_size": self.virtual_pipeline_size(num_layers),
             "context_parallel_size": self.context_parallel_size,
+            "expert_model_parallel_size": self.expert_model_parallel_size,
         }
 
 

@@ -99,6 +99,7 @@ def lay_out(args: Arguments, model: ModelConfig, world_size: int) -> Layout:
             )
     layout = Layout(dp, t.micro_batch_size, batch, rampup)
     _check_shape(p, model)
+    _check_experts(p, model, dp * cp, t.moe_aux_loss_coeff)
     _check_interleaving(p, model.num_layers // pp, layout, [samples for _, samples in batches])
     _check_window(args, model)
     return layout
@@ -106,7 +107,8 @@ def lay_out(args: Arguments, model: ModelConfig, world_size: int) -> Layout:
 
 def _check_shape(p: ParallelFlags, model: ModelConfig) -> None:
     tp, pp = p.tensor_model_parallel_size, p.pipeline_model_parallel_size
-    for name in ("num_attention_heads", "ffn_hidden_size", "padded_vocab_size"):
+    ffn = "ffn_hidden_size" if model.num_experts is None else "moe_ffn_hidden_size"
+    for name in ("num_attention_heads", ffn, "padded_vocab_size"):
         if getattr(model, name) % tp:
             raise ConfigError(
                 f"{name} {getattr(model, name)} is not a multiple of "
@@ -121,6 +123,38 @@ def _check_shape(p: ParallelFlags, model: ModelConfig) -> None:
         raise ConfigError(
             f"--num-layers {model.num_layers} is not a multiple of "
             f"--pipeline-model-parallel-size {pp}"
+        )
+
+
+def _check_experts(p: ParallelFlags, model: ModelConfig, ranks: int, aux_loss_coeff: float) -> None:
+    """`ranks`: those that have other tokens and the same weights, but for the experts."""
+    tp, ep, experts = p.tensor_model_parallel_size, p.expert_model_parallel_size, model.num_experts
+    if experts is None:
+        for name, value, off in (
+            ("--expert-model-parallel-size", ep, 1),
+            ("--moe-aux-loss-coeff", aux_loss_coeff, 0),
+        ):
+            if value != off:
+                raise ConfigError(f"{name} {value} has no effect: the model has no experts")
+        return
+    if tp > 1 and not p.sequence_parallel:  # as in megatron-core
+        raise ConfigError(
+            f"--tensor-model-parallel-size {tp} needs --sequence-parallel in a mixture of experts"
+        )
+    if aux_loss_coeff and tp * p.context_parallel_size > 1:
+        # megatron-core 0.16.1 multiplies it by the tokens of one rank, which are not all.
+        raise ConfigError(
+            f"--moe-aux-loss-coeff {aux_loss_coeff} counts less where ranks share a sequence: it "
+            "needs --tensor-model-parallel-size and --context-parallel-size 1"
+        )
+    if experts % ep:
+        raise ConfigError(
+            f"--num-experts {experts} is not a multiple of --expert-model-parallel-size {ep}"
+        )
+    if ranks % ep:
+        raise ConfigError(
+            f"--expert-model-parallel-size {ep} does not divide the {ranks} ranks that are data- "
+            "or context-parallel"
         )
 
 

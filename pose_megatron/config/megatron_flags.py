@@ -25,7 +25,11 @@ REFUSED = {
     "cuda_graph_impl": "a captured graph replays the angles of other samples",
     "use_rope_scaling": "Llama 3.1's frequencies are --rope-scaling llama3",
     "rotary_seq_len_interpolation_factor": "say --rope-scaling linear --rope-scaling-factor",
-    "num_experts": "mixtures of experts are not supported",
+    "moe_shared_expert_intermediate_size": "no supported family has shared experts",
+    "moe_layer_freq": "every layer of a mixture of experts has them",
+    "expert_tensor_parallel_size": "experts are divided over the tensor ranks as all else is",
+    "moe_expert_capacity_factor": "no token is dropped",
+    "moe_enable_deepep": "the ranks of --expert-model-parallel-size gather tokens",
     "rotary_interleaved": "heads rotate by halves, but for the checkpoints of GPT-J",
     "apply_layernorm_1p": "norm weights are stored whole, not less one",
     "grad_reduce_in_bf16": "gradients are reduced in float32",
@@ -73,6 +77,14 @@ FACTS = {
     "persist_layer_norm": Fact((False,), "norms use no persistent kernel"),
     "gradient_accumulation_fusion": Fact((False,), "gradients are added up by themselves"),
     "accumulate_allreduce_grads_in_fp32": Fact((True,), "gradients are reduced in float32"),
+    "moe_token_dispatcher_type": Fact(
+        ("allgather",), "the ranks of --expert-model-parallel-size gather tokens"
+    ),
+    "moe_router_load_balancing_type": Fact(
+        ("aux_loss",), "experts are balanced by --moe-aux-loss-coeff"
+    ),
+    "moe_grouped_gemm": Fact((True,), "--transformer-impl transformer_engine groups the experts"),
+    "moe_router_score_function": Fact(("softmax",), "routers weigh experts by a softmax"),
     "calculate_per_token_loss": Fact((True,), "a step's loss is the mean over its tokens"),
     "use_cpu_initialization": Fact((True,), "fresh weights do not depend on the device"),
     # Optimizer, data, checkpoints, ranks, log.

@@ -62,8 +62,15 @@ def _shape_of_flags(flags: ModelFlags) -> dict:
         "untie_embeddings_and_output_weights": flags.untie_embeddings_and_output_weights,
         "add_qkv_bias": flags.add_qkv_bias,
         "qk_layernorm": flags.qk_layernorm,
-        "family": family_of(flags.add_qkv_bias, flags.qk_layernorm),
+        "family": family_of(flags.add_qkv_bias, flags.qk_layernorm, flags.num_experts is not None),
+        "num_experts": flags.num_experts,
+        "moe_ffn_hidden_size": flags.moe_ffn_hidden_size,
+        "moe_router_topk": flags.moe_router_topk,
+        "moe_router_pre_softmax": flags.moe_router_pre_softmax,
     }
+    if flags.num_experts is not None:
+        shape["moe_ffn_hidden_size"] = flags.moe_ffn_hidden_size or shape["ffn_hidden_size"]
+        shape["moe_router_topk"] = flags.moe_router_topk or 2  # Megatron-LM's
     if shape["num_query_groups"] is None:
         raise ConfigError("--group-query-attention needs --num-query-groups")
     for name in (

@@ -19,6 +19,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
     get_num_layers_to_build,
@@ -157,6 +158,13 @@ def mark_for_sequence_parallel(parameter: torch.nn.Parameter, config: Transforme
     parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
+def _mend_router() -> None:
+    """Without Transformer Engine, the router of megatron-core 0.16.1 asks for a name that was never
+    imported."""
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
+
+
 def layer_spec(
     config: TransformerConfig, implementation: str, vp_stage: int | None = None
 ) -> TransformerBlockSubmodules:
@@ -177,11 +185,21 @@ def layer_spec(
                 f"--transformer-impl transformer_engine: {error}; install "
                 "'pose-megatron[gpu]', or use --transformer-impl torch"
             ) from None
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+        return get_gpt_layer_with_transformer_engine_spec(
+            num_experts=config.num_moe_experts,
+            moe_grouped_gemm=config.moe_grouped_gemm,
+            qk_layernorm=config.qk_layernorm,
+        )
     # The library hands out shared submodule objects: change a copy.
-    spec = copy.deepcopy(get_gpt_layer_local_spec(normalization="RMSNorm"))
+    spec = copy.deepcopy(
+        get_gpt_layer_local_spec(num_experts=config.num_moe_experts, normalization="RMSNorm")
+    )
     spec.submodules.input_layernorm = RMSNorm
     spec.submodules.pre_mlp_layernorm = RMSNorm
+    if config.num_moe_experts:
+        _mend_router()
+        # Transformer Engine's layers take the norm into no linear layer, and so store it.
+        del spec.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     attention = spec.submodules.self_attention.submodules
     attention.core_attention = SdpaCoreAttention
     if config.qk_layernorm:

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -26,7 +27,9 @@ def transformer_config(
     pipeline_model_parallel_size: int = 1,
     virtual_pipeline_model_parallel_size: int | None = None,
     context_parallel_size: int = 1,
+    expert_model_parallel_size: int = 1,
     sequence_parallel: bool = False,
+    moe_aux_loss_coeff: float = 0.0,
     **recompute,
 ) -> TransformerConfig:
     """megatron-core's configuration of a model: its shape, layout and precision.
@@ -35,11 +38,24 @@ def transformer_config(
         model: shape and rope.
         transformer_impl: `torch` or `transformer_engine`.
         sequence_parallel: has no effect on one tensor rank.
+        moe_aux_loss_coeff: weight of the loss that spreads the tokens over the experts.
         recompute: megatron-core's recompute_granularity, _method, _num_layers and _modules.
     """
     dtype = torch.bfloat16 if bf16 else torch.float32
     interleaved = virtual_pipeline_model_parallel_size is not None
     fusions = transformer_impl == "transformer_engine"
+    experts: dict[str, Any] = {}
+    if model.num_experts is not None:
+        experts = {
+            "num_moe_experts": model.num_experts,
+            "moe_ffn_hidden_size": model.moe_ffn_hidden_size,
+            "moe_router_topk": model.moe_router_topk,
+            "moe_router_pre_softmax": model.moe_router_pre_softmax,
+            "moe_aux_loss_coeff": moe_aux_loss_coeff,
+            "moe_grouped_gemm": transformer_impl == "transformer_engine",
+            # Gloo has no all-to-all of unequal parts.
+            "moe_token_dispatcher_type": "allgather",
+        }
     return TransformerConfig(
         **family_named(model.family).transformer_settings(),
         num_layers=model.num_layers,
@@ -58,6 +74,8 @@ def transformer_config(
         pipeline_model_parallel_size=pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=virtual_pipeline_model_parallel_size,
         context_parallel_size=context_parallel_size,
+        expert_model_parallel_size=expert_model_parallel_size,
+        **experts,
         # Interleaved stages without overlapped sends give wrong numbers, silently.
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,

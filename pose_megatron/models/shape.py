@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 from pose_megatron.errors import ConfigError, flag_name
 from pose_megatron.models.families import family_named
-from pose_megatron.models.tensors import LAYER, OUTPUT
+from pose_megatron.models.tensors import EXPERT, LAYER, OUTPUT
 from pose_megatron.rope.scaling import RopeScaling, inverse_frequencies
+
+_OF_EXPERTS = ("num_experts", "moe_ffn_hidden_size", "moe_router_topk", "moe_router_pre_softmax")
 
 
 @dataclass(frozen=True)
@@ -17,6 +19,10 @@ class ModelConfig:
     `family` is a name in models.families.FAMILIES and says what the layers and the output layer
     are; None stands for Qwen2's biases and Qwen3's norms together, which Hugging Face does not
     have. `add_qkv_bias` and `qk_layernorm` are the family's, by the names of Megatron's flags.
+
+    With `num_experts`, every layer's MLP is a mixture of experts of width `moe_ffn_hidden_size`: a
+    token goes to the `moe_router_topk` with the largest router logits and takes their sum weighted
+    by the softmax over these, or, with `moe_router_pre_softmax`, over all experts.
 
     `rotary_base` and `rope_scaling` say how positions turn into angles; the model accepts position
     ids in [0, max_position_embeddings). `vocab_size` is the tokenizer's; the embedding has
@@ -44,6 +50,10 @@ class ModelConfig:
     family: str | None = "llama"
     add_qkv_bias: bool = False
     qk_layernorm: bool = False
+    num_experts: int | None = None
+    moe_ffn_hidden_size: int | None = None
+    moe_router_topk: int | None = None
+    moe_router_pre_softmax: bool = False
 
     def __post_init__(self):
         heads, groups = self.num_attention_heads, self.num_query_groups
@@ -64,6 +74,7 @@ class ModelConfig:
             raise ConfigError(
                 f"--num-attention-heads {heads} is not a multiple of --num-query-groups {groups}"
             )
+        self._check_experts()
         if not 0 < self.rotary_percent <= 1:
             raise ConfigError(f"--rotary-percent must be in (0, 1], not {self.rotary_percent}")
         if self.rotary_dim < 2 or self.rotary_dim % 2:
@@ -73,6 +84,36 @@ class ModelConfig:
             )
         # Raises where the scaling does not suit this many dimensions.
         inverse_frequencies(self.rotary_dim, self.rotary_base, self.rope_scaling, length=1)
+
+    def _check_experts(self) -> None:
+        experts, topk, family = self.num_experts, self.moe_router_topk, family_named(self.family)
+        if experts is None:
+            for name in _OF_EXPERTS:
+                if value := getattr(self, name):
+                    raise ConfigError(f"{flag_name(name)} {value} needs --num-experts")
+            if family.has_experts:
+                raise ConfigError(f"--num-experts is missing: {family.title} is a mixture of them")
+            return
+        for name in ("num_experts", "moe_ffn_hidden_size", "moe_router_topk"):
+            if (getattr(self, name) or 0) < 1:
+                raise ConfigError(
+                    f"{flag_name(name)} must be at least 1, not {getattr(self, name)}"
+                )
+        assert topk is not None
+        if not family.has_experts:
+            raise ConfigError(f"--num-experts {experts}: {family.title} has no experts")
+        if topk > experts:
+            raise ConfigError(f"--moe-router-topk {topk} is more than --num-experts {experts}")
+        if topk == 1 and not self.moe_router_pre_softmax:
+            raise ConfigError(
+                "--moe-router-topk 1 needs --moe-router-pre-softmax: the softmax over one expert "
+                "is 1, whatever the router says"
+            )
+        if self.moe_router_pre_softmax and family.normalizes_key is None:
+            raise ConfigError(
+                f"--moe-router-pre-softmax: the softmax of {family.title} is over the chosen "
+                "experts; Qwen3-MoE has both forms"
+            )
 
     @property
     def rotary_dim(self) -> int:
@@ -87,18 +128,21 @@ class ModelConfig:
     def num_parameters(self) -> int:
         """Number of trainable values, vocabulary padding included."""
         return sum(
-            math.prod(shape) * (self.num_layers if name.startswith(LAYER) else 1)
+            math.prod(shape)
+            * (self.num_layers if name.startswith(LAYER) else 1)
+            * (self.num_experts or 0 if name.startswith(EXPERT) else 1)
             for name, shape in self._tensor_shapes().items()
         )
 
     def flops_per_token(self, window: int) -> float:
         """Model FLOPs for training on one token of a window: forward, and twice that backward.
 
-        Two for each weight of a matrix that multiplies the token, and two for each of the
-        window / 2 keys (on average, under the causal mask) in q.k and again in the sum of values.
+        Two for each weight of a matrix that multiplies the token (of the experts, those of the
+        moe_router_topk that it goes to), and two for each of the window / 2 keys (on average, under
+        the causal mask) in q.k and again in the sum of values.
         """
         matrices = sum(
-            math.prod(shape)
+            math.prod(shape) * (self.moe_router_topk or 0 if name.startswith(EXPERT) else 1)
             for name, shape in self._tensor_shapes().items()
             if name.startswith(LAYER) and len(shape) == 2
         )
@@ -116,14 +160,20 @@ class ModelConfig:
             kv_channels=self.kv_channels,
             vocab_size=self.vocab_size,
             padded_vocab_size=self.padded_vocab_size,
+            num_experts=self.num_experts,
+            moe_ffn_hidden_size=self.moe_ffn_hidden_size,
         )
         if not self.untie_embeddings_and_output_weights:
             del shapes[OUTPUT]
         return {name: tensor.shape for name, tensor in shapes.items()}
 
     def to_dict(self) -> dict:
-        """Plain values only, for a checkpoint."""
-        return dataclasses.asdict(self)
+        """Plain values only, for a checkpoint; a dense model's say nothing of experts."""
+        values = dataclasses.asdict(self)
+        if self.num_experts is None:
+            for name in _OF_EXPERTS:
+                del values[name]
+        return values
 
     @classmethod
     def from_dict(cls, values: dict) -> "ModelConfig":

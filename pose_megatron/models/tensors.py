@@ -1,7 +1,7 @@
 """The tensors of an undivided Megatron model (TP1, PP1): names and shapes.
 
 Names are Transformer Engine's, in which megatron-core stores every layer spec. `{}` in a name
-stands for the layer's number.
+stands for the layer's number, and a second one for the expert's.
 """
 
 from collections.abc import Iterable
@@ -10,6 +10,10 @@ from dataclasses import dataclass
 LAYER = "decoder.layers.{}"
 EMBEDDING = "embedding.word_embeddings.weight"
 OUTPUT = "output_layer.weight"
+# Of a mixture of experts: the norm before it, which no linear layer takes in, and its parts.
+MOE_NORM = f"{LAYER}.pre_mlp_layernorm.weight"
+ROUTER = f"{LAYER}.mlp.router.weight"
+EXPERT = f"{LAYER}.mlp.experts.experts.{{}}"
 _VOCABULARY = (EMBEDDING, OUTPUT, "output_layer.bias")
 
 
@@ -50,6 +54,8 @@ def tensor_shapes(
     kv_channels: int,
     vocab_size: int,
     padded_vocab_size: int,
+    num_experts: int | None = None,
+    moe_ffn_hidden_size: int | None = None,
 ) -> dict[str, TensorShape]:
     """The shapes of tensors by name.
 
@@ -59,9 +65,11 @@ def tensor_shapes(
     Args:
         gated_mlp: linear_fc1 holds a gate beside the up projection.
         kv_channels: channels of one head.
+        moe_ffn_hidden_size: of one expert.
     """
     q, kv = num_attention_heads * kv_channels, num_query_groups * kv_channels
-    fc1 = (ffn_hidden_size,) * (2 if gated_mlp else 1)
+    ffn = moe_ffn_hidden_size or ffn_hidden_size  # no family has experts and other MLPs
+    fc1 = (ffn,) * (2 if gated_mlp else 1)
     blocks = {
         "linear_qkv.weight": (q, kv, kv),
         "linear_qkv.bias": (q, kv, kv),
@@ -69,8 +77,9 @@ def tensor_shapes(
         "k_layernorm.weight": (kv_channels,),
         "linear_fc1.weight": fc1,
         "linear_fc1.bias": fc1,
+        "router.weight": (num_experts or 0,),
     }
-    columns = {"linear_proj.weight": q, "linear_fc2.weight": ffn_hidden_size}
+    columns = {"linear_proj.weight": q, "linear_fc2.weight": ffn}
 
     def shape(name: str) -> TensorShape:
         kind = ".".join(name.split(".")[-2:])

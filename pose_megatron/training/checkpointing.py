@@ -33,6 +33,8 @@ from pose_megatron.checkpoints.megatron.directory import (
     publish,
     whole_iterations,
 )
+from pose_megatron.checkpoints.megatron.torch_dist import EXPERTS_NORM, LOCAL_EXPERTS_NORM
+from pose_megatron.checkpoints.megatron.torch_dist_metadata import read_index
 from pose_megatron.errors import ConfigError, DamagedCheckpoint, gist
 from pose_megatron.models.shape import ModelConfig
 from pose_megatron.runtime.megatron_core import common_state_is_an_object, megatron_core_version
@@ -80,6 +82,7 @@ def save(
         world_size=dist.get_world_size(),
         tensor_model_parallel_size=p.get_tensor_model_parallel_world_size(),
         pipeline_model_parallel_size=p.get_pipeline_model_parallel_world_size(),
+        expert_model_parallel_size=p.get_expert_model_parallel_world_size(),
         data_parallel_size=p.get_data_parallel_world_size(),
         no_save_optim=False,
         no_save_rng=False,
@@ -186,6 +189,7 @@ def load(checkpoint: Checkpoint, stages: list, optimizer=None, scheduler=None) -
         name: _without_extra_state(model)
         for name, model in _sharded_models(stages, metadata).items()
     }
+    _ask_as_stored(models, checkpoint.path)
     sharded = dict(models)
     if optimizer is not None:
         if checkpoint.is_release:
@@ -198,6 +202,13 @@ def load(checkpoint: Checkpoint, stages: list, optimizer=None, scheduler=None) -
             raise ConfigError(
                 f"checkpoint {checkpoint.path} was saved {'with' if was else 'without'} "
                 "--use-distributed-optimizer: resume the same way, or start anew with --finetune"
+            )
+        divided = getattr(checkpoint.common["args"], "expert_model_parallel_size", 1) > 1
+        if divided != (len(parts(optimizer)) > 1):  # experts have an optimizer of their own
+            raise ConfigError(
+                f"checkpoint {checkpoint.path} was saved {'with' if divided else 'without'} "
+                "--expert-model-parallel-size above 1: resume the same way, or start anew with "
+                "--finetune"
             )
         ours = metadata["distrib_optim_sharding_type"]
         theirs = checkpoint.common.get("content_metadata") or {}
@@ -260,6 +271,18 @@ def _of_optimizer(models: dict[str, dict]) -> dict:
 def _without_extra_state(sharded: dict) -> dict:
     """Leaves out Transformer Engine's FP8 state, which converted and `torch` checkpoints lack."""
     return {name: v for name, v in sharded.items() if not name.endswith("_extra_state")}
+
+
+def _ask_as_stored(models: dict[str, dict], path: Path) -> None:
+    """Names the norm before experts as the checkpoint does: megatron-core's local layer spec takes
+    it for a part of a dense MLP."""
+    own, local = (f"decoder.layers.{name}" for name in (EXPERTS_NORM, LOCAL_EXPERTS_NORM))
+    everything = (tensor for model in models.values() for tensor in model.values())
+    asked = [tensor for tensor in everything if getattr(tensor, "key", None) == own]
+    if not asked or own in (stored := read_index(path).tensors) or local not in stored:
+        return
+    for tensor in asked:
+        tensor.key = local
 
 
 def _random_state() -> ShardedObject:

@@ -136,6 +136,8 @@ def core_transformer_config_from_args(args: Arguments, model: ModelConfig) -> Tr
         pipeline_model_parallel_size=p.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=p.virtual_pipeline_size(model.num_layers),
         context_parallel_size=p.context_parallel_size,
+        expert_model_parallel_size=p.expert_model_parallel_size,
+        moe_aux_loss_coeff=t.moe_aux_loss_coeff,
         sequence_parallel=p.sequence_parallel,
         recompute_granularity=t.recompute_granularity,
         recompute_method=t.recompute_method,

@@ -50,6 +50,12 @@ SHAPE = {
     "max_position_embeddings": TARGET,
     "tie_word_embeddings": False,
 }
+EXPERTS = {
+    "head_dim": 32,
+    "num_experts": 6,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 24,
+}
 YARN = {
     "rope_type": "yarn",
     "factor": TARGET / ORIGINAL,
@@ -96,6 +102,14 @@ CASES = {
     "Mistral": Case("Mistral", {"sliding_window": None, "head_dim": 32, **rope(1e6)}),
     "Qwen2.5, tied": Case("Qwen2", {"tie_word_embeddings": True, **rope(1e6)}),
     "Qwen3": Case("Qwen3", {"head_dim": 32, **rope(1e6)}),
+    "Mixtral": Case(
+        "Mixtral",
+        {"sliding_window": None, "num_local_experts": 4, "num_experts_per_tok": 2, **rope(1e6)},
+    ),
+    "Qwen3-MoE": Case("Qwen3Moe", {**EXPERTS, "norm_topk_prob": True, **rope(1e6)}),
+    "Qwen3-MoE, tied, softmax over all": Case(
+        "Qwen3Moe", {**EXPERTS, "tie_word_embeddings": True, **rope(1e6)}
+    ),
     "Baichuan2": Case("Baichuan", {"num_key_value_heads": 4}),
     "GPT-J": Case(
         "GPTJ",

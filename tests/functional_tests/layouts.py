@@ -35,12 +35,17 @@ MODELS = {
     # Qwen2's biases of queries, keys and values, and Qwen3's norms of queries and keys.
     "biased-normed": f"{SHAPE} --group-query-attention --num-query-groups 2 "
     "--untie-embeddings-and-output-weights --add-qkv-bias --qk-layernorm",
+    # Qwen3-MoE's layers: every token goes to two of four experts.
+    "experts": f"{SHAPE} --group-query-attention --num-query-groups 2 --qk-layernorm "
+    "--untie-embeddings-and-output-weights --num-experts 4 --moe-router-topk 2 "
+    "--moe-ffn-hidden-size 64",
     "GPT-J": f"{SHAPE} --untie-embeddings-and-output-weights",
     "Baichuan2": f"{SHAPE} --untie-embeddings-and-output-weights",
 }
 FAMILIES = {"GPT-J": "gptj", "Baichuan2": "baichuan"}  # which no flag of a fresh model asks for
 
 TP, PP, CP = (f"--{name}-parallel-size" for name in ("tensor-model", "pipeline-model", "context"))
+EP = "--expert-model-parallel-size"
 SP = "--sequence-parallel"
 VPP2 = "--num-layers-per-virtual-pipeline-stage 1"  # of PP2: four layers, two to a rank
 SHARDED = "--use-distributed-optimizer"
@@ -68,7 +73,7 @@ class Layout:
 LAYOUTS = {
     "1 rank, grouped": Layout(1, ""),
     "1 rank, tied": Layout(1, "", "tied"),
-    **{f"1 rank, {name}": Layout(1, "", name) for name in ("biased-normed", *FAMILIES)},
+    **{f"1 rank, {name}": Layout(1, "", name) for name in ("biased-normed", "experts", *FAMILIES)},
     "1 rank, selective recompute": Layout(1, SELECTIVE),
     "DP2": Layout(2, ""),
     "DP2, distributed optimizer": Layout(2, SHARDED, "tied"),
@@ -99,6 +104,15 @@ LAYOUTS = {
     "CP2, GPT-J, full recompute": Layout(2, f"{CP} 2 {FULL}", "GPT-J"),
     "TP2 SP, Baichuan2": Layout(2, f"{TP} 2 {SP}", "Baichuan2"),
     "PP2, Baichuan2, distributed optimizer": Layout(2, f"{PP} 2 {SHARDED}", "Baichuan2"),
+    "DP2, experts, distributed optimizer": Layout(2, SHARDED, "experts"),
+    "EP2": Layout(2, f"{EP} 2", "experts", saves=True),
+    "EP2, distributed optimizer, overlapped": Layout(2, f"{EP} 2 {OVERLAP}", "experts", saves=True),
+    "TP2 SP, experts, full recompute": Layout(2, f"{TP} 2 {SP} {FULL}", "experts", saves=True),
+    "PP2 VPP2, experts, selective recompute": Layout(2, f"{PP} 2 {VPP2} {SELECTIVE}", "experts"),
+    "CP2, experts": Layout(2, f"{CP} 2", "experts"),
+    "CP2 EP2": Layout(2, f"{CP} 2 {EP} 2", "experts"),
+    "EP2 TP2 SP": Layout(4, f"{EP} 2 {TP} 2 {SP} {WIDE}", "experts"),
+    "EP2 PP2 VPP2, distributed optimizer": Layout(4, f"{EP} 2 {PP} 2 {VPP2} {SHARDED}", "experts"),
     "TP4 SP, 2 query groups": Layout(4, f"{TP} 4 {SP} {WIDE}"),
     "CP4, distributed optimizer": Layout(4, f"{CP} 4 {SHARDED} {WIDE}"),
     "CP2 TP2 SP": Layout(4, f"{CP} 2 {TP} 2 {SP} {WIDE}"),
@@ -122,6 +136,13 @@ RESUMED = {
     "TP2 -> PP2": Layout(2, f"{PP} 2", resumes="TP2"),
     "TP2 -> DP2": Layout(2, "", resumes="TP2"),
     "TP2 -> TP2 PP2 SP": Layout(4, f"{TP} 2 {PP} 2 {SP}", resumes="TP2"),
+    "EP2 -> EP2 TP2 SP": Layout(4, f"{EP} 2 {TP} 2 {SP}", "experts", resumes="EP2"),
+    "EP2, distributed optimizer -> EP4": Layout(
+        4, f"{EP} 4 {SHARDED}", "experts", resumes="EP2, distributed optimizer, overlapped"
+    ),
+    "TP2 SP, experts, full recompute -> PP2": Layout(
+        2, f"{PP} 2", "experts", resumes="TP2 SP, experts, full recompute"
+    ),
     "TP2 -> 1 rank": Layout(1, "", resumes="TP2"),
     "TP2 SP, distributed optimizer -> PP2": Layout(2, f"{PP} 2 {SHARDED}", resumes=_SHARDED_TP2),
     "TP2 SP, distributed optimizer -> DP2, overlapped": Layout(2, OVERLAP, resumes=_SHARDED_TP2),
@@ -281,6 +302,7 @@ def regroup(args, config) -> None:
         pipeline_model_parallel_size=p.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=p.virtual_pipeline_size(config.num_layers),
         context_parallel_size=p.context_parallel_size,
+        expert_model_parallel_size=p.expert_model_parallel_size,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(args.training.seed)
 

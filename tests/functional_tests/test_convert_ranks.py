@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.functional_tests.families import convert_tool, same_bits, stored, vivid
+from tests.functional_tests.families import (
+    CASES,
+    convert_tool,
+    make,
+    same_bits,
+    stored,
+    vivid,
+)
 from tests.functional_tests.relayout import RELAYOUTS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -147,3 +154,23 @@ def test_any_layout_loads_it_and_is_exported_without_ranks(qwen, megatron, tmp_p
             "--no-verify",
         )
         assert same_bits(qwen, tmp_path / f"{name} out"), name
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_stock_megatron_core_loads_experts_over_ranks(tmp_path, ranks):
+    """Every tensor of every expert, and transformers' logits."""
+    make(CASES["Qwen3-MoE"], tmp_path / "hf")
+    convert_tool()(
+        "--loader",
+        "hf",
+        "--saver",
+        "megatron",
+        "--load-dir",
+        tmp_path / "hf",
+        "--save-dir",
+        tmp_path / "megatron",
+        "--no-verify",
+    )
+    program = ROOT / "tests" / "functional_tests" / "stock_experts.py"
+    done = torchrun(ranks, program, tmp_path / "hf", tmp_path / "megatron")
+    assert f"{ranks} ranks: every expert, and logits to" in done.stdout

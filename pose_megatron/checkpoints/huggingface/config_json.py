@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from pose_megatron.errors import ConfigError
-from pose_megatron.models.families import FAMILIES, family_named
+from pose_megatron.models.families import FAMILIES, REFUSED, family_named
 from pose_megatron.models.families.family import Family
 from pose_megatron.models.shape import ModelConfig
 from pose_megatron.preprocessing.tokenizer import FOLDER_FILES
@@ -35,8 +35,8 @@ def read_config(folder: Path, make_vocab_size_divisible_by: int = 128) -> ModelC
     """
     config = read_json(folder / "config.json")
     with naming(folder):
-        family = _family_of_architecture((config.get("architectures") or [None])[0])
-        config = {**family.defaults, **config}
+        family = _family_of(config)
+        config = {**family.defaults, **_respelled(family, config)}
         _check_only(family, config)
         config = {name: value for name, value in config.items() if value is not None}
         sizes = _read_sizes(family, config)
@@ -49,6 +49,7 @@ def read_config(folder: Path, make_vocab_size_divisible_by: int = 128) -> ModelC
         percent = 1.0
         if family.rotary_dim_key:
             percent = _percent(_whole(config, family.rotary_dim_key), sizes["kv_channels"])
+        normalizes = family.normalizes_key is None or config.get(family.normalizes_key, False)
         epsilon_key, epsilon = family.epsilon
         return ModelConfig(
             num_layers=sizes["num_layers"],
@@ -68,17 +69,36 @@ def read_config(folder: Path, make_vocab_size_divisible_by: int = 128) -> ModelC
             family=family.name,
             add_qkv_bias=family.add_qkv_bias,
             qk_layernorm=family.qk_layernorm,
+            num_experts=sizes.get("num_experts"),
+            moe_ffn_hidden_size=sizes.get("moe_ffn_hidden_size"),
+            moe_router_topk=sizes.get("moe_router_topk"),
+            moe_router_pre_softmax=not normalizes,
         )
 
 
-def _family_of_architecture(architecture: str | None) -> Family:
+def _family_of(config: Mapping[str, Any]) -> Family:
+    architecture, kind = (config.get("architectures") or [None])[0], config.get("model_type")
     by_architecture = {family.architecture: family for family in FAMILIES.values()}
     if architecture not in by_architecture:
+        of_kind = f" of model_type {kind}" if architecture is None else ""
+        reason = f": {REFUSED[kind]}" if kind in REFUSED else ""
         raise ConfigError(
-            f"config.json: architecture {architecture} is not supported; supported are "
-            f"{', '.join(by_architecture)}"
+            f"config.json: architecture {architecture}{of_kind} is not supported{reason}; "
+            f"supported are {', '.join(by_architecture)}"
         )
     return by_architecture[architecture]
+
+
+def _respelled(family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json under the names of `family.sizes`."""
+    result = dict(config)
+    for other, name in family.spellings.items():
+        value = result.pop(other, None)
+        if value is not None and result.setdefault(name, value) != value:
+            raise ConfigError(
+                f"config.json contradicts itself: {name} is {result[name]!r}, {other} {value!r}"
+            )
+    return result
 
 
 def _check_only(family: Family, config: Mapping[str, Any]) -> None:
@@ -98,6 +118,8 @@ def _read_sizes(family: Family, config: Mapping[str, Any]) -> dict[str, int]:
     for ours, theirs in keys.items():
         if theirs in config or ours not in sizes:
             sizes[ours] = _whole(config, theirs)
+    if family.has_experts:  # a width that no layer has
+        sizes.setdefault("ffn_hidden_size", sizes["moe_ffn_hidden_size"])
     return sizes
 
 
@@ -136,6 +158,8 @@ def sizes(model: ModelConfig) -> dict:
         "kv_channels",
         "vocab_size",
         "padded_vocab_size",
+        "num_experts",
+        "moe_ffn_hidden_size",
     )
     tied = not model.untie_embeddings_and_output_weights
     return {name: getattr(model, name) for name in names} | {"tied": tied}
@@ -211,7 +235,10 @@ def write_config(
         # transformers 4 and vLLM read the first, transformers 5 the second.
         **dict.fromkeys(("torch_dtype", "dtype"), str(dtype).removeprefix("torch.")),
         **_special_tokens(folder, sidecars),
+        **_carried(family, sidecars),
     }
+    if family.normalizes_key:
+        config[family.normalizes_key] = not model.moe_router_pre_softmax
     rope = to_hf(
         model.rope_scaling,
         base=model.rotary_base,
@@ -257,6 +284,14 @@ def _tokenizer_config(sidecars: Mapping[str, Path]) -> dict:
         "add_prefix_space": tokens.encode("a", out_type=str)[0].startswith("\u2581"),
         **{f"{name}_token": tokens.id_to_piece(i) for name, i in special.items() if i >= 0},
     }
+
+
+def _carried(family: Family, sidecars: Mapping[str, Path]) -> dict:
+    """What the source's config.json says of `family.carried`."""
+    if not family.carried or "config.json" not in sidecars:
+        return {}
+    source = read_json(sidecars["config.json"])
+    return {name: source[name] for name in family.carried if name in source}
 
 
 def _special_tokens(folder: Path, sidecars: Mapping[str, Path]) -> dict:

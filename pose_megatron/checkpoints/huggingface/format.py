@@ -14,12 +14,13 @@ from pose_megatron.checkpoints.huggingface import config_json, shards
 from pose_megatron.checkpoints.mapping import ParamMapping
 from pose_megatron.checkpoints.parts_reader import PartsReader
 from pose_megatron.errors import ConfigError, flag_name
+from pose_megatron.models.families import family_named
 from pose_megatron.rope.huggingface import notes
 
 
 @dataclass(frozen=True)
 class HuggingFace(CheckpointFormat):
-    """LLaMA, Mistral, Qwen2, Qwen3, Baichuan2-7B and GPT-J.
+    """LLaMA, Mistral, Mixtral, Qwen2, Qwen3, Qwen3-MoE, Baichuan2-7B and GPT-J.
 
     Attributes:
         make_vocab_size_divisible_by: when read, the embedding gets zero rows up to a multiple.
@@ -53,7 +54,8 @@ class HuggingFace(CheckpointFormat):
 
     def open(self, folder: Path) -> PartsReader:
         model = config_json.read_config(folder, self.make_vocab_size_divisible_by)
-        return PartsReader(folder, "hf", model, shards.ShardedWeights(folder))
+        weights = shards.ShardedWeights(folder, family_named(model.family).stacked)
+        return PartsReader(folder, "hf", model, weights)
 
     def create(self, folder: Path, contents: Contents, processes: int) -> "HuggingFaceWriter":
         return HuggingFaceWriter(folder, contents, self.shard_bytes(), self.rope_as_longrope)

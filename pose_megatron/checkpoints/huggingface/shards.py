@@ -2,12 +2,16 @@
 
 model*.safetensors(.index.json)     read and written
 pytorch_model*.bin(.index.json)     the same in torch's format, only read
+
+Experts are read one by one, also from the tensors in which transformers 5 can write all of a layer.
 """
 
+import dataclasses
 import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -21,7 +25,8 @@ from pose_megatron.checkpoints.tensor_files import (
     read_torch,
     size,
 )
-from pose_megatron.errors import DamagedCheckpoint
+from pose_megatron.errors import ConfigError, DamagedCheckpoint
+from pose_megatron.models.families.family import HFNames
 from pose_megatron.runtime.json_files import read_json, write_json
 
 
@@ -29,11 +34,15 @@ class ShardedWeights(StoredWeights):
     """The weights of a folder by Hugging Face's names. Hashes are the sha256 sums that
     huggingface_hub noted when it downloaded the files.
 
+    Args:
+        stacked: the family's, see models.families.family.Family.
+
     Raises:
+        ConfigError: a tensor does not divide into its experts.
         DamagedCheckpoint: there are no weights, or a shard is missing, damaged or incomplete.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, stacked: Mapping[str, HFNames] = MappingProxyType({})):
         super().__init__()
         single_file, index = _find(folder)
         weight_map, total = _read_index(index) if index.is_file() else ({}, None)
@@ -54,11 +63,36 @@ class ShardedWeights(StoredWeights):
                 raise DamagedCheckpoint(
                     f"{folder}: shard {shard} lacks {name}, which {index.name} says it has"
                 )
-        self.shapes = {name: stored.shape for name, stored in self._tensors.items()}
-        self.dtypes = {name: stored.dtype for name, stored in self._tensors.items()}
         found = sum(stored.nbytes for stored in self._tensors.values())
         if total not in (None, found):
             self.warnings.append(f"{index} says {total} bytes of tensors, the shards have {found}")
+        for name, names in stacked.items():
+            self._unstack(re.compile(re.escape(name).replace(r"\{\}", r"(\d+)")), names)
+        self.shapes = {name: stored.shape for name, stored in self._tensors.items()}
+        self.dtypes = {name: stored.dtype for name, stored in self._tensors.items()}
+
+    def _unstack(self, pattern: re.Pattern, names: HFNames) -> None:
+        """Puts tensors of single experts in the place of those whose names match."""
+        parts = (names,) if isinstance(names, str) else names
+        matches = [match for name in self._tensors if (match := pattern.fullmatch(name))]
+        for whole, layer in ((match[0], match[1]) for match in matches):
+            stored = self._tensors.pop(whole)
+            if parts[0].count("{}") == 1:  # another name only
+                self._tensors[parts[0].format(layer)] = stored
+                continue
+            if len(stored.shape) != 3 or stored.shape[1] % len(parts):
+                raise ConfigError(
+                    f"{stored.path}: tensor {whole} has shape {stored.shape}, which is not "
+                    f"[experts, {len(parts)} x rows, columns]"
+                )
+            rows = stored.shape[1] // len(parts)
+            for number in range(stored.shape[0] * len(parts)):
+                expert, part = divmod(number, len(parts))
+                self._tensors[parts[part].format(layer, expert)] = dataclasses.replace(
+                    stored,
+                    offset=stored.offset + number * rows * stored.shape[2] * stored.dtype.itemsize,
+                    shape=(rows, stored.shape[2]),
+                )
 
     def read(self, name: str, pieces: Sequence[Tensor]) -> None:
         self._tensors[name].read(*pieces)

@@ -43,6 +43,20 @@ FIXED: dict[str, Any] = {
     "no_rope_freq": None,
     "window_size": None,
 }
+# What makes its mixture of experts that of a family, where it has one.
+FIXED_OF_EXPERTS: dict[str, Any] = {
+    "moe_layer_freq": 1,
+    "moe_shared_expert_intermediate_size": None,
+    "moe_latent_size": None,
+    "moe_router_score_function": "softmax",
+    "moe_router_enable_expert_bias": False,
+    "moe_router_topk_scaling_factor": None,
+    "moe_router_topk_limited_devices": None,
+    "moe_router_num_groups": None,
+    "moe_router_group_topk": None,
+    "moe_apply_probs_on_input": False,
+    "moe_expert_capacity_factor": None,
+}
 # Arguments that readers look for and that say nothing about the weights.
 _EXPECTED: dict[str, Any] = {
     "add_position_embedding": True,
@@ -85,6 +99,9 @@ def to_args(model: ModelConfig, iteration: int, consumed_samples: int, **run) ->
         own = scaling.interpolation.to_megatron(Pairs.unscaled(model.rotary_dim, base))
         base = own.pop("rotary_base", base)
     shape = {k: v for k, v in model.to_dict().items() if k != "rope_scaling"}
+    if model.num_experts is not None:
+        # Whether to group their products is for the run that loads them: None leaves its flag.
+        shape |= FIXED_OF_EXPERTS | {"moe_grouped_gemm": None}
     rope = {
         "rotary_base": int(base) if base == int(base) else base,
         "position_embedding_type": "rope",
@@ -133,7 +150,8 @@ def from_args(args: dict, embedding_rows: int) -> ModelConfig:
         embedding_rows: rows of the stored word embedding, padding included.
 
     Raises:
-        ConfigError: the model is not a LLaMA, Qwen2 or Qwen3; names the argument.
+        ConfigError: the model is not a LLaMA, Qwen2 or Qwen3, Mixtral or Qwen3-MoE; names the
+            argument.
     """
     ours = {field.name for field in dataclasses.fields(ModelConfig)}
     for name, only in FIXED.items():
@@ -145,10 +163,17 @@ def from_args(args: dict, embedding_rows: int) -> ModelConfig:
         if args.get(name) is None
     ]:
         raise ConfigError(f"{missing[0]} is missing")
+    has_experts = args.get("num_experts") is not None
+    if has_experts:
+        _check_experts(args)
+    else:  # the parser's defaults, which say nothing
+        ours = {name for name in ours if not name.startswith("moe_")}
     shape = {
         name: args[name] for name in ours - {"rope_scaling", "family"} if args.get(name) is not None
     }
     shape["norm_epsilon"] = _norm_epsilon(args)
+    if has_experts:
+        shape.setdefault("moe_ffn_hidden_size", shape["ffn_hidden_size"])
     heads = args["num_attention_heads"]
     shape.setdefault("kv_channels", args["hidden_size"] // heads)
     # Megatron-LM pads the vocabulary to a multiple that grows with the tensor ranks.
@@ -168,7 +193,9 @@ def from_args(args: dict, embedding_rows: int) -> ModelConfig:
             "max_position_embeddings": args.get("max_position_embeddings") or args["seq_length"],
             "rotary_base": float(args.get("rotary_base") or 10000),
             "rope_scaling": _scaling(args),
-            "family": family_of(bool(args.get("add_qkv_bias")), bool(args.get("qk_layernorm"))),
+            "family": family_of(
+                bool(args.get("add_qkv_bias")), bool(args.get("qk_layernorm")), has_experts
+            ),
         }
     )
 
@@ -182,6 +209,25 @@ def _norm_epsilon(args: dict) -> float:
             " and ".join(f"{name} {value}" for name, value in found.items()) + " contradict"
         )
     return float(next(iter(found.values()), 1e-5))
+
+
+def _check_experts(args: dict) -> None:
+    experts = args["num_experts"]
+    if args.get("moe_router_topk") is None:
+        raise ConfigError(f"num_experts {experts} needs moe_router_topk, which is missing")
+    for name, only in FIXED_OF_EXPERTS.items():
+        value = args.get(name, only)
+        if name == "moe_layer_freq" and value == [1] * args["num_layers"]:
+            continue  # every layer, said one by one
+        if value != only:
+            raise ConfigError(
+                f"num_experts {experts} with {name} {value!r} is not supported, only {only!r} is"
+            )
+    if "sinkhorn" in (args.get("moe_router_load_balancing_type") or ()):
+        raise ConfigError(
+            f"num_experts {experts} with moe_router_load_balancing_type 'sinkhorn' is not "
+            "supported: it weighs the experts otherwise"
+        )
 
 
 def read_run_config(path: Path, embedding_rows: int) -> tuple[ModelConfig, dict]:
@@ -250,6 +296,11 @@ def from_run_config(config: dict, embedding_rows: int) -> ModelConfig:
         "yarn_mscale_all_dim",
         "yarn_correction_range_round_to_int",
         "rope_scaling_factor",
+        "moe_ffn_hidden_size",
+        "moe_router_topk",
+        "moe_router_pre_softmax",
+        "moe_router_load_balancing_type",
+        *FIXED_OF_EXPERTS,
     }
     args = {name: model[name] for name in names if model.get(name) is not None}
     return from_args(

@@ -2,6 +2,7 @@
 
     <dir>/iter_0000100/mp_rank_TT/model_optim_rng.pt         TT of the tensor ranks
     <dir>/iter_0000100/mp_rank_TT_PPP/model_optim_rng.pt     and PPP of the pipeline ranks
+    <dir>/iter_0000100/mp_rank_TT[_PPP]_EEE/...              and EEE of the expert-parallel ranks
 
 Each file holds its rank's part of the model under `model`, or under `model0`, `model1`, ... for an
 interleaved pipeline. Here the parts are joined, one tensor at a time, under the names of an
@@ -10,8 +11,9 @@ megatron-core's, and those of the `language_model` tree that came before it.
 """
 
 import argparse
+import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -23,8 +25,10 @@ from pose_megatron.checkpoints.stored_weights import StoredWeights
 from pose_megatron.errors import ConfigError, DamagedCheckpoint
 from pose_megatron.models.shape import ModelConfig
 
-_FOLDER = re.compile(r"mp_rank_(\d{2})(?:_(\d{3}))?")
+_FOLDER = re.compile(r"mp_rank_(\d{2})(?:_(\d{3}))?(?:_(\d{3}))?")
+Rank = tuple[int, int, int]  # among the tensor-, pipeline- and expert-parallel ones
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
+_FILE = "model_optim_rng.pt"
 _EMBEDDING = "embedding.word_embeddings.weight"
 _RENAMED = [  # both generations' names, and today's in their place
     (r"^language_model\.", ""),
@@ -64,21 +68,28 @@ class LegacyWeights(StoredWeights):
         super().__init__()
         files = _files(path)
         states = {rank: _read(file) for rank, file in files.items()}
-        first = states[0, 0]
+        first = states[0, 0, 0]
         self.args, version = first.get("args"), first.get("checkpoint_version", 0)
         self.iteration = first.get("iteration", 0)
         if not isinstance(self.args, argparse.Namespace):
-            raise ConfigError(f"{files[0, 0]} holds no 'args' to take the model from")
+            raise ConfigError(f"{files[0, 0, 0]} holds no 'args' to take the model from")
         if version < 2.0:
             raise ConfigError(
-                f"{files[0, 0]} has checkpoint_version {version}, which orders queries, keys and "
-                "values otherwise than 2.0; save it anew with a later Megatron-LM first"
+                f"{files[0, 0, 0]} has checkpoint_version {version}, which orders queries, keys "
+                "and values otherwise than 2.0; save it anew with a later Megatron-LM first"
             )
-        self._tensor_ranks = 1 + max(tensor for tensor, _ in files)
+        self._tensor_ranks, self._stages, self._expert_ranks = _ranks(files)
+        self._experts = getattr(self.args, "num_experts", None) or 0
+        over = getattr(self.args, "expert_tensor_parallel_size", None) or self._tensor_ranks
+        if self._experts and over != self._tensor_ranks:
+            raise ConfigError(
+                f"checkpoint {path}: expert_tensor_parallel_size {over} is not supported in the "
+                f"legacy layout, only that of all else, {self._tensor_ranks}, is"
+            )
         self._gated = bool(getattr(self.args, "swiglu", False))
         self._parts = self._whole_model(states)
         if _EMBEDDING not in self._parts:
-            raise ConfigError(f"{files[0, 0]} holds no {_EMBEDDING}")
+            raise ConfigError(f"{files[0, 0, 0]} holds no {_EMBEDDING}")
         rows = sum(len(part) for part in self._parts[_EMBEDDING])
         try:
             self.model: ModelConfig = from_args(vars(self.args), rows)
@@ -101,17 +112,17 @@ class LegacyWeights(StoredWeights):
     def read(self, name: str, pieces: Sequence[Tensor]) -> None:
         scatter(self[name], pieces)
 
-    def _whole_model(self, states: dict[tuple[int, int], dict]) -> dict[str, list[Tensor]]:
+    def _whole_model(self, states: dict[Rank, dict]) -> dict[str, list[Tensor]]:
         """Each tensor's parts, in the order of the tensor ranks."""
-        stages = 1 + max(stage for _, stage in states)
-        chunks = sum(bool(re.fullmatch(r"model\d*", key)) for key in states[0, 0])
+        chunks = sum(bool(re.fullmatch(r"model\d*", key)) for key in states[0, 0, 0])
         result: dict[str, list[Tensor]] = {}
         layers_before = 0
         for chunk in range(chunks):  # the first chunk of every stage, then the second, ...
             key = "model" if chunks == 1 else f"model{chunk}"
-            for stage in range(stages):
+            for stage in range(self._stages):
                 here = [
-                    dict(_named(states[rank, stage][key])) for rank in range(self._tensor_ranks)
+                    self._stage([states[rank, stage, e][key] for e in range(self._expert_ranks)])
+                    for rank in range(self._tensor_ranks)
                 ]
                 deepest = -1
                 for name in here[0]:
@@ -122,6 +133,24 @@ class LegacyWeights(StoredWeights):
                         whole = _LAYER.sub(f"decoder.layers.{layer}.", name)
                     result.setdefault(whole, [part[name] for part in here])
                 layers_before += deepest + 1
+        return result
+
+    def _stage(self, states: Sequence[Mapping]) -> dict[str, Tensor]:
+        """One tensor rank's part of a stage.
+
+        Args:
+            states: of its expert-parallel ranks, which hold some experts each, and all else.
+        """
+        result: dict[str, Tensor] = {}
+        count = self._experts // len(states)
+        for rank, state in enumerate(states):
+            for name, tensor in _named(state):
+                if self._experts:
+                    name = name.replace("mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm.")
+                if ".mlp.experts." not in name:
+                    result.setdefault(name, tensor)
+                else:
+                    result |= _experts(name, tensor, rank * count, count)
         return result
 
     def __getitem__(self, name: str) -> Tensor:
@@ -147,24 +176,41 @@ def _meta(tensor: Tensor) -> Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
 
 
-def _files(path: Path) -> dict[tuple[int, int], Path]:
-    """The ranks' files by (tensor rank, pipeline rank), none missing."""
-    files = {}
-    for folder in sorted(path.glob("mp_rank_*")):
+def _files(path: Path) -> dict[Rank, Path]:
+    """The ranks' files, none missing."""
+    folders = sorted(path.glob("mp_rank_*"))
+    several = _has_expert_ranks(folders[0] / _FILE)
+    files: dict[Rank, Path] = {}
+    for folder in folders:
         match = _FOLDER.fullmatch(folder.name)
-        if not match:
-            raise ConfigError(f"checkpoint {path}: {folder.name} is of a mixture of experts")
-        files[int(match[1]), int(match[2] or 0)] = folder / "model_optim_rng.pt"
-    tensor, pipeline = (1 + max(ranks) for ranks in zip(*files, strict=True))
-    suffix = "_{1:03d}" if any(file.parent.name.count("_") > 2 for file in files.values()) else ""
-    for rank in range(tensor * pipeline):
-        ranks = rank % tensor, rank // tensor
-        name = ("mp_rank_{0:02d}" + suffix).format(*ranks)
-        if ranks not in files or not files[ranks].is_file():
-            raise DamagedCheckpoint(
-                f"checkpoint {path} is incomplete: {name}/model_optim_rng.pt is missing"
+        numbers = [int(number) for number in match.groups() if number] if match else []
+        if not numbers or len(numbers) + (not several) > 3:
+            raise ConfigError(
+                f"checkpoint {path}: {folder.name} is of a mixture of experts, and the args say "
+                "expert_model_parallel_size 1"
             )
+        expert = numbers.pop() if several else 0
+        tensor, stage, *_ = [*numbers, 0]
+        files[tensor, stage, expert] = folder / _FILE
+    piped = any(len(file.parent.name.split("_")) > 3 + several for file in files.values())
+    for tensor, stage, expert in itertools.product(*map(range, _ranks(files))):
+        name = f"mp_rank_{tensor:02d}" + f"_{stage:03d}" * piped + f"_{expert:03d}" * several
+        file = files.get((tensor, stage, expert))
+        if file is None or not file.is_file():
+            raise DamagedCheckpoint(f"checkpoint {path} is incomplete: {name}/{_FILE} is missing")
     return files
+
+
+def _has_expert_ranks(file: Path) -> bool:
+    """Whether a folder's last number is an expert-parallel rank, which its name does not tell."""
+    args = _read(file).get("args") if file.is_file() else None
+    return getattr(args, "expert_model_parallel_size", None) not in (None, 1)
+
+
+def _ranks(files: Iterable[Rank]) -> Rank:
+    """How many there are of each kind."""
+    tensor, stage, expert = (1 + max(numbers) for numbers in zip(*files, strict=True))
+    return tensor, stage, expert
 
 
 def _read(file: Path) -> dict:
@@ -196,3 +242,29 @@ def _named(tree: Mapping, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
             for old, new in _RENAMED:
                 name = re.sub(old, new, name)
             yield name, value
+
+
+def _experts(name: str, tensor: Tensor, first: int, count: int) -> dict[str, Tensor]:
+    """Tensors of single experts by today's names.
+
+    Args:
+        name: of a tensor in one of megatron-core's modules for experts. SequentialMLP and
+            TEGroupedMLP number them, GroupedMLP has all of them side by side and transposed.
+        first, count: number of this rank's first expert, and how many it has.
+    """
+    layer, _, rest = name.partition(".mlp.experts.")
+
+    def whole(expert: int, matrix: str) -> str:
+        return f"{layer}.mlp.experts.experts.{expert}.linear_fc{matrix}.weight"
+
+    if match := re.fullmatch(r"local_experts\.(\d+)\.linear_fc([12])\.weight", rest):
+        return {whole(first + int(match[1]), match[2]): tensor}
+    if match := re.fullmatch(r"linear_fc([12])\.weight(\d+)", rest):
+        return {whole(first + int(match[2]), match[1]): tensor}
+    if rest == "weight1":
+        apart = tensor.view(count, len(tensor), -1)
+    elif rest == "weight2":
+        apart = tensor.view(count, -1, tensor.shape[1])
+    else:
+        return {name: tensor}
+    return {whole(first + i, rest[-1]): matrix.T for i, matrix in enumerate(apart)}

@@ -3,12 +3,16 @@
     .metadata        pickle: each stored tensor's dtype, size and chunks, and where each chunk lies
     __R_N.distcp     chunks end to end, each as torch.save writes one tensor
 
-Names are those of an undivided model; in the checkpoint, the layer is a leading axis. What a
+Names are those of an undivided model; in the checkpoint, the layer is a leading axis, and of a
+mixture of experts the expert the next; where moe_layer_freq is a list, megatron-core keeps the
+layers apart, which is read too. Experts pass one by one, as all tensors do. What a
 training run saved in any layout of ranks is read without ranks, a GPU or megatron-core, and what is
 written here loads in every layout. The optimizer's tensors are passed over.
 """
 
+import dataclasses
 import io
+import itertools
 import json
 import re
 import shutil
@@ -33,6 +37,7 @@ from pose_megatron.checkpoints.megatron.directory import (
 from pose_megatron.checkpoints.megatron.legacy import LegacyWeights
 from pose_megatron.checkpoints.megatron.torch_dist_metadata import (
     ChunkLocation,
+    numbered_axes,
     read_index,
     write_index,
 )
@@ -42,13 +47,16 @@ from pose_megatron.errors import DamagedCheckpoint, gist
 from pose_megatron.models.shape import ModelConfig
 from pose_megatron.runtime.atomic_files import fsync
 
-_LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
-_EXTRA = (
+# The numbers of layer and expert in a name, which are axes in the checkpoint.
+_NUMBERED = re.compile(r"^(decoder\.layers\.)(\d+)\.(?:(mlp\.experts\.experts\.)(\d+)\.)?")
+_EXPERTS = "decoder.layers.mlp.experts.experts."
+# The norm before a mixture of experts as Transformer Engine's layer spec stores it, and as
+# megatron-core's own, which takes it for a part of a dense MLP.
+EXPERTS_NORM, LOCAL_EXPERTS_NORM = "pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"
+_EXTRA_ATTENTION = (
     "self_attention.linear_qkv",
     "self_attention.core_attention",
     "self_attention.linear_proj",
-    "mlp.linear_fc1",
-    "mlp.linear_fc2",
 )
 _BACKEND = {
     "sharded_backend": "torch_dist",
@@ -74,17 +82,25 @@ class TorchDistWeights(StoredWeights):
         self.path = path
         self._chunks: dict[str, list[ChunkLocation]] = {}
         sizes: dict[Path, int] = {}
-        for key, tensor in read_index(path).tensors.items():
+        tensors = read_index(path).tensors
+        if any("mlp.router.weight" in key for key in tensors):
+            for key in [key for key in tensors if key.endswith(LOCAL_EXPERTS_NORM)]:
+                norm = tensors.pop(key)
+                tensors.setdefault(key.replace(LOCAL_EXPERTS_NORM, EXPERTS_NORM), norm)
+        for key, tensor in tensors.items():
             if key.startswith(("optimizer.", "rng_state")):
                 continue
-            layers = range(tensor.size[0]) if key.startswith("decoder.layers.") else [None]
-            for layer in layers:
-                name = key if layer is None else key.replace("layers.", f"layers.{layer}.", 1)
-                self.shapes[name] = tensor.size[layer is not None :]
-                self.dtypes[name] = tensor.dtype
+            axes = numbered_axes(key)
+            for numbers in itertools.product(*map(range, tensor.size[:axes])):
+                name = _numbered(key, numbers)
+                self.shapes[name], self.dtypes[name] = tensor.size[axes:], tensor.dtype
+                self._chunks[name] = []
             for chunk in tensor.chunks:
                 self._check_file(chunk, sizes)
-            self._chunks[key] = tensor.chunks
+                ends = (a + n for a, n in zip(chunk.corner, chunk.shape, strict=True))
+                spans = [range(a, b) for a, b in zip(chunk.corner, ends, strict=True)]
+                for numbers in itertools.product(*spans[:axes]):
+                    self._chunks[_numbered(key, numbers)].append(chunk)
 
     def _check_file(self, chunk: ChunkLocation, sizes: dict[Path, int]) -> None:
         """That a chunk's file is there and long enough; `sizes` remembers what was asked before."""
@@ -100,13 +116,15 @@ class TorchDistWeights(StoredWeights):
         if len(pieces) > 1:
             return scatter(self[name], pieces)
         (out,) = pieces
-        key, layer = _split_layer(name)
+        chunks, numbers = self._chunks[name], _split_numbers(name)[1]
+        if chunks:  # where every layer has a key of its own, only the expert is an axis
+            numbers = numbers[len(numbers) - len(chunks[0].corner) + out.dim() :]
         # The part of the stored tensor that `out` is: [start, end) along every axis.
-        box = out if layer is None else out[None]
-        start = [0] * box.dim() if layer is None else [layer] + [0] * out.dim()
+        box = out[(None,) * len(numbers)]
+        start = [*numbers] + [0] * out.dim()
         end = [a + n for a, n in zip(start, box.shape, strict=True)]
         filled = 0
-        for chunk in self._chunks.get(key, ()):
+        for chunk in chunks:
             chunk_end = [a + n for a, n in zip(chunk.corner, chunk.shape, strict=True)]
             low = [max(pair) for pair in zip(start, chunk.corner, strict=True)]
             high = [min(pair) for pair in zip(end, chunk_end, strict=True)]
@@ -194,12 +212,10 @@ class DistcpWriter(OutputFile):
 
     def put(self, name: str, tensor: Tensor) -> None:
         """`name`: in an undivided model, such as `decoder.layers.3.mlp.linear_fc2.weight`."""
-        key, layer = _split_layer(name)
+        key, numbers = _split_numbers(name)
         begin = self._file.tell()
         tensor = tensor.contiguous()
-        shape, corner = tuple(tensor.shape), (0,) * tensor.dim()
-        if layer is not None:
-            shape, corner = (1, *shape), (layer, *corner)
+        shape, corner = (1,) * len(numbers) + tensor.shape, numbers + (0,) * tensor.dim()
         # A storage of its own size, without a copy: torch.save would write all of a buffer's.
         alone = torch.frombuffer(data(tensor), dtype=tensor.dtype)
         try:
@@ -229,10 +245,14 @@ def finish(root: Path, model: ModelConfig, chunks: Sequence[ChunkLocation]) -> N
     empty = path / f"__{1 + max(int(chunk.file.split('_')[2]) for chunk in chunks)}_0.distcp"
     torch.save([None], empty)  # as megatron-core wraps an object
     fsync(empty)
-    count = {f"decoder.layers.{part}": model.num_layers for part in _EXTRA}
-    count["decoder.final_layernorm"] = 1
-    extra = [f"{name}._extra_state/shard_{i}_{n}" for name, n in count.items() for i in range(n)]
-    write_index(path, chunks, model.num_layers, extra, empty)
+    extra = _extra_state(model)
+    chunks = [*chunks]
+    chunks += [  # the same bytes
+        dataclasses.replace(chunk, key=chunk.key.replace(EXPERTS_NORM, LOCAL_EXPERTS_NORM))
+        for chunk in chunks
+        if chunk.key.endswith(EXPERTS_NORM)
+    ]
+    write_index(path, chunks, model.num_layers, extra, empty, model.num_experts or 0)
     state = common_state(
         model,
         0,
@@ -248,6 +268,24 @@ def finish(root: Path, model: ModelConfig, chunks: Sequence[ChunkLocation]) -> N
     torch.save(state | {"content_metadata": content_metadata()}, path / "common.pt")
     (path / "metadata.json").write_text(json.dumps(_BACKEND))
     publish(root, path, "release")
+
+
+def _extra_state(model: ModelConfig) -> list[str]:
+    """The keys of all extra state: of each layer's modules, of each layer's experts, of the end."""
+    size: dict[str, tuple[int, ...]]
+    size = {f"decoder.layers.{part}": (model.num_layers,) for part in _EXTRA_ATTENTION}
+    if model.num_experts is None:
+        size |= {f"decoder.layers.mlp.linear_fc{i}": (model.num_layers,) for i in (1, 2)}
+    else:
+        size["decoder.layers.pre_mlp_layernorm"] = (model.num_layers,)
+        of_experts = (model.num_layers, model.num_experts)
+        size |= {f"{_EXPERTS}linear_fc{i}": of_experts for i in (1, 2)}
+    size["decoder.final_layernorm"] = (1,)
+    return [
+        f"{name}._extra_state/shard_{'.'.join(map(str, numbers))}_{'.'.join(map(str, sizes))}"
+        for name, sizes in size.items()
+        for numbers in itertools.product(*map(range, sizes))
+    ]
 
 
 def begin(root: Path, tokenizer_files: Iterable[Path]) -> Path:
@@ -273,9 +311,18 @@ def weights_of(checkpoint: Checkpoint) -> StoredWeights:
     return kind(checkpoint.path)
 
 
-def _split_layer(name: str) -> tuple[str, int | None]:
-    """The stored tensor's key, and the layer along its first axis, if it has that axis."""
-    match = _LAYER.match(name)
-    if not match:
-        return name, None
-    return _LAYER.sub("decoder.layers.", name), int(match[1])
+def _split_numbers(name: str) -> tuple[str, tuple[int, ...]]:
+    """The stored tensor's key, and the numbers of layer and expert along its first axes."""
+    if not (match := _NUMBERED.match(name)):
+        return name, ()
+    layers, layer, experts, expert = match.groups()
+    key = layers + (experts or "") + name[match.end() :]
+    return key, (int(layer),) if expert is None else (int(layer), int(expert))
+
+
+def _numbered(key: str, numbers: Sequence[int]) -> str:
+    """The inverse of `_split_numbers`."""
+    axes = ("layers.", "experts.experts.")[-len(numbers) :] if "experts." in key else ("layers.",)
+    for axis, number in zip(axes, numbers, strict=False):
+        key = key.replace(axis, f"{axis}{number}.", 1)
+    return key

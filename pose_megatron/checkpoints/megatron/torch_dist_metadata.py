@@ -22,7 +22,8 @@ class ChunkLocation:
     """Where a chunk (a box) of a stored tensor lies: `length` bytes at `offset` of a file.
 
     Attributes:
-        key: the stored tensor's name. A tensor of the layers has the layer as its first axis.
+        key: the stored tensor's name. A tensor of the layers has the layer as its first axis, one
+            of the experts also the expert as its second.
         corner: the chunk's first index along each axis.
     """
 
@@ -37,7 +38,7 @@ class ChunkLocation:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in the index; a tensor of the layers has the layer as its first axis."""
+    """A tensor in the index; its first `numbered_axes` are numbers of layers and experts."""
 
     size: tuple[int, ...]
     dtype: torch.dtype
@@ -57,22 +58,33 @@ class Index:
     objects: dict[str, tuple[str, int, int]]
 
 
+def numbered_axes(key: str) -> int:
+    """How many axes of a stored tensor are numbers: of its layer, and of its expert in it."""
+    layer = key.removeprefix("decoder.layers.")
+    return (layer != key and not layer[0].isdecimal()) + (".mlp.experts.experts." in key)
+
+
 def write_index(
-    path: Path, chunks: Iterable[ChunkLocation], layers: int, objects: Iterable[str], file: Path
+    path: Path,
+    chunks: Iterable[ChunkLocation],
+    layers: int,
+    objects: Iterable[str],
+    file: Path,
+    experts: int = 0,
 ) -> None:
     """Writes .metadata.
 
     Args:
         path: the iteration's folder.
-        chunks: whole tensors, or one layer of them.
-        layers: the size of the layer axis.
+        chunks: whole tensors, or one layer of them, or one expert of a layer.
+        layers, experts: the sizes of these axes.
         objects: keys of what is no tensor; `file` holds all of them as one object.
     """
     tensors: dict[str, Any] = {}
     storage = {}
     for chunk in chunks:
-        of_layers = chunk.key.startswith("decoder.layers.")
-        size = torch.Size((layers, *chunk.shape[1:]) if of_layers else chunk.shape)
+        axes = numbered_axes(chunk.key)
+        size = torch.Size(((layers, experts)[:axes]) + chunk.shape[axes:])
         tensor = tensors.setdefault(
             chunk.key, _Tensor(properties=_Properties(dtype=chunk.dtype), size=size, chunks=[])
         )

@@ -8,13 +8,22 @@ from pose_megatron.models.families.family import Family
 from pose_megatron.models.families.gptj import GPTJ
 from pose_megatron.models.families.llama import LLAMA
 from pose_megatron.models.families.mistral import MISTRAL
+from pose_megatron.models.families.mixtral import MIXTRAL
 from pose_megatron.models.families.qwen2 import QWEN2
 from pose_megatron.models.families.qwen3 import QWEN3
+from pose_megatron.models.families.qwen3_moe import QWEN3_MOE
 
 # By name; where the layers of several are the same, flags of a fresh model mean the first.
 FAMILIES: dict[str, Family] = {
-    family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, BAICHUAN, GPTJ)
+    family.name: family
+    for family in (LLAMA, MISTRAL, QWEN2, QWEN3, MIXTRAL, QWEN3_MOE, BAICHUAN, GPTJ)
 }
+_GEMMA3 = (
+    "its layers rotate by two bases, one within a sliding window, and have norms behind attention "
+    "and MLP, for which megatron-core's layers have no place"
+)
+# Families that one might expect, by config.json's model_type: why they cannot be.
+REFUSED = {"gemma3": _GEMMA3, "gemma3_text": _GEMMA3}
 # Megatron's flags can also ask for Qwen2's biases and Qwen3's norms in one model.
 _BIASES_AND_NORMS = dataclasses.replace(
     QWEN3,
@@ -43,12 +52,18 @@ def family_named(name: str | None) -> Family:
     return FAMILIES[name]
 
 
-def family_of(add_qkv_bias: bool, qk_layernorm: bool) -> str | None:
-    """The name of the first family with these settings, None where Hugging Face has none."""
-    wanted = (add_qkv_bias, qk_layernorm)
+def family_of(add_qkv_bias: bool, qk_layernorm: bool, has_experts: bool = False) -> str | None:
+    """The name of the first family with these settings, None where Hugging Face has none.
+
+    Raises:
+        ConfigError: there is no mixture of experts with biases.
+    """
+    wanted = (add_qkv_bias, qk_layernorm, has_experts)
     for name, family in FAMILIES.items():
-        if (family.add_qkv_bias, family.qk_layernorm) == wanted:
+        if (family.add_qkv_bias, family.qk_layernorm, family.has_experts) == wanted:
             return name
+    if has_experts:
+        raise ConfigError("--add-qkv-bias: no supported mixture of experts has these biases")
     return None
 
 

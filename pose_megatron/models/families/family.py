@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pose_megatron.models.tensors import TensorShape, tensor_shapes
+from pose_megatron.models.tensors import ROUTER, TensorShape, tensor_shapes
 
 if TYPE_CHECKING:
     from megatron.core.tensor_parallel.layers import ColumnParallelLinear
@@ -46,6 +46,15 @@ class Family:
 
         architecture, model_type: how config.json names it.
         sizes: config.json's name -> ModelConfig's.
+        spellings: another name in config.json -> the one in `sizes`.
+        normalizes_key: config.json's name of whether the weights of the chosen experts are made
+            to add up to one; None where they always are.
+        carried: config.json's keys that say nothing about the layers and are handed on to an
+            export.
+        stacked: a tensor in the layout that transformers 5 has in memory, and also writes with
+            save_original_format=False -> the names in `tensors` that it stands for; with several,
+            or with the number of an expert, it holds an expert along its first axis, and their
+            rows one after another.
         only: config.json's keys of which our layers compute one value alone; an absent key has it.
         defaults: values that transformers takes for absent keys, where they are not `only`'s.
         epsilon: config.json's name of the norms' epsilon, and its default.
@@ -69,6 +78,10 @@ class Family:
     architecture: str
     model_type: str
     sizes: Mapping[str, str] = field(default_factory=lambda: SIZES)
+    spellings: Mapping[str, str] = field(default_factory=dict)
+    normalizes_key: str | None = None
+    carried: tuple[str, ...] = ()
+    stacked: Mapping[str, HFNames] = field(default_factory=dict)
     only: Mapping[str, Any] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
     epsilon: tuple[str, float] = ("rms_norm_eps", 1e-6)
@@ -88,7 +101,12 @@ class Family:
 
     # Weights
 
-    def tensor_shapes(self, **sizes: int) -> dict[str, TensorShape]:
+    @property
+    def has_experts(self) -> bool:
+        """Whether every layer's MLP is a mixture of experts."""
+        return ROUTER in self.tensors
+
+    def tensor_shapes(self, **sizes: Any) -> dict[str, TensorShape]:
         """Megatron's shapes of the tensors; sizes as in models.tensors.tensor_shapes.
 
         Parameter count and FLOPs of a model are taken from these."""

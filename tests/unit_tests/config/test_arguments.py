@@ -606,3 +606,28 @@ def test_packed_skips_belong_to_packed_data():
     with pytest.raises(ValueError, match="--packed-skips stream needs --data-mode packed"):
         parse([*RUN, "--packed-skips", "stream"])
     assert parse([*RUN, "--packed-skips", "stream", "--data-mode", "packed"])
+
+
+def test_flags_of_a_fresh_mixture_of_experts():
+    words = [*RUN, *SHAPE, *VOCAB, "--num-experts", "4", "--ffn-hidden-size", "96"]
+
+    def model(*more):
+        return resolve_model(parse([*words, *more]).model, 64, None, None)
+
+    plain = model()
+    assert (plain.family, plain.num_experts, plain.moe_router_topk) == ("mixtral", 4, 2)
+    assert (plain.moe_ffn_hidden_size, plain.ffn_hidden_size) == (96, 96)
+    own = model("--qk-layernorm", "--moe-router-pre-softmax", "--moe-ffn-hidden-size", "32")
+    assert (own.family, own.moe_ffn_hidden_size) == ("qwen3_moe", 32)
+    assert own.moe_router_pre_softmax
+    for more, message in [
+        (["--moe-router-topk", "5"], "--moe-router-topk 5 is more than --num-experts 4"),
+        (["--moe-router-topk", "1"], "--moe-router-topk 1 needs --moe-router-pre-softmax"),
+        (["--add-qkv-bias"], "--add-qkv-bias: no supported mixture of experts has these biases"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            model(*more)
+    with pytest.raises(ValueError, match="--moe-router-topk 2 needs --num-experts"):
+        resolve_model(parse([*RUN, *SHAPE, *VOCAB, "--moe-router-topk", "2"]).model, 64, None, None)
+    with pytest.raises(ValueError, match="--num-experts 8 contradicts the checkpoint, .* has 4"):
+        resolve_model(parse([*RUN, "--num-experts", "8"]).model, 64, plain, None)

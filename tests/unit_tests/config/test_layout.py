@@ -42,6 +42,41 @@ def test_layout_follows_from_the_ranks():
     "words, ranks, message",
     [
         (
+            "--expert-model-parallel-size 2",
+            2,
+            "--expert-model-parallel-size 2 has no effect: the model has no experts",
+        ),
+        (
+            "--moe-aux-loss-coeff 0.1",
+            1,
+            "--moe-aux-loss-coeff 0.1 has no effect: the model has no experts",
+        ),
+        (
+            "--num-experts 4 --tensor-model-parallel-size 2",
+            2,
+            "--tensor-model-parallel-size 2 needs --sequence-parallel in a mixture",
+        ),
+        (
+            "--num-experts 4 --expert-model-parallel-size 3",
+            3,
+            "--num-experts 4 is not a multiple of --expert-model-parallel-size 3",
+        ),
+        (
+            "--num-experts 4 --expert-model-parallel-size 2",
+            3,
+            "--expert-model-parallel-size 2 does not divide the 3 ranks",
+        ),
+        (
+            "--num-experts 4 --moe-aux-loss-coeff 0.1 --context-parallel-size 2",
+            2,
+            "--moe-aux-loss-coeff 0.1 counts less where ranks share a sequence",
+        ),
+        (
+            "--num-experts 4 --moe-ffn-hidden-size 25 --tensor-model-parallel-size 2 --sequence-parallel",
+            2,
+            "moe_ffn_hidden_size 25 is not a multiple of",
+        ),
+        (
             "--train-samples 99 --rampup-batch-size 4 3 30 --global-batch-size 12",
             1,
             "steps of 3 do not lead from 4 to --global-batch-size 12",

@@ -16,7 +16,7 @@ from pose_megatron.models.build import build_model, transformer_config
 from pose_megatron.models.families import FAMILIES, family_named, family_of, llama
 from pose_megatron.models.families.family import Family
 from pose_megatron.models.shape import ModelConfig
-from pose_megatron.models.tensors import LAYER
+from pose_megatron.models.tensors import EXPERT, LAYER
 from pose_megatron.rope.scaling import RopeScaling
 from tests.whole_models import hf_to_megatron, megatron_to_hf
 
@@ -30,6 +30,7 @@ SIZES = {
     "head_dim": 32,
     "sliding_window": None,
 }
+EXPERTS = {"num_experts": 4, "moe_ffn_hidden_size": 32, "moe_router_topk": 2}
 GPTJ = {"vocab_size": 301, "n_embd": 64, "n_layer": 3, "n_head": 4, "rotary_dim": 8}
 
 
@@ -48,7 +49,7 @@ def saved(config, folder):
     [
         *(
             (name, tied)
-            for name in ("Llama", "Mistral", "Qwen2", "Qwen3")
+            for name in ("Llama", "Mistral", "Qwen2", "Qwen3", "Mixtral", "Qwen3Moe")
             for tied in (False, True)
         ),
         ("GPTJ", False),
@@ -56,6 +57,10 @@ def saved(config, folder):
 )
 def test_parameters_are_as_many_as_in_transformers(tmp_path, name, tied):
     sizes = GPTJ if name == "GPTJ" else SIZES
+    if name == "Mixtral":
+        sizes = sizes | {"num_local_experts": 4}
+    if name == "Qwen3Moe":
+        sizes = sizes | {"num_experts": 4, "moe_intermediate_size": 32, "num_experts_per_tok": 2}
     config = getattr(transformers, f"{name}Config")(**sizes, tie_word_embeddings=tied)
     theirs = saved(config, tmp_path)
     model = config_json.read_config(tmp_path)
@@ -82,22 +87,61 @@ def test_a_built_model_has_the_tensors_of_its_table(family):
         family=family,
         add_qkv_bias=traits.add_qkv_bias,
         qk_layernorm=traits.qk_layernorm,
+        **EXPERTS if traits.has_experts else {},
     )
     built = build_model(transformer_config(model), model)
     values = [parameter.numel() for parameter in built.parameters()]
     assert sum(values) == model.num_parameters
     outside = sum(not name.startswith(LAYER) for name in traits.tensors)
-    assert len(values) == outside + 2 * (len(traits.tensors) - outside)
+    experts = sum(name.startswith(EXPERT) for name in traits.tensors)
+    assert len(values) == outside + 2 * (len(traits.tensors) - outside + 3 * experts)
 
 
 @pytest.mark.parametrize(
-    "bias, norm, family",
-    [(False, False, "llama"), (True, False, "qwen2"), (False, True, "qwen3"), (True, True, None)],
+    "bias, norm, experts, family",
+    [
+        (False, False, False, "llama"),
+        (True, False, False, "qwen2"),
+        (False, True, False, "qwen3"),
+        (True, True, False, None),
+        (False, False, True, "mixtral"),
+        (False, True, True, "qwen3_moe"),
+    ],
 )
-def test_flags_of_a_fresh_model_name_its_family(bias, norm, family):
-    assert family_of(bias, norm) == family
+def test_flags_of_a_fresh_model_name_its_family(bias, norm, experts, family):
+    assert family_of(bias, norm, experts) == family
     found = family_named(family)
+    assert found.has_experts == experts
     assert (found.add_qkv_bias, found.qk_layernorm) == (bias, norm)
+
+
+@pytest.mark.parametrize("kind", ["Gemma3TextConfig", "Gemma3Config"])
+@pytest.mark.parametrize("with_architecture", [True, False])
+def test_gemma_3_is_refused_with_the_reason(tmp_path, kind, with_architecture):
+    config = getattr(transformers, kind)()
+    name = "Gemma3ForCausalLM" if "Text" in kind else "Gemma3ForConditionalGeneration"
+    config.architectures = [name] if with_architecture else None
+    config.save_pretrained(tmp_path)
+    what = name if with_architecture else f"None of model_type {config.model_type}"
+    with pytest.raises(
+        ValueError,
+        match=f"architecture {what} is not supported: its layers rotate by two bases.* norms behind attention "
+        "and MLP, .*; supported are LlamaForCausalLM, .*, Qwen3MoeForCausalLM",
+    ):
+        config_json.read_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["DeepseekV3", "Qwen2Moe", "GptOss", "Llama4Text", "Glm4Moe", "Gemma2", "Phi3", "Olmo2"]
+)
+def test_other_models_are_refused_with_those_that_are_supported(tmp_path, name):
+    config = getattr(transformers, f"{name}Config")()
+    config.architectures = [architecture := f"{name.removesuffix('Text')}ForCausalLM"]
+    config.save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match=f"architecture {architecture} is not supported; supported are Llama.*Mix"
+    ):
+        config_json.read_config(tmp_path)
 
 
 def test_an_unknown_family_is_refused():
