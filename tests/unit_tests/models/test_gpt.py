@@ -360,7 +360,10 @@ def test_the_scale_is_the_squared_temperature_over_root_d():
         ({"mtp_num_layers": 1}, "multi-token prediction"),
         ({"apply_rope_fusion": True}, "apply_rope_fusion"),
         ({"fused_single_qkv_rope": True}, "fused_single_qkv_rope expects one row of angles"),
-        ({"cuda_graph_impl": "local"}, "cuda_graph_impl 'local' over attention replays the angles"),
+        (
+            {"cuda_graph_impl": "transformer_engine"},
+            "cuda_graph_impl 'transformer_engine' over attention asks .* sample angles at capture",
+        ),
         (
             {"cuda_graph_impl": "transformer_engine", "cuda_graph_scope": [CudaGraphScope.attn]},
             "cuda_graph_scope to 'mlp'",
@@ -375,10 +378,14 @@ def test_settings_that_would_rotate_wrongly_are_refused(setting, message):
         install_pose(theirs)
 
 
-def test_graphs_that_leave_attention_out_are_fine():
+@pytest.mark.parametrize(
+    "implementation, scope",
+    [("transformer_engine", [CudaGraphScope.mlp]), ("local", []), ("local", [CudaGraphScope.attn])],
+)
+def test_graphs_that_get_the_angles_of_each_micro_batch_are_fine(implementation, scope):
     theirs = stock(shape())
-    theirs.config.cuda_graph_impl = "transformer_engine"
-    theirs.config.cuda_graph_scope = [CudaGraphScope.mlp]
+    theirs.config.cuda_graph_impl = implementation
+    theirs.config.cuda_graph_scope = scope
     install_pose(theirs)
 
 
