@@ -26,7 +26,7 @@ try:
 except ImportError:  # its name before megatron-core 0.18
     from megatron.core.models.mamba.mamba_model import MambaModel as HybridModel
 
-__all__ = ["PoseGPTModel", "PoseRotaryEmbedding", "install_pose", "softmax_scale"]
+__all__ = ["PoseGPTModel", "PoseModel", "PoseRotaryEmbedding", "install_pose", "softmax_scale"]
 
 
 class PositionIdsDriven(GPTModel):
@@ -45,6 +45,9 @@ class PositionIdsDrivenHybrid(HybridModel):
         # Angles travel to the layers as a tensor: recomputation finds them unbound but there.
         with self.rotary_pos_emb.bound(position_ids):
             return super().forward(input_ids, position_ids, *args, **kwargs)
+
+
+PoseModel = PositionIdsDriven | PositionIdsDrivenHybrid
 
 
 class PoseGPTModel(PositionIdsDriven):
