@@ -30,6 +30,7 @@ from pose_megatron.checkpoints.megatron.directory import (
     path_of,
     publish,
 )
+from pose_megatron.checkpoints.megatron.hybrid_layout import gpt_name, is_hybrid
 from pose_megatron.checkpoints.megatron.legacy import LegacyWeights
 from pose_megatron.checkpoints.megatron.torch_dist_metadata import (
     ChunkLocation,
@@ -59,7 +60,10 @@ _BACKEND = {
 
 
 class TorchDistWeights(StoredWeights):
-    """The weights of an iteration by the names of an undivided model.
+    """The weights of an iteration by the names of an undivided GPTModel.
+
+    Attributes:
+        is_hybrid: whether they are stored in HybridModel's layout.
 
     Args:
         path: the iteration's folder.
@@ -73,13 +77,20 @@ class TorchDistWeights(StoredWeights):
         super().__init__()
         self.path = path
         self._chunks: dict[str, list[ChunkLocation]] = {}
+        # name -> key, and the index on the first axis where that is the layer
+        self._places: dict[str, tuple[str, int | None]] = {}
         sizes: dict[Path, int] = {}
-        for key, tensor in read_index(path).tensors.items():
+        tensors = read_index(path).tensors
+        self.is_hybrid = is_hybrid(tensors)
+        for key, tensor in tensors.items():
             if key.startswith(("optimizer.", "rng_state")):
                 continue
-            layers = range(tensor.size[0]) if key.startswith("decoder.layers.") else [None]
-            for layer in layers:
+            stacked = key.startswith("decoder.layers.") and not self.is_hybrid
+            for layer in range(tensor.size[0]) if stacked else [None]:
                 name = key if layer is None else key.replace("layers.", f"layers.{layer}.", 1)
+                if self.is_hybrid:
+                    name = gpt_name(name)
+                self._places[name] = (key, layer)
                 self.shapes[name] = tensor.size[layer is not None :]
                 self.dtypes[name] = tensor.dtype
             for chunk in tensor.chunks:
@@ -100,7 +111,7 @@ class TorchDistWeights(StoredWeights):
         if len(pieces) > 1:
             return scatter(self[name], pieces)
         (out,) = pieces
-        key, layer = _split_layer(name)
+        key, layer = self._places[name]
         # The part of the stored tensor that `out` is: [start, end) along every axis.
         box = out if layer is None else out[None]
         start = [0] * box.dim() if layer is None else [layer] + [0] * out.dim()
