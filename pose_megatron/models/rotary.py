@@ -173,7 +173,7 @@ def check_settings(config: TransformerConfig) -> None:
             raise ConfigError(
                 "cuda_graph_impl 'transformer_engine' over attention asks the rotary embedding for "
                 "sample angles at capture, where there are no position ids; set it to 'local' or "
-                "'none', or cuda_graph_scope to 'mlp'"
+                "'none', or cuda_graph_scope to 'mlp' (cuda_graph_modules from 0.19 on)"
             )
 
 

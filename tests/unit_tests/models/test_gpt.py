@@ -368,6 +368,10 @@ def test_the_scale_is_the_squared_temperature_over_root_d():
             {"cuda_graph_impl": "transformer_engine", "cuda_graph_scope": [CudaGraphScope.attn]},
             "cuda_graph_scope to 'mlp'",
         ),
+        (  # its name from megatron-core 0.19 on
+            {"cuda_graph_impl": "transformer_engine", "cuda_graph_modules": [CudaGraphScope.attn]},
+            r"cuda_graph_scope to 'mlp' \(cuda_graph_modules from 0.19 on\)",
+        ),
     ],
 )
 def test_settings_that_would_rotate_wrongly_are_refused(setting, message):
@@ -378,14 +382,15 @@ def test_settings_that_would_rotate_wrongly_are_refused(setting, message):
         install_pose(theirs)
 
 
+@pytest.mark.parametrize("name", ["cuda_graph_scope", "cuda_graph_modules"])
 @pytest.mark.parametrize(
     "implementation, scope",
     [("transformer_engine", [CudaGraphScope.mlp]), ("local", []), ("local", [CudaGraphScope.attn])],
 )
-def test_graphs_that_get_the_angles_of_each_micro_batch_are_fine(implementation, scope):
+def test_graphs_that_get_the_angles_of_each_micro_batch_are_fine(implementation, scope, name):
     theirs = stock(shape())
     theirs.config.cuda_graph_impl = implementation
-    theirs.config.cuda_graph_scope = scope
+    setattr(theirs.config, name, scope)
     install_pose(theirs)
 
 
