@@ -22,6 +22,7 @@ from pose_megatron.config.megatron_flags import (
     synonym,
 )
 from pose_megatron.errors import ConfigError, flag_name
+from pose_megatron.runtime.megatron_core import require_hybrid
 
 
 def _groups() -> dict[str, type]:
@@ -202,6 +203,8 @@ def _check_ranges(args: Arguments) -> None:
 def _check_combinations(args: Arguments) -> None:
     """Flags that need, or exclude, each other."""
     t, p = args.training, args.parallel
+    if args.model.model_class == "hybrid":
+        require_hybrid()
     if args.data.packed_skips != "document" and args.data.data_mode != "packed":
         raise ConfigError(f"--packed-skips {args.data.packed_skips} needs --data-mode packed")
     if args.data.test_data_path and not args.logging.eval_iters:

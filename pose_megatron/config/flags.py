@@ -80,6 +80,12 @@ class ModelFlags:
         "torch runs everywhere; transformer_engine needs a GPU and the package",
         ("torch", "transformer_engine"),
     )
+    model_class: str = flag(
+        "gpt",
+        "megatron-core's GPTModel, or its successor HybridModel from 0.19 on: same weights, same "
+        "losses, same checkpoints",
+        ("gpt", "hybrid"),
+    )
 
 
 @dataclass(frozen=True)

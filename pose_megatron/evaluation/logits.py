@@ -8,13 +8,13 @@ from torch import Tensor
 
 from pose_megatron.checkpoints.megatron.directory import Checkpoint
 from pose_megatron.models.build import build_model, transformer_config
-from pose_megatron.models.gpt import PoseGPTModel
+from pose_megatron.models.gpt import PoseModel
 from pose_megatron.models.shape import ModelConfig
 from pose_megatron.runtime import distributed
 from pose_megatron.training import checkpointing
 
 
-def logits_function(stage: PoseGPTModel, vocab_size: int) -> Callable[..., Tensor]:
+def logits_function(stage: PoseModel, vocab_size: int) -> Callable[..., Tensor]:
     """`logits(tokens [b, s], last, position_ids [b, s]) -> float32 [b, last, vocab_size]`.
 
     Positions are 0 to s - 1 when not given. Only the last tokens' hidden states go through the

@@ -2,6 +2,8 @@
 
 import hashlib
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,13 +11,13 @@ from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 from megatron.core.distributed import finalize_model_grads
-from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from pose_megatron.models.families import family_named
-from pose_megatron.models.gpt import PoseGPTModel, softmax_scale
+from pose_megatron.models.gpt import PoseGPTModel, PoseModel, softmax_scale
 from pose_megatron.models.shape import ModelConfig
 from pose_megatron.runtime.distributed import device
+from pose_megatron.runtime.megatron_core import require_hybrid
 
 
 def transformer_config(
@@ -23,6 +25,7 @@ def transformer_config(
     *,
     bf16: bool = False,
     transformer_impl: str = "torch",
+    model_class: str = "gpt",
     tensor_model_parallel_size: int = 1,
     pipeline_model_parallel_size: int = 1,
     virtual_pipeline_model_parallel_size: int | None = None,
@@ -37,6 +40,7 @@ def transformer_config(
     Args:
         model: shape and rope.
         transformer_impl: `torch` or `transformer_engine`.
+        model_class: `gpt`, or `hybrid`, which has two layers for each of the model's.
         sequence_parallel: has no effect on one tensor rank.
         moe_aux_loss_coeff: weight of the loss that spreads the tokens over the experts.
         recompute: megatron-core's recompute_granularity, _method, _num_layers and _modules.
@@ -56,9 +60,12 @@ def transformer_config(
             # Gloo has no all-to-all of unequal parts.
             "moe_token_dispatcher_type": "allgather",
         }
+    layers = 2 if model_class == "hybrid" else 1
+    if recompute.get("recompute_num_layers"):
+        recompute["recompute_num_layers"] *= layers
     return TransformerConfig(
         **family_named(model.family).transformer_settings(),
-        num_layers=model.num_layers,
+        num_layers=layers * model.num_layers,
         hidden_size=model.hidden_size,
         ffn_hidden_size=model.ffn_hidden_size,
         num_attention_heads=model.num_attention_heads,
@@ -103,17 +110,34 @@ def build_model(
     model: ModelConfig,
     transformer_impl: str = "torch",
     vp_stage: int | None = None,
-) -> PoseGPTModel:
+    model_class: str = "gpt",
+) -> PoseModel:
     """This rank's pipeline stage, on its device; `initialize` or a checkpoint sets its weights.
 
+    Both classes have the same weights and the same checkpoints.
+
     Args:
-        config: what `transformer_config` returns for the same model.
+        config: what `transformer_config` returns for the same model and class.
         vp_stage: model chunk of an interleaved pipeline's stage, else None.
+        model_class: `gpt` or `hybrid`.
+
+    Raises:
+        ConfigError: megatron-core is too old for `hybrid`, or the family's layers do not fit it.
     """
     family = family_named(model.family)
-    stage = PoseGPTModel(
-        config,
-        family.layer_spec(config, transformer_impl, vp_stage),
+    layers = family.layer_spec(config, transformer_impl, vp_stage)
+    build: Callable[..., PoseModel] = partial(PoseGPTModel, config, layers)
+    if model_class == "hybrid":
+        require_hybrid()
+        from pose_megatron.models import hybrid
+
+        build = partial(
+            hybrid.PoseHybridModel,
+            config,
+            hybrid.hybrid_stack_spec(config, transformer_impl, layers),
+            hybrid_layer_pattern=hybrid.layer_pattern(config),
+        )
+    stage = build(
         vocab_size=model.padded_vocab_size,
         max_sequence_length=model.max_position_embeddings,
         pre_process=parallel_state.is_pipeline_first_stage(
@@ -134,7 +158,7 @@ def build_model(
 
 
 @torch.no_grad()
-def initialize(stage: GPTModel, seed: int, std: float, num_layers: int) -> None:
+def initialize(stage: PoseModel, seed: int, std: float, num_layers: int) -> None:
     """Sets fresh weights, the same for every layout of ranks.
 
     Each weight is drawn whole from a generator keyed by (seed, name, layer), and every rank keeps

@@ -1,4 +1,4 @@
-"""megatron-core's GPTModel, driven by position ids.
+"""megatron-core's GPTModel and HybridModel, driven by position ids.
 
 megatron-core's own rotary embedding takes a length and rotates by 0, 1, 2, ...; `position_ids`
 reach only the (absent) learned embedding. Here every pipeline stage turns its position ids into one
@@ -7,89 +7,26 @@ in place of the stock tensor. Nothing reads "the current position ids" later: re
 interleaved schedules see the tensor that their own forward made.
 """
 
-import contextlib
-import math
-
+import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from pose_megatron.errors import ConfigError
-from pose_megatron.rope.angles import angles
-from pose_megatron.rope.scaling import RopeScaling, attention_factor, inverse_frequencies
+from pose_megatron.models.rotary import (
+    PoseRotaryEmbedding,
+    bind_rotary,
+    check_settings,
+    softmax_scale,
+)
+from pose_megatron.rope.scaling import RopeScaling
 
+try:
+    from megatron.core.models.hybrid.hybrid_model import HybridModel
+except ImportError:  # its name before megatron-core 0.18
+    from megatron.core.models.mamba.mamba_model import MambaModel as HybridModel
 
-class PoseRotaryEmbedding(RotaryEmbedding):
-    """Rotary angles at the position ids that it is bound to.
-
-    Keeps inverse frequencies as a plain float64 tensor: a registered buffer would be cast to bf16
-    with the model, which destroys positions beyond 256. `forward` is not cached: the stock cache is
-    keyed by object identity and would return angles of a reused buffer's old content.
-    """
-
-    def __init__(
-        self,
-        kv_channels: int,
-        rotary_percent: float,
-        rotary_base: float,
-        scaling: RopeScaling,
-        cp_group,
-        rotary_interleaved: bool = False,
-    ):
-        super().__init__(
-            kv_channels,
-            rotary_percent,
-            rotary_interleaved,
-            rotary_base=rotary_base,
-            use_cpu_initialization=True,
-            cp_group=cp_group,
-        )
-        self.scaling = scaling
-        self._plain = (int(kv_channels * rotary_percent), rotary_base)
-        trains = scaling.interpolation.trains
-        self.set_length(None if trains else scaling.original_max_position_embeddings)
-        self._position_ids = None
-
-    def set_length(self, length: int | None) -> None:
-        """Sets the frequencies for sequences of `length` tokens; None for those of training."""
-        self.inv_freq = inverse_frequencies(*self._plain, self.scaling, length)
-
-    @contextlib.contextmanager
-    def bound(self, position_ids):
-        """A context in which `forward` returns the angles at position_ids [b, s]."""
-        self._position_ids = position_ids
-        try:
-            yield
-        finally:
-            self._position_ids = None
-
-    def forward(self, max_seq_len: int, offset: int = 0, packed_seq: bool = False, cp_group=None):
-        """Angles [s, b, 1, rotary_dim] at the bound ids; s = max_seq_len / context ranks.
-
-        Raises:
-            ConfigError: nothing is bound, the length differs, or sequences are packed.
-        """
-        ids = self._position_ids
-        if ids is None:
-            raise ConfigError(
-                "no position ids reached this pipeline stage: hand position_ids [b, s] to the "
-                "model on every stage, the middle and last ones too"
-            )
-        if packed_seq:
-            raise ConfigError("PoSE has no packed (THD) sequences: feed dense rows [b, s]")
-        here = max_seq_len // self.cp_group.size()
-        if ids.dim() != 2 or ids.size(1) != here:
-            raise ConfigError(
-                f"position ids have shape {tuple(ids.shape)}; this rank needs [b, {here}], sliced "
-                "for context parallelism exactly once"
-            )
-        if self.training and not self.scaling.interpolation.trains:
-            self.set_length(None)  # raises: such a method has no frequencies to train with
-        self.inv_freq = self.inv_freq.to(ids.device)
-        both = angles(ids, self.inv_freq)  # (f, f)
-        if self.rotary_interleaved:  # pairs of neighbouring channels, not of the two halves
-            return both.chunk(2, dim=-1)[0].repeat_interleave(2, dim=-1)
-        return both
+__all__ = ["PoseGPTModel", "PoseModel", "PoseRotaryEmbedding", "install_pose", "softmax_scale"]
 
 
 class PositionIdsDriven(GPTModel):
@@ -99,6 +36,18 @@ class PositionIdsDriven(GPTModel):
         # forward() and megatron-core's overlapped 1F1B schedule both come through here.
         with self.rotary_pos_emb.bound(position_ids):
             return super()._preprocess(input_ids, position_ids, *args, **kwargs)
+
+
+class PositionIdsDrivenHybrid(HybridModel):
+    """A HybridModel with a PoseRotaryEmbedding, which forward()'s `position_ids` drive."""
+
+    def forward(self, input_ids, position_ids, *args, **kwargs):
+        # Angles travel to the layers as a tensor: recomputation finds them unbound but there.
+        with self.rotary_pos_emb.bound(position_ids):
+            return super().forward(input_ids, position_ids, *args, **kwargs)
+
+
+PoseModel = PositionIdsDriven | PositionIdsDrivenHybrid
 
 
 class PoseGPTModel(PositionIdsDriven):
@@ -119,88 +68,98 @@ class PoseGPTModel(PositionIdsDriven):
         self, config: TransformerConfig, *args, rope_scaling: RopeScaling = RopeScaling(), **kwargs
     ):
         super().__init__(config, *args, **kwargs | {"position_embedding_type": "rope"})
-        _bind_rotary(self, rope_scaling, kwargs.get("rotary_base", 10000))
+        bind_rotary(self, rope_scaling, self.rotary_base, self.rotary_percent)
 
 
-def install_pose(model: GPTModel, rope_scaling: RopeScaling = RopeScaling()) -> GPTModel:
-    """Makes a GPTModel built by others follow its position ids, in place.
+def install_pose(
+    model: GPTModel | HybridModel,
+    rope_scaling: RopeScaling = RopeScaling(),
+    rotary_base: float | None = None,
+    rotary_percent: float | None = None,
+) -> GPTModel | HybridModel:
+    """Makes a model built by others follow its position ids, in place.
 
     Call it before DDP or Float16Module wraps the model, on every pipeline stage and model chunk.
+    In a HybridModel the attention layers rotate, and all others stay as they are;
+    `model.rotating_layers` then holds their numbers in the whole model, counted from 1. A second
+    call with the same scaling changes nothing.
 
     Args:
         model: built with position_embedding_type="rope".
         rope_scaling: interpolation; replaces whatever the model was built with.
+        rotary_base, rotary_percent: what the model was built with. A GPTModel knows them; a
+            HybridModel does not, and needs both.
 
     Raises:
-        ConfigError: the model has no such rotary embedding, or its attention temperature is not
-            the scaling's (build it with `config.softmax_scale = softmax_scale(...)`).
+        ConfigError: the model is wrapped already, follows its position ids with another scaling,
+            has no such rotary embedding, or layers that rotate without it; rotary_base or
+            rotary_percent is missing or not the model's; or its attention temperature is not the
+            scaling's (build it with `config.softmax_scale = softmax_scale(...)`).
     """
-    if getattr(model, "position_embedding_type", None) != "rope":
-        raise ConfigError(
-            f"install_pose needs a GPTModel with position_embedding_type='rope', not "
-            f"{type(model).__name__} with "
-            f"{getattr(model, 'position_embedding_type', None)!r}"
-        )
-    _bind_rotary(model, rope_scaling, model.rotary_base)
+    _check_kind(model)
+    base = _given(model, "rotary_base", rotary_base)
+    percent = _given(model, "rotary_percent", rotary_percent)
+    if isinstance(model.rotary_pos_emb, PoseRotaryEmbedding):
+        if (installed := model.rotary_pos_emb.scaling) != rope_scaling:
+            raise ConfigError(
+                f"the model follows its position ids already, with rope scaling '{installed}'; "
+                f"build it anew to install '{rope_scaling}'"
+            )
+        return model
+    if isinstance(model, HybridModel):
+        _check_frequencies(model.rotary_pos_emb, base, int(model.config.kv_channels * percent))
+    bind_rotary(model, rope_scaling, base, percent)
+    driven = PositionIdsDriven if isinstance(model, GPTModel) else PositionIdsDrivenHybrid
     cls = type(model)
-    if not isinstance(model, PositionIdsDriven):
-        model.__class__ = type(f"Pose{cls.__name__}", (PositionIdsDriven, cls), {})
+    # A HybridModel keeps neither.
+    model.rotary_base, model.rotary_percent = base, percent
+    model.__class__ = type(f"Pose{cls.__name__}", (driven, cls), {})
     return model
 
 
-def _bind_rotary(model: GPTModel, scaling: RopeScaling, base: float) -> None:
-    config = model.config
-    if getattr(config, "mtp_num_layers", None):
+def _check_kind(model) -> None:
+    name = type(model).__name__
+    if not isinstance(model, GPTModel | HybridModel) and hasattr(model, "module"):
         raise ConfigError(
-            "mtp_num_layers: multi-token prediction shifts tokens but not angles; PoSE does not "
-            "support it"
+            f"install_pose got a model that {name} wraps already: call it on the model itself, "
+            "before DDP or Float16Module wraps it"
         )
-    for fusion in ("apply_rope_fusion", "fused_single_qkv_rope"):
-        if getattr(config, fusion, False):
-            raise ConfigError(
-                f"{fusion} expects one row of angles for the whole batch; switch it off"
-            )
-    # megatron-core 0.19 has renamed it; none of them is the whole layer.
-    graphed = getattr(config, "cuda_graph_modules", None) or config.cuda_graph_scope or ["attn"]
-    scope = {getattr(s, "name", s) for s in graphed}
-    if config.cuda_graph_impl != "none" and scope & {"attn", "full", "full_iteration"}:
+    kind = getattr(model, "position_embedding_type", None)
+    if not isinstance(model, GPTModel | HybridModel) or kind != "rope":
         raise ConfigError(
-            f"cuda_graph_impl {config.cuda_graph_impl!r} over attention replays the angles of the "
-            "samples it was captured with; set it to 'none', or cuda_graph_scope to 'mlp'"
+            f"install_pose needs a GPTModel or HybridModel with position_embedding_type='rope', "
+            f"not {name} with {kind!r}"
         )
-    wanted = softmax_scale(config.kv_channels, model.rotary_percent, scaling)
-    if wanted != config.softmax_scale or hasattr(config, "yarn_rotary_scaling_factor"):
+    check_settings(model.config)
+
+
+def _given(model: GPTModel | HybridModel, name: str, value: float | None) -> float:
+    """What the model was built with, as it knows or as the caller says."""
+    built: float | None = getattr(model, name, None)
+    known = value if built is None else built
+    if known is None:
         raise ConfigError(
-            f"rope scaling '{scaling.method}' needs config.softmax_scale = {wanted} (it is "
-            f"{config.softmax_scale}) and no yarn_* attributes: the attention temperature takes "
-            "exactly one route; set it from pose_megatron.models.gpt.softmax_scale before building"
+            f"a {type(model).__name__} does not keep its {name}: hand install_pose the {name} "
+            "that it was built with"
         )
-    model.rotary_pos_emb = PoseRotaryEmbedding(
-        config.kv_channels,
-        model.rotary_percent,
-        base,
-        scaling,
-        model.rotary_pos_emb.cp_group,
-        config.rotary_interleaved,
-    )
+    if value not in (None, known):
+        raise ConfigError(f"{name} {value} is not the model's, which was built with {known}")
+    return known
 
 
-def softmax_scale(kv_channels: int, rotary_percent: float, scaling: RopeScaling) -> float | None:
-    """The factor of q.k: attention_factor^2 / sqrt(d); None (1 / sqrt(d)) without a temperature.
+def _check_frequencies(stock: RotaryEmbedding, rotary_base: float, rotary_dim: int) -> None:
+    """That base and width are those of the rotary embedding that the model was built with.
 
-    YaRN multiplies cos and sin by the attention factor, and so every rotated product q.k by its
-    square. Where the whole head rotates, a larger softmax scale does the same and leaves the rotary
-    kernel alone.
-
-    Raises:
-        ConfigError: the scaling has a temperature and only a part of the head rotates.
+    They cannot be taken from it: its float32 frequencies give the base to six digits only.
     """
-    factor = attention_factor(scaling)
-    if factor == 1.0:
-        return None
-    if rotary_percent != 1.0:
+    given = 1.0 / rotary_base ** (torch.arange(0, rotary_dim, 2).double() / rotary_dim)
+    built = stock.inv_freq.double().cpu()
+    if built.shape != given.shape:
         raise ConfigError(
-            f"--rope-scaling {scaling.method} has a temperature, which needs --rotary-percent 1.0, "
-            f"not {rotary_percent}; use linear or ntk"
+            f"rotary_percent gives {rotary_dim} rotary dimensions, the model was built with "
+            f"{2 * built.numel()}"
         )
-    return factor**2 / math.sqrt(kv_channels)
+    if not torch.allclose(built, given, rtol=1e-5, atol=0):
+        raise ConfigError(
+            f"rotary_base {rotary_base} does not give the frequencies that the model was built with"
+        )

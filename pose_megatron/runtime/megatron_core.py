@@ -10,10 +10,8 @@ from packaging.version import Version
 from pose_megatron.errors import ConfigError
 
 OLDEST = Version("0.16.1")
-INSTALL = (
-    "pip install 'megatron-core==0.16.1' on Python 3.11, "
-    "'megatron-core>=0.19.2,<0.20' on Python 3.12 and 3.13"
-)
+_CURRENT = "'megatron-core>=0.19.2,<0.20' on Python 3.12 and 3.13"
+INSTALL = f"pip install 'megatron-core==0.16.1' on Python 3.11, {_CURRENT}"
 
 
 @functools.cache
@@ -40,3 +38,16 @@ def common_state_is_an_object() -> bool:
     """Whether megatron-core keeps the common state of a checkpoint among the tensors; it is a file
     of its own before 0.19."""
     return megatron_core_version() >= Version("0.19.0.dev0")
+
+
+def require_hybrid() -> None:
+    """That megatron-core's HybridModel reads and writes GPTModel's checkpoints, as from 0.19 on.
+
+    Raises:
+        ConfigError: it is older; says what to install.
+    """
+    if megatron_core_version() < Version("0.19.0.dev0"):
+        raise ConfigError(
+            f"--model-class hybrid needs megatron-core 0.19, not {megatron_core_version()}: "
+            f"pip install {_CURRENT}, or use --model-class gpt"
+        )

@@ -39,6 +39,7 @@ from pose_megatron.errors import ConfigError, DamagedCheckpoint, gist
 from pose_megatron.models.shape import ModelConfig
 from pose_megatron.runtime.megatron_core import common_state_is_an_object, megatron_core_version
 from pose_megatron.runtime.processes import children_end_with_this
+from pose_megatron.training.hybrid_layout import retarget_to_hybrid_layout
 from pose_megatron.training.optimizer import init_optimizer_state, parts
 
 # megatron-core has no error of its own for damaged files, and torch's is no Exception.
@@ -190,6 +191,9 @@ def load(checkpoint: Checkpoint, stages: list, optimizer=None, scheduler=None) -
         for name, model in _sharded_models(stages, metadata).items()
     }
     _ask_as_stored(models, checkpoint.path)
+    if checkpoint.is_hybrid:
+        for model in models.values():
+            retarget_to_hybrid_layout(model)
     sharded = dict(models)
     if optimizer is not None:
         if checkpoint.is_release:

@@ -19,7 +19,7 @@ from pose_megatron.data.batch import batches
 from pose_megatron.data.dataset import TrainingSet
 from pose_megatron.errors import DamagedCheckpoint
 from pose_megatron.models.build import build_model, initialize, transformer_config
-from pose_megatron.models.gpt import PoseGPTModel
+from pose_megatron.models.gpt import PoseModel
 from pose_megatron.models.shape import ModelConfig
 from pose_megatron.training import checkpointing
 from pose_megatron.training.optimizer import build_optimizer, build_scheduler
@@ -33,7 +33,7 @@ class Trainer:
     args: Arguments
     config: ModelConfig
     layout: Layout
-    stages: list[PoseGPTModel]  # this rank's pipeline stage, or its chunks when interleaved
+    stages: list[PoseModel]  # this rank's pipeline stage, or its chunks when interleaved
     models: list[DistributedDataParallel]  # the same, wrapped
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
@@ -87,7 +87,10 @@ def setup(run: Run, layout: Layout) -> Trainer:
     t, impl = args.training, args.model.transformer_impl
     core = core_transformer_config_from_args(args, config)
     chunks = core.virtual_pipeline_model_parallel_size
-    stages = [build_model(core, config, impl, i) for i in (range(chunks) if chunks else [None])]
+    stages = [
+        build_model(core, config, impl, i, args.model.model_class)
+        for i in (range(chunks) if chunks else [None])
+    ]
     if loaded is None:
         for stage in stages:
             initialize(stage, t.seed, args.model.init_method_std, config.num_layers)
@@ -132,6 +135,7 @@ def core_transformer_config_from_args(args: Arguments, model: ModelConfig) -> Tr
         model,
         bf16=t.bf16,
         transformer_impl=args.model.transformer_impl,
+        model_class=args.model.model_class,
         tensor_model_parallel_size=p.tensor_model_parallel_size,
         pipeline_model_parallel_size=p.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=p.virtual_pipeline_size(model.num_layers),

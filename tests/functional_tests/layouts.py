@@ -19,7 +19,10 @@ import sys
 import sysconfig
 import tempfile
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
+
+from packaging.version import Version
 
 TESTS = Path(__file__).resolve().parents[1]
 STEPS, SAVE_AT = 4, 2
@@ -178,7 +181,39 @@ BROKEN = {
         2, f"{CP} 2", fault="of the other chunk"
     ),
 }
-ALL = LAYOUTS | BROKEN | RESUMED
+# HybridModel in place of GPTModel; which megatron-core 0.19 is the first to have. A row's twin is
+# the same layout of a GPTModel.
+HAS_HYBRID = Version(version("megatron-core")) >= Version("0.19")
+GPT_BF16 = {name: Layout(2, f"{TP} 2 {SP} --bf16") for name in ("TP2 SP, bf16",)}
+_HYBRID = "--model-class hybrid"
+_TWINS = LAYOUTS | RESUMED | GPT_BF16
+HYBRID = {
+    f"{name}, hybrid": replace(_TWINS[name], words=f"{_TWINS[name].words} {_HYBRID}")
+    for name in (
+        "1 rank, grouped",
+        "1 rank, tied",
+        "1 rank, biased-normed",
+        "1 rank, Baichuan2",
+        "DP2, distributed optimizer, overlapped",
+        "TP2",
+        _SHARDED_TP2,
+        "PP2",
+        "PP2, tied, full recompute",
+        "PP2 VPP2",
+        "PP2 VPP2, distributed optimizer, selective recompute",
+        "CP2",
+        "TP2 SP, bf16",
+        "TP2 PP2 SP",
+        "TP2 -> PP2",  # from a GPTModel's checkpoint
+        "TP2 SP, distributed optimizer -> PP2 VPP2 CP2",
+    )
+}
+# A GPTModel goes on from a HybridModel's checkpoint.
+FROM_HYBRID = {
+    f"{name}, from hybrid": replace(RESUMED[name], resumes=f"{RESUMED[name].resumes}, hybrid")
+    for name in ("TP2 -> 1 rank", "TP2 SP, distributed optimizer -> PP2")
+}
+ALL = LAYOUTS | BROKEN | RESUMED | (GPT_BF16 | HYBRID | FROM_HYBRID if HAS_HYBRID else {})
 
 
 def train_each(names: list[str], weights: Path, corpus: str, output: Path) -> None:

@@ -7,6 +7,9 @@ import pytest
 
 from tests.functional_tests.layouts import (
     BROKEN,
+    FROM_HYBRID,
+    HAS_HYBRID,
+    HYBRID,
     LAYOUTS,
     MODELS,
     RESUMED,
@@ -35,6 +38,13 @@ def test_a_layout_trains_the_model_of_one_rank(rows, name):
 def test_training_goes_on_in_another_layout(rows, name):
     assert len(rows[name]["losses"]) == 2
     assert max(deviation(rows, name)) < TOLERANCE
+
+
+@pytest.mark.skipif(not HAS_HYBRID, reason="--model-class hybrid needs megatron-core 0.19")
+@pytest.mark.parametrize("name", [*HYBRID, *FROM_HYBRID])
+def test_a_hybrid_model_trains_like_a_gpt_model(rows, name):
+    twin = name.removesuffix(", hybrid").removesuffix(", from hybrid")
+    assert rows[name] == rows[twin]
 
 
 @pytest.mark.parametrize("name", BROKEN)

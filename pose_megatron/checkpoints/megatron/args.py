@@ -17,6 +17,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from pose_megatron.checkpoints.megatron.hybrid_layout import gpt_args
 from pose_megatron.errors import ConfigError
 from pose_megatron.models.families import family_named, family_of
 from pose_megatron.models.shape import ModelConfig
@@ -153,6 +154,7 @@ def from_args(args: dict, embedding_rows: int) -> ModelConfig:
         ConfigError: the model is not a LLaMA, Qwen2 or Qwen3, Mixtral or Qwen3-MoE; names the
             argument.
     """
+    args = gpt_args(args)
     ours = {field.name for field in dataclasses.fields(ModelConfig)}
     for name, only in FIXED.items():
         if name not in ours and args.get(name, only) != only:
@@ -287,6 +289,8 @@ def from_run_config(config: dict, embedding_rows: int) -> ModelConfig:
         "mtp_num_layers",
         "window_size",
         "position_embedding_type",
+        "hybrid_layer_pattern",
+        "hybrid_override_pattern",
         "tensor_model_parallel_size",
         "yarn_rotary_scaling_factor",
         "yarn_original_max_position_embeddings",

@@ -22,6 +22,7 @@ import torch
 
 from pose_megatron.checkpoints.megatron import args as megatron_args
 from pose_megatron.checkpoints.megatron.common_state import read_common_state
+from pose_megatron.checkpoints.megatron.hybrid_layout import is_hybrid
 from pose_megatron.checkpoints.megatron.legacy import LegacyWeights, is_legacy
 from pose_megatron.checkpoints.megatron.torch_dist_metadata import read_index
 from pose_megatron.errors import ConfigError, DamagedCheckpoint
@@ -60,6 +61,11 @@ class Checkpoint:
     @property
     def is_legacy(self) -> bool:
         return is_legacy(self.path)
+
+    @property
+    def is_hybrid(self) -> bool:
+        """Whether it is in HybridModel's layout (hybrid_layout.py)."""
+        return not self.is_legacy and is_hybrid(read_index(self.path).tensors)
 
     @property
     def tokenizer_files(self) -> list[Path]:

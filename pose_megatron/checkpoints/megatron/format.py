@@ -58,8 +58,10 @@ class MegatronReader(CheckpointReader):
     def __init__(self, checkpoint: Checkpoint, folder: Path):
         self._folder = folder
         self.path, self.model = checkpoint.path, checkpoint.model
-        self.layout = "megatron legacy" if checkpoint.is_legacy else "megatron"
         self.weights = torch_dist.weights_of(checkpoint)
+        self.layout = "megatron legacy" if checkpoint.is_legacy else "megatron"
+        if getattr(self.weights, "is_hybrid", False):
+            self.layout = "megatron hybrid"
         self.sidecars: Mapping[str, Path] = config_json.find_sidecars(checkpoint.root / "tokenizer")
         self.progress: Mapping[str, Any] = _progress(checkpoint)
 

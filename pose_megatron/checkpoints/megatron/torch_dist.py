@@ -34,6 +34,7 @@ from pose_megatron.checkpoints.megatron.directory import (
     path_of,
     publish,
 )
+from pose_megatron.checkpoints.megatron.hybrid_layout import gpt_name, is_hybrid
 from pose_megatron.checkpoints.megatron.legacy import LegacyWeights
 from pose_megatron.checkpoints.megatron.torch_dist_metadata import (
     ChunkLocation,
@@ -67,7 +68,10 @@ _BACKEND = {
 
 
 class TorchDistWeights(StoredWeights):
-    """The weights of an iteration by the names of an undivided model.
+    """The weights of an iteration by the names of an undivided GPTModel.
+
+    Attributes:
+        is_hybrid: whether they are stored in HybridModel's layout.
 
     Args:
         path: the iteration's folder.
@@ -87,12 +91,13 @@ class TorchDistWeights(StoredWeights):
             for key in [key for key in tensors if key.endswith(LOCAL_EXPERTS_NORM)]:
                 norm = tensors.pop(key)
                 tensors.setdefault(key.replace(LOCAL_EXPERTS_NORM, EXPERTS_NORM), norm)
+        self.is_hybrid = is_hybrid(tensors)
         for key, tensor in tensors.items():
             if key.startswith(("optimizer.", "rng_state")):
                 continue
             axes = numbered_axes(key)
             for numbers in itertools.product(*map(range, tensor.size[:axes])):
-                name = _numbered(key, numbers)
+                name = self._name(key, numbers)
                 self.shapes[name], self.dtypes[name] = tensor.size[axes:], tensor.dtype
                 self._chunks[name] = []
             for chunk in tensor.chunks:
@@ -100,7 +105,12 @@ class TorchDistWeights(StoredWeights):
                 ends = (a + n for a, n in zip(chunk.corner, chunk.shape, strict=True))
                 spans = [range(a, b) for a, b in zip(chunk.corner, ends, strict=True)]
                 for numbers in itertools.product(*spans[:axes]):
-                    self._chunks[_numbered(key, numbers)].append(chunk)
+                    self._chunks[self._name(key, numbers)].append(chunk)
+
+    def _name(self, key: str, numbers: Sequence[int]) -> str:
+        """The name in an undivided GPTModel, from a key and the numbers along its first axes."""
+        name = _numbered(key, numbers)
+        return gpt_name(name) if self.is_hybrid else name
 
     def _check_file(self, chunk: ChunkLocation, sizes: dict[Path, int]) -> None:
         """That a chunk's file is there and long enough; `sizes` remembers what was asked before."""

@@ -360,10 +360,17 @@ def test_the_scale_is_the_squared_temperature_over_root_d():
         ({"mtp_num_layers": 1}, "multi-token prediction"),
         ({"apply_rope_fusion": True}, "apply_rope_fusion"),
         ({"fused_single_qkv_rope": True}, "fused_single_qkv_rope expects one row of angles"),
-        ({"cuda_graph_impl": "local"}, "cuda_graph_impl 'local' over attention replays the angles"),
+        (
+            {"cuda_graph_impl": "transformer_engine"},
+            "cuda_graph_impl 'transformer_engine' over attention asks .* sample angles at capture",
+        ),
         (
             {"cuda_graph_impl": "transformer_engine", "cuda_graph_scope": [CudaGraphScope.attn]},
             "cuda_graph_scope to 'mlp'",
+        ),
+        (  # its name from megatron-core 0.19 on
+            {"cuda_graph_impl": "transformer_engine", "cuda_graph_modules": [CudaGraphScope.attn]},
+            r"cuda_graph_scope to 'mlp' \(cuda_graph_modules from 0.19 on\)",
         ),
     ],
 )
@@ -375,10 +382,15 @@ def test_settings_that_would_rotate_wrongly_are_refused(setting, message):
         install_pose(theirs)
 
 
-def test_graphs_that_leave_attention_out_are_fine():
+@pytest.mark.parametrize("name", ["cuda_graph_scope", "cuda_graph_modules"])
+@pytest.mark.parametrize(
+    "implementation, scope",
+    [("transformer_engine", [CudaGraphScope.mlp]), ("local", []), ("local", [CudaGraphScope.attn])],
+)
+def test_graphs_that_get_the_angles_of_each_micro_batch_are_fine(implementation, scope, name):
     theirs = stock(shape())
-    theirs.config.cuda_graph_impl = "transformer_engine"
-    theirs.config.cuda_graph_scope = [CudaGraphScope.mlp]
+    theirs.config.cuda_graph_impl = implementation
+    setattr(theirs.config, name, scope)
     install_pose(theirs)
 
 
