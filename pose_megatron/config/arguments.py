@@ -52,26 +52,29 @@ def _parser() -> argparse.ArgumentParser:
     for name, group in _groups().items():
         section = parser.add_argument_group(group.__doc__)
         for f in dataclasses.fields(group):
-            options: dict = {"help": f.metadata["help"] or " ", "default": argparse.SUPPRESS}
-            if f.type is bool:
-                options["action"] = argparse.BooleanOptionalAction
-            else:
-                kind = _scalar(f.type)
-                options |= {
-                    "type": functools.partial(synonym, f.name) if kind is str else kind,
-                    "choices": f.metadata["choices"],
-                    "nargs": f.metadata["nargs"],
-                }
-                if not f.metadata["choices"]:
-                    options["metavar"] = kind.__name__.upper()
-                if (
-                    f.default not in (None, dataclasses.MISSING)
-                    and "default" not in f.metadata["help"]
-                ):
-                    options["help"] += f" (default: {f.default})"
-            section.add_argument(flag_name(f.name), dest=f"{name}.{f.name}", **options)
+            section.add_argument(
+                flag_name(f.name), dest=f"{name}.{f.name}", default=argparse.SUPPRESS, **options(f)
+            )
     add_facts(parser)
     return parser
+
+
+def options(field: dataclasses.Field) -> dict:
+    """What argparse's add_argument takes for a flag, without its default."""
+    help = field.metadata["help"] or " "
+    if field.type is bool:
+        return {"help": help, "action": argparse.BooleanOptionalAction}
+    kind = _scalar(field.type)
+    found = {
+        "type": functools.partial(synonym, field.name) if kind is str else kind,
+        "choices": field.metadata["choices"],
+        "nargs": field.metadata["nargs"],
+    }
+    if not field.metadata["choices"]:
+        found["metavar"] = kind.__name__.upper()
+    if field.default not in (None, dataclasses.MISSING) and "default" not in help:
+        help += f" (default: {field.default})"
+    return found | {"help": help}
 
 
 def _scalar(annotation) -> type:

@@ -1,6 +1,7 @@
 """The model that flags, checkpoint and tokenizer agree on."""
 
 import dataclasses
+from typing import Protocol
 
 from pose_megatron.config.flags import ModelFlags
 from pose_megatron.errors import ConfigError, flag_name
@@ -37,7 +38,7 @@ def resolve_model(
     if target is None:
         target = loaded.max_position_embeddings if loaded else seq_length
     shape["max_position_embeddings"] = target
-    shape["rope_scaling"] = _resolve_scaling(flags, target, seq_length, loaded)
+    shape["rope_scaling"] = resolve_scaling(flags, target, seq_length, loaded)
     return ModelConfig(**shape)
 
 
@@ -106,8 +107,18 @@ def _shape_of_checkpoint(flags: ModelFlags, loaded: ModelConfig) -> dict:
     return shape
 
 
-def _resolve_scaling(
-    flags: ModelFlags, target: int, seq_length: int, loaded: ModelConfig | None
+class Interpolated(Protocol):
+    """What an extension starts from: a ModelConfig, or as much of one."""
+
+    @property
+    def rope_scaling(self) -> RopeScaling: ...
+
+    @property
+    def max_position_embeddings(self) -> int: ...
+
+
+def resolve_scaling(
+    flags: ModelFlags, target: int, seq_length: int, loaded: Interpolated | None
 ) -> RopeScaling:
     """The scaling for the target window: the checkpoint's, a new one, or a new one over it."""
     asked = _asked_scaling(flags)

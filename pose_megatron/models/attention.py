@@ -20,6 +20,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 )
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe import moe_utils
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
     get_num_layers_to_build,
@@ -190,6 +191,16 @@ def layer_spec(
             moe_grouped_gemm=config.moe_grouped_gemm,
             qk_layernorm=config.qk_layernorm,
         )
+    layers = get_num_layers_to_build(config, vp_stage=vp_stage)
+    # As a block: the final norm of a layer spec would be the library's, which refuses sequence
+    # parallelism.
+    return TransformerBlockSubmodules(
+        layer_specs=[torch_layer_spec(config)] * layers, layer_norm=RMSNorm
+    )
+
+
+def torch_layer_spec(config: TransformerConfig) -> ModuleSpec:
+    """One layer without Transformer Engine."""
     # The library hands out shared submodule objects: change a copy.
     spec = copy.deepcopy(
         get_gpt_layer_local_spec(num_experts=config.num_moe_experts, normalization="RMSNorm")
@@ -204,7 +215,4 @@ def layer_spec(
     attention.core_attention = SdpaCoreAttention
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
-    layers = get_num_layers_to_build(config, vp_stage=vp_stage)
-    # As a block: the final norm of a layer spec would be the library's, which refuses sequence
-    # parallelism.
-    return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=RMSNorm)
+    return spec

@@ -19,7 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from pose_megatron.errors import ConfigError
-from pose_megatron.models.attention import layer_spec
+from pose_megatron.models.attention import RMSNorm, layer_spec, torch_layer_spec
 from pose_megatron.models.gpt import PositionIdsDrivenHybrid
 from pose_megatron.models.rotary import bind_rotary
 from pose_megatron.rope.scaling import RopeScaling
@@ -123,8 +123,7 @@ def hybrid_stack_spec(
     if implementation == "transformer_engine":
         layer_spec(config, implementation)  # raises where it is missing
         return _transformer_engine_stack(config)
-    block = block or layer_spec(config, implementation)
-    layer = block.layer_specs[0]
+    layer = block.layer_specs[0] if block else torch_layer_spec(config)
     if layer.module is not TransformerLayer:
         raise ConfigError(
             "a HybridModel has attention and MLP in layers of their own, which "
@@ -150,7 +149,7 @@ def hybrid_stack_spec(
     )
     return ModuleSpec(
         module=TorchHybridStack,
-        params={"final_norm": block.layer_norm},
+        params={"final_norm": block.layer_norm if block else RMSNorm},
         submodules=HybridStackSubmodules(
             attention_layer=ModuleSpec(module=TransformerLayer, submodules=attention),
             mlp_layer=ModuleSpec(module=MLPLayer, submodules=mlp),

@@ -28,7 +28,7 @@ def build_optimizer(
     t: TrainingFlags, p: ParallelFlags, chunks: list[DistributedDataParallel]
 ) -> MegatronOptimizer:
     """Adam over float32 main parameters; weight decay spares the norms."""
-    _mend_torch_adam()
+    mend_torch_adam()
     config = OptimizerConfig(
         optimizer="adam",
         lr=t.lr,
@@ -70,7 +70,7 @@ def build_scheduler(
         lr_wsd_decay_style=t.lr_wsd_decay_style,
         start_wd=t.weight_decay,
         end_wd=t.weight_decay,
-        wd_incr_steps=0,
+        wd_incr_steps=length,  # without effect; Megatron-LM compares it with its own
         wd_incr_style="constant",
         # A resumed run's flags win over the checkpoint's.
         use_checkpoint_opt_param_scheduler=False,
@@ -127,7 +127,7 @@ def init_optimizer_state(optimizer: MegatronOptimizer) -> None:
 
 
 @functools.cache
-def _mend_torch_adam() -> None:
+def mend_torch_adam() -> None:
     """Three defects of megatron-core 0.16.1 when torch's AdamW is in the distributed optimizer.
 
     Loading a parameter's state expects a 'step', which was never saved; it writes into leaf tensors

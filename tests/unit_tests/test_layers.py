@@ -22,6 +22,7 @@ ROOMS = [
     "checkpoints",
     "training",
     "evaluation",
+    "megatron",
     "commands",
     "pretrain",
 ]

@@ -174,6 +174,13 @@ def copy_tokenizer(root: Path, files: Iterable[Path]) -> None:
             shutil.copy2(file, folder / file.name)
 
 
+def stored_record(common: dict) -> dict:
+    """What we have stored of the model: our trainer beside Megatron-LM's args, the plugin in them,
+    where Megatron's own trainer carries it along; empty in a stock checkpoint."""
+    args = vars(common["args"]) if "args" in common else {}
+    return common.get("pose_megatron") or args.get("pose_megatron") or {}
+
+
 def model_and_common(path: Path) -> tuple[ModelConfig, dict]:
     """One iteration's model and its common state, with Megatron-LM's `args` in it.
 
@@ -188,8 +195,8 @@ def model_and_common(path: Path) -> tuple[ModelConfig, dict]:
         if not (path / name).is_file():
             raise DamagedCheckpoint(f"checkpoint {path} is incomplete: {name} is missing")
     common = read_common_state(path)
-    if "pose_megatron" in common:
-        return ModelConfig.from_dict(common["pose_megatron"]["model"]), common
+    if "model" in (ours := stored_record(common)):
+        return ModelConfig.from_dict(ours["model"]), common
     run_config = path / "run_config.yaml"
     if "args" not in common and not run_config.is_file():
         raise ConfigError(
