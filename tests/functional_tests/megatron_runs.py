@@ -38,6 +38,9 @@ MEGATRON = """--use-checkpoint-args --tokenizer-type NullTokenizer --vocab-size 
     --calculate-per-token-loss --eval-iters 0 --eval-interval 100 --log-interval 1"""
 TP, PP, CP = (f"--{name}-parallel-size" for name in ("tensor-model", "pipeline-model", "context"))
 
+# From a GPTModel's checkpoint, Megatron takes the optimizer's state, too, unless told not to.
+HYBRID = "--no-load-optim --hybrid-layer-pattern"
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -61,8 +64,8 @@ LAYOUTS = {
     "DP2, distributed optimizer, overlapped": Layout(
         2, "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
     ),
-    "Hybrid": Layout(1, "--hybrid-layer-pattern *-*-*-*-"),
-    "Hybrid, PP2": Layout(2, f"{PP} 2 --hybrid-layer-pattern *-*-|*-*-"),
+    "Hybrid": Layout(1, f"{HYBRID} *-*-*-*-"),
+    "Hybrid, PP2": Layout(2, f"{PP} 2 {HYBRID} *-*-|*-*-"),
     "experts": Layout(1, model="experts"),
     "experts, EP2": Layout(2, "--expert-model-parallel-size 2", "experts"),
 }
