@@ -2,6 +2,7 @@
 
 import functools
 import os
+import socket
 import types
 from importlib.util import find_spec
 
@@ -74,8 +75,7 @@ def _run_without_cuda() -> None:
     """What pretrain() needs beyond runtime/cpu.py."""
     if "RANK" not in os.environ:  # a single rank, without torchrun
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", "29517")
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
     properties = types.SimpleNamespace(
         major=9, minor=0, name="cpu", total_memory=0, multi_processor_count=1
     )
@@ -90,6 +90,12 @@ def _run_without_cuda() -> None:
     training.initialize_megatron = functools.partial(
         training.initialize_megatron, allow_no_cuda=True
     )
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
 
 
 def _mend_resuming() -> None:
