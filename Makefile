@@ -38,13 +38,14 @@ STOP_AND_GO := $(FUNCTIONAL)/test_stop_and_go.py
 CURRENT_TESTS := tests/unit_tests $(FUNCTIONAL)/test_matrix.py $(STOP_AND_GO) \
     $(FUNCTIONAL)/test_convert_tool.py $(FUNCTIONAL)/test_convert_ranks.py \
     $(FUNCTIONAL)/test_families.py $(FUNCTIONAL)/test_experts.py $(PLUGIN_TESTS)
-# Of these, what CI has the time for: of stop and go the signal, the damage and the kills.
+# Of these, what CI has the time for: of stop and go the signal, the damage and the kills, and of
+# conversion every family.
 CURRENT_TESTS_IN_SHORT := tests/unit_tests $(FUNCTIONAL)/test_matrix.py \
     $(STOP_AND_GO)::test_a_signal_saves_and_the_same_command_goes_on \
     $(STOP_AND_GO)::test_a_damaged_checkpoint_is_named_and_the_one_before_can_be_taken \
     $(STOP_AND_GO)::test_a_run_killed_again_and_again_comes_to_the_same_end \
     $(STOP_AND_GO)::test_a_kill_before_common_pt_is_written_loses_nothing \
-    $(FUNCTIONAL)/test_convert_ranks.py $(PLUGIN_TESTS)
+    $(FUNCTIONAL)/test_families.py $(PLUGIN_TESTS)
 
 test-current: .venv-current/bin/.ready
 	PATH=$(CURDIR)/.venv-current/bin:$$PATH python -m pytest $(CURRENT_TESTS)
