@@ -1,19 +1,26 @@
 # make quickstart   the whole job on a laptop: text in, PoSE training, a longer window out
 # make test         all tests          make unit   the ones that take seconds
 # make bench        the benchmarks, half an hour; OUT=folder for the figures
-# make lint         ruff and mypy      make clean  removes .venv and quickstart/
-# Each sets up .venv when it is missing, with Python 3.11 or newer: make PYTHON=python3.12 ...
+# make lint         ruff and mypy      make clean  removes the environments and quickstart/
+# Each sets up .venv when it is missing, with Python 3.11 to 3.13: make PYTHON=python3.12 ...
+# Python 3.11 gets megatron-core 0.16.1, 3.12 and 3.13 get the current one (constraints.txt).
+#
+# What also runs on the current megatron-core where .venv has Python 3.11:
+# make test-current          in an environment of its own, .venv-current, with Python 3.12
+# make test-current-on-3.11  the shorter list, in .venv; for CI
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
+PYTHON312 ?= python3.12
 # Installed first. On a machine without a GPU whose index offers only CUDA builds, say
 #   make TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu" ...
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
+PIP := pip --disable-pip-version-check
 
 export OMP_NUM_THREADS ?= 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: quickstart test unit bench lint clean
+.PHONY: quickstart test unit test-current test-current-on-3.11 bench lint clean
 
 quickstart: $(BIN)/.ready
 	bash examples/quickstart.sh
@@ -23,6 +30,34 @@ test: $(BIN)/.ready
 
 unit: $(BIN)/.ready
 	python -m pytest tests/unit_tests
+
+# What depends on the release of megatron-core.
+FUNCTIONAL := tests/functional_tests
+PLUGIN_TESTS := $(wildcard $(FUNCTIONAL)/test_megatron_plugin.py)
+STOP_AND_GO := $(FUNCTIONAL)/test_stop_and_go.py
+CURRENT_TESTS := tests/unit_tests $(FUNCTIONAL)/test_matrix.py $(STOP_AND_GO) \
+    $(FUNCTIONAL)/test_convert_tool.py $(FUNCTIONAL)/test_convert_ranks.py \
+    $(FUNCTIONAL)/test_families.py $(FUNCTIONAL)/test_experts.py $(PLUGIN_TESTS)
+# Of these, what CI has the time for: of stop and go the signal, the damage and the kills, and of
+# conversion every family.
+CURRENT_TESTS_IN_SHORT := tests/unit_tests $(FUNCTIONAL)/test_matrix.py \
+    $(STOP_AND_GO)::test_a_signal_saves_and_the_same_command_goes_on \
+    $(STOP_AND_GO)::test_a_damaged_checkpoint_is_named_and_the_one_before_can_be_taken \
+    $(STOP_AND_GO)::test_a_run_killed_again_and_again_comes_to_the_same_end \
+    $(STOP_AND_GO)::test_a_kill_before_common_pt_is_written_loses_nothing \
+    $(FUNCTIONAL)/test_families.py $(PLUGIN_TESTS)
+
+test-current: .venv-current/bin/.ready
+	PATH=$(CURDIR)/.venv-current/bin:$$PATH python -m pytest $(CURRENT_TESTS)
+
+# The current megatron-core, which asks for Python 3.12, in a folder before the other one of .venv.
+# NVIDIA does not support it on 3.11: a substitute for CI, where neither Python 3.12 nor PyTorch's
+# CPU build for it need be at hand.
+CURRENT := $(shell sed -n 's/^megatron-core==\(.*\); python_version >=.*/\1/p' constraints.txt)
+SUBSTITUTE := .venv/megatron-core-$(CURRENT)
+
+test-current-on-3.11: $(SUBSTITUTE)/.ready
+	PYTHONPATH=$(CURDIR)/$(SUBSTITUTE) python -m pytest $(CURRENT_TESTS_IN_SHORT)
 
 OUT ?= runs/benchmarks
 BENCHMARKS := step_overhead full_length resume dataset convert preprocess
@@ -38,12 +73,26 @@ lint: $(BIN)/.ready
 	mypy
 
 clean:
-	rm -rf .venv quickstart
+	rm -rf .venv .venv-current quickstart
 
-$(BIN)/.ready: pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("needs Python 3.11 or newer, \
-	not " + sys.version.split()[0] + ": make PYTHON=/path/to/python3.11")'
-	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+$(BIN)/.ready: WITH := $(PYTHON)
+.venv-current/bin/.ready: WITH := $(PYTHON312)
+$(BIN)/.ready .venv-current/bin/.ready: pyproject.toml constraints.txt
+	@$(WITH) -c 'import sys; (3, 11) <= sys.version_info < (3, 14) or sys.exit("needs Python 3.11 \
+	to 3.13, not " + sys.version.split()[0] + ": make PYTHON=/path/to/python3.11")'
+	$(WITH) -m venv $(@D)/..
+	$(@D)/$(PIP) install --quiet $(TORCH)
+	$(@D)/$(PIP) install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+# pip refuses a wheel of another Python by name, and builds it from the file.
+$(SUBSTITUTE)/.ready: $(BIN)/.ready
+	rm -rf $(@D) $(@D).build
+	$(BIN)/$(PIP) download --quiet --no-deps --no-binary :all: --ignore-requires-python \
+	    --dest $(@D).build megatron-core==$(CURRENT)
+	$(BIN)/$(PIP) wheel --quiet --no-deps --ignore-requires-python \
+	    --wheel-dir $(@D).build $(@D).build/megatron_core-$(CURRENT).tar.gz
+	$(BIN)/$(PIP) install --quiet --no-deps --ignore-requires-python --target $(@D) \
+	    $(@D).build/megatron_core-*.whl $(shell grep '^triton==' constraints.txt)
+	rm -rf $(@D).build
 	touch $@

@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import sysconfig
+from importlib.metadata import version
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -41,6 +42,13 @@ STDLIB = (
     "tokenize",
     "types",
 )
+
+
+def pytest_report_header(config) -> str:
+    """What runs, and on what."""
+    python = ".".join(map(str, sys.version_info[:3]))
+    core, tests = version("megatron-core"), ", ".join(config.args)
+    return f"== Python {python}, torch {torch.__version__}, megatron-core {core}: {tests}"
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """What a program does before it imports megatron-core."""
 
+import logging
 import os
 import sys
 import warnings
@@ -9,15 +10,28 @@ from pose_megatron.runtime.cli import print_error
 from pose_megatron.runtime.megatron_core import megatron_core_version
 from pose_megatron.runtime.ranks import rank
 
-# Warnings of megatron-core and torch at every start, about optional packages and about deprecated
-# names that only they can change.
+# Warnings of megatron-core and torch at every start, about optional packages and about names and
+# calls that only they, or we, can change.
 KNOWN_WARNINGS = (
     ".*Apex (is|are) not installed",
     "full scope is deprecated",
     r"`(torch\.distributed\.)?\w+` is deprecated",
     "Please use DTensor instead",
     "The .grad attribute of a Tensor that is not a leaf",
+    r"Mimo\w+ is experimental",
+    "The argument order of load has been changed",
+    "torch.distributed is disabled, unavailable or uninitialized",  # as a reader of files means it
+    "Could not determine rank from torch.distributed",
 )
+# The same, in megatron-core's logs: logger -> what the lines begin with.
+KNOWN_LOG_LINES = {
+    "megatron.core.models.gpt.gpt_model": "GPTModel IS DEPRECATED",
+    "megatron.core.dist_checkpointing.strategies.common": "load_common is deprecated",
+    "megatron.core.dist_checkpointing.strategies.torch": "MCore's async save is deprecated",
+    "megatron.core.distributed.distributed_data_parallel": (
+        "DistributedDataParallel: full_param_layout not provided"
+    ),
+}
 
 
 def prepare_megatron() -> None:
@@ -27,8 +41,7 @@ def prepare_megatron() -> None:
     it ends the program with a sentence that says what to install.
     """
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # orders tensor-parallel overlap
-    for message in KNOWN_WARNINGS:
-        warnings.filterwarnings("ignore", message=message)
+    _mute()
     from pose_megatron.runtime import cpu
 
     try:
@@ -38,3 +51,21 @@ def prepare_megatron() -> None:
             print_error(error)
         sys.exit(1)
     cpu.install()
+
+
+def _mute() -> None:
+    for message in KNOWN_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
+    for name, start in KNOWN_LOG_LINES.items():
+        logging.getLogger(name).addFilter(_Without(start))
+
+
+class _Without(logging.Filter):
+    """Lets everything pass but lines that begin with `start`."""
+
+    def __init__(self, start: str):
+        super().__init__()
+        self._start = start
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(self._start)

@@ -27,7 +27,9 @@ from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, Indexe
 ROOT = Path(__file__).parents[2]
 STDLIB = Path(sysconfig.get_path("stdlib"))
 NAMES = ("argparse", "ast", "heapq", "inspect", "textwrap", "tarfile", "typing", "zipfile")
-PATHS = [p for n in NAMES if (p := STDLIB / f"{n}.py").is_file()]
+# Python 3.12 made a package of zipfile.
+FILES = [(STDLIB / f"{name}.py", STDLIB / name / "__init__.py") for name in NAMES]
+PATHS = [next(path for path in paths if path.is_file()) for paths in FILES]
 TEXTS = [path.read_text("utf-8") for path in PATHS] * 2
 VOCAB_SIZE = 800
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}

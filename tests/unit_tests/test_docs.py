@@ -46,6 +46,10 @@ FOREIGN = {
     "vLLM": {"--max-model-len"},
     "pip, in make's TORCH": {"--index-url"},
     "Megatron-LM, refused here": {"--reset-position-ids"},
+    "Megatron-LM, of our checkpoints": {
+        "--use-rope-scaling",
+        "--rotary-seq-len-interpolation-factor",
+    },
     "benchmarks": {"--output"},
 }
 

@@ -20,6 +20,7 @@ from pose_megatron.checkpoints.huggingface import config_json
 from pose_megatron.checkpoints.mapping import ParamMapping, check_megatron, param_mappings
 from pose_megatron.checkpoints.megatron import torch_dist
 from pose_megatron.checkpoints.megatron.directory import TRACKER, Checkpoint, find
+from pose_megatron.checkpoints.megatron.stock_flags import notes
 from pose_megatron.checkpoints.megatron.torch_dist_metadata import ChunkLocation
 from pose_megatron.checkpoints.tensor_files import size
 from pose_megatron.errors import ConfigError
@@ -134,4 +135,4 @@ class MegatronWriter(CheckpointWriter):
         return again
 
     def notes(self) -> list[str]:
-        return []
+        return notes(self._contents.model)

@@ -38,5 +38,6 @@ BAICHUAN = _Baichuan(
     only={"hidden_act": "silu", "tie_word_embeddings": False},
     reads_rope=False,
     in_transformers=False,
+    in_megatron_lm=False,
     exports_as_llama=True,
 )

@@ -63,6 +63,7 @@ class Family:
         reads_rope: whether the code of the family reads rope keys from config.json; without them
             the base is 10000 and nothing is interpolated.
         in_transformers: whether transformers has a class for it.
+        in_megatron_lm: whether stock Megatron-LM computes it.
         in_meta_format: whether Meta's consolidated.NN.pth can hold it.
         exports_as_llama: whether `weight_as_llama` turns it into a LLaMA.
 
@@ -88,6 +89,7 @@ class Family:
     rotary_dim_key: str | None = None
     reads_rope: bool = True
     in_transformers: bool = True
+    in_megatron_lm: bool = True
     in_meta_format: bool = False
     exports_as_llama: bool = False
 

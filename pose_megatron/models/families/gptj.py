@@ -78,6 +78,7 @@ GPTJ = _GPTJ(
     },
     defaults={"rotary_dim": 64},
     epsilon=("layer_norm_epsilon", 1e-5),
+    in_megatron_lm=False,
     rotary_dim_key="rotary_dim",
     reads_rope=False,
     normalization="LayerNorm",

@@ -1,0 +1,97 @@
+"""What programs do before megatron-core is imported: they refuse a wrong one, and mute lines that no
+user can act upon."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[3]
+PATH = os.environ.get("PYTHONPATH", "")
+EVALUATE = ["--load", "run", "--context-lengths", "32", "--output", "results.jsonl"]
+INSTALL = (
+    "pip install 'megatron-core==0.16.1' on Python 3.11, "
+    "'megatron-core>=0.19.2,<0.20' on Python 3.12 and 3.13"
+)
+# Hides every megatron-core that is installed, so that the one on PYTHONPATH alone is found.
+HIDE = """
+import importlib.util, runpy, sys
+found = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "megatron" else found(name, *rest)
+sys.argv = [{program!r}]
+runpy.run_path({program!r}, run_name="__main__")
+"""
+
+
+def run(*command, **env):
+    return subprocess.run(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env=os.environ | env,
+        capture_output=True,
+        text=True,
+    )
+
+
+def fake_core(folder: Path, release: tuple[int, int, int]) -> Path:
+    """megatron/core/package_info.py, as megatron-core 0.15 has it."""
+    core = folder / "megatron" / "core"
+    core.mkdir(parents=True)
+    (core / "package_info.py").write_text(
+        "MAJOR, MINOR, PATCH = {}, {}, {}\n".format(*release)
+        + '__version__ = ".".join(map(str, (MAJOR, MINOR, PATCH)))\n'
+    )
+    for package in (core, core.parent):
+        (package / "__init__.py").touch()
+    return core
+
+
+def assert_one_sentence(done, program, sentence):
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"{program}: error: {sentence}\n"
+
+
+@pytest.mark.parametrize(
+    ("program", "words"),
+    [
+        ("pretrain_pose.py", []),
+        ("tools/evaluate_perplexity.py", [*EVALUATE, "--data-path", "corpus"]),
+        ("tools/evaluate_passkey.py", EVALUATE),
+    ],
+)
+def test_a_megatron_core_that_is_too_old_is_named(program, words, tmp_path):
+    core = fake_core(tmp_path, (0, 15, 0))
+    done = run(program, *words, PYTHONPATH=f"{tmp_path}{os.pathsep}{PATH}")
+    sentence = f"megatron-core 0.15.0 in {core} is older than 0.16.1: {INSTALL}"
+    assert_one_sentence(done, Path(program).name, sentence)
+
+
+def test_without_megatron_core_a_program_says_what_to_install():
+    done = run("-c", HIDE.format(program="pretrain_pose.py"), PYTHONPATH=PATH)
+    assert_one_sentence(done, "pretrain_pose.py", f"megatron-core is not installed: {INSTALL}")
+
+
+def test_ranks_say_it_once(tmp_path):
+    fake_core(tmp_path, (0, 15, 0))
+    path = f"{tmp_path}{os.pathsep}{PATH}"
+    second = run("pretrain_pose.py", PYTHONPATH=path, RANK="1", WORLD_SIZE="2")
+    assert (second.returncode, second.stdout, second.stderr) == (1, "", "")
+
+
+def test_a_run_prints_no_line_that_is_not_ours(tmp_path, make_corpus):
+    """Neither megatron-core's warnings nor PyTorch's, from the start to the save and the load."""
+    corpus = make_corpus([[*range(200), 256]])
+    run_twice = f"""
+        --num-layers 1 --hidden-size 16 --num-attention-heads 2 --vocab-size 257 --seq-length 32
+        --max-position-embeddings 64 --rope-scaling linear --split 100,0,0 --micro-batch-size 1
+        --global-batch-size 1 --num-workers 0 --lr 1e-2 --use-distributed-optimizer
+        --data-path {corpus} --load {tmp_path}/run --save {tmp_path}/run --train-iters""".split()
+    for iterations in ("1", "2"):
+        done = run("pretrain_pose.py", *run_twice, iterations, PYTHONPATH=PATH)
+        assert done.returncode == 0, done.stderr
+        lines = done.stderr.splitlines()
+        # True where PyTorch is a CUDA build and there is no driver: for its user to know.
+        lines = [line for line in lines if "No CUDA runtime is found" not in line]
+        assert len(lines) == 1 and lines[0].startswith(f"{corpus}, train: "), done.stderr
