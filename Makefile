@@ -33,7 +33,7 @@ unit: $(BIN)/.ready
 
 # What depends on the release of megatron-core.
 FUNCTIONAL := tests/functional_tests
-PLUGIN_TESTS := $(wildcard $(FUNCTIONAL)/test_megatron_plugin.py)
+PLUGIN_TESTS := $(FUNCTIONAL)/test_megatron_plugin.py
 STOP_AND_GO := $(FUNCTIONAL)/test_stop_and_go.py
 CURRENT_TESTS := tests/unit_tests $(FUNCTIONAL)/test_matrix.py $(STOP_AND_GO) \
     $(FUNCTIONAL)/test_convert_tool.py $(FUNCTIONAL)/test_convert_ranks.py \
@@ -94,5 +94,8 @@ $(SUBSTITUTE)/.ready: $(BIN)/.ready
 	    --wheel-dir $(@D).build $(@D).build/megatron_core-$(CURRENT).tar.gz
 	$(BIN)/$(PIP) install --quiet --no-deps --ignore-requires-python --target $(@D) \
 	    $(@D).build/megatron_core-*.whl $(shell grep '^triton==' constraints.txt)
+	# typing.override, which megatron.training imports, is new in Python 3.12.
+	echo "import typing, typing_extensions; typing.override = typing_extensions.override" \
+	    > $(@D)/sitecustomize.py
 	rm -rf $(@D).build
 	touch $@
