@@ -77,6 +77,8 @@ def start_weights(folder: Path, corpus: str, model: str) -> Path:
     weights = folder / model
     if not weights.exists():
         words = f"{MODELS[model][0]} {SAMPLES} --data-path {corpus} --seed 5 --train-iters 1 --lr 0"
+        # Its window is the samples', so that the runs really interpolate, by 8.
+        words += " --max-position-embeddings 32"
         launch([ROOT / "pretrain_pose.py", *words.split(), "--save", weights])
     return weights
 
