@@ -18,6 +18,7 @@ _HOMES = {
     "with_pose": "model",
     "train_valid_test_datasets_provider": "batch",
     "get_batch": "batch",
+    "micro_batch": "batch",
     "forward_step": "step",
     "loss_func": "step",
     "run": "pretrain",

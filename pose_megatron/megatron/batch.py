@@ -78,13 +78,23 @@ def _is_end(vp_stage: int | None) -> bool:
 def get_batch(
     iterator: Iterator[dict[str, Any]] | None, vp_stage: int | None = None
 ) -> dict[str, torch.Tensor | None]:
+    """`micro_batch` of the sizes that Megatron's flags give."""
+    args = get_args()
+    return micro_batch(iterator, args.micro_batch_size, args.seq_length, vp_stage)
+
+
+def micro_batch(
+    iterator: Iterator[dict[str, Any]] | None,
+    micro_batch_size: int,
+    seq_length: int,
+    vp_stage: int | None = None,
+) -> dict[str, torch.Tensor | None]:
     """The next micro-batch on this rank: tokens, labels, loss_mask and position_ids as int64
     [b, L / cp], or None where the pipeline stage does not need it. Position ids go to every stage.
 
     Raises:
-        ConfigError: the dataset gives no position ids, or not of int64.
+        ConfigError: the dataset gives no position ids, or lacks another field.
     """
-    args = get_args()
     fields = FIELDS if _is_end(vp_stage) else ("position_ids",)
     if parallel_state.get_tensor_model_parallel_rank() == 0:
         assert iterator is not None, "tensor-parallel rank 0 loads"
@@ -98,7 +108,7 @@ def get_batch(
                 )
         packed = torch.stack([sample[name].long() for name in fields]).cuda(non_blocking=True)
     else:
-        shape = (len(fields), args.micro_batch_size, args.seq_length)
+        shape = (len(fields), micro_batch_size, seq_length)
         packed = torch.empty(shape, dtype=torch.int64, device=torch.cuda.current_device())
     if parallel_state.get_tensor_model_parallel_world_size() > 1:
         dist.broadcast(

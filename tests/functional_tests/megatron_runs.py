@@ -76,10 +76,9 @@ def start_weights(folder: Path, corpus: str, model: str) -> Path:
     """A checkpoint of fresh weights with a window of 32 tokens, saved by our trainer."""
     weights = folder / model
     if not weights.exists():
-        words = (
-            f"{MODELS[model][0]} {SAMPLES} --data-path {corpus} --seed 5 --train-iters 1 --lr 0 "
-        )
-        words += "--max-position-embeddings 32 --pose-num-chunks 1"
+        words = f"{MODELS[model][0]} {SAMPLES} --data-path {corpus} --seed 5 --train-iters 1 --lr 0"
+        # Its window is the samples', so that the runs really interpolate, by 8.
+        words += " --max-position-embeddings 32"
         launch([ROOT / "pretrain_pose.py", *words.split(), "--save", weights])
     return weights
 
