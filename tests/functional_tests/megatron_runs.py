@@ -179,7 +179,11 @@ def table() -> str:
     """All layouts against our trainer on one rank, as Markdown."""
     from tests.functional_tests.layouts import stdlib_corpus
 
-    lines = ["| layout | loss of the last step | loss | gradient norm |", "|---|---|---|---|"]
+    lines = [
+        f"| layout and model in `pretrain()` | loss of step {STEPS} "
+        "| largest relative difference: loss | gradient norm |",
+        "|---|---:|---:|---:|",
+    ]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         corpus = stdlib_corpus(name)
