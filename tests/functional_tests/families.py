@@ -234,8 +234,9 @@ def reference(case: Case, folder: Path) -> Callable:
         if exact and case.name == "GPTJ":
             frequencies, _ = inverse_frequencies({}, config["rotary_dim"])
             cos, sin = cos_sin(torch.arange(TARGET), frequencies, True)
-            for block in model.transformer.h:
-                block.attn.embed_positions = torch.cat((sin, cos), -1)
+            for module in model.modules():  # each attention; from transformers 5.24 on, one for all
+                if hasattr(module, "embed_positions"):
+                    module.embed_positions = torch.cat((sin, cos), -1)
         elif exact:
             dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
             model.model.rotary_emb = ExactRotary(config, dim)
