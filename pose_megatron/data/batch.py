@@ -19,9 +19,15 @@ from pose_megatron.runtime.distributed import device
 FIELDS = ("tokens", "labels", "loss_mask", "position_ids")
 
 
-def fields_here() -> tuple[str, ...]:
-    """The fields that this pipeline stage needs: a middle one only position ids."""
-    ends = parallel_state.is_pipeline_first_stage() or parallel_state.is_pipeline_last_stage()
+def fields_here(vp_stage: int | None = None) -> tuple[str, ...]:
+    """The fields that this pipeline stage needs: a middle one only position ids.
+
+    Args:
+        vp_stage: one model chunk of an interleaved stage; None for all that the rank has.
+    """
+    here = {"ignore_virtual": vp_stage is None, "vp_stage": vp_stage}
+    p = parallel_state
+    ends = p.is_pipeline_first_stage(**here) or p.is_pipeline_last_stage(**here)
     return FIELDS if ends else ("position_ids",)
 
 
@@ -90,13 +96,30 @@ def get_batch(
     """
     fields = fields_here()
     shape = (len(fields), micro_batch_size, seq_length)
+    packed = None
     if iterator is not None:
         packed = next(iterator, None)
         if packed is None:
             raise ConfigError("the dataset ended before --train-iters: it has too few samples")
         assert packed.shape == shape, f"{tuple(packed.shape)} loaded, {shape} expected"
         packed = packed.to(device(), non_blocking=True)
-    else:
+    return distribute(packed, fields, shape)
+
+
+def distribute(
+    packed: torch.Tensor | None, fields: tuple[str, ...], shape: tuple[int, int, int]
+) -> dict[str, torch.Tensor | None]:
+    """A micro-batch from tensor-parallel rank 0 to its whole group, sliced for context parallelism.
+
+    Args:
+        packed: int64 [f, b, L] on this rank's device, in the order of `fields`; None where the rank
+            does not load.
+        shape: (f, b, L).
+
+    Returns:
+        Each of FIELDS as int64 [b, L / cp], or None where it is not among `fields`.
+    """
+    if packed is None:
         packed = torch.empty(shape, dtype=torch.int64, device=device())
     if parallel_state.get_tensor_model_parallel_world_size() > 1:
         dist.broadcast(

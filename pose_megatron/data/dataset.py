@@ -26,6 +26,7 @@ from pose_megatron.errors import ConfigError
 from pose_megatron.positions.sampler import PoseSampler
 
 logger = logging.getLogger(__name__)
+DEFAULT_SPLIT = "969,30,1"  # Megatron-LM's
 
 
 class PoseDataset(torch.utils.data.Dataset):
@@ -163,7 +164,7 @@ def build_datasets(
 def _config(data: DataFlags, sampler: PoseSampler, sizes: list[int]) -> PoseDatasetConfig:
     """megatron-core's settings of the three splits; a split that needs no samples is left out."""
     blend, per_split = blends(data)
-    share = _split("969,30,1" if data.split is None else data.split)
+    share = _split(DEFAULT_SPLIT if data.split is None else data.split)
     config = PoseDatasetConfig(
         random_seed=sampler.seed,
         sequence_length=data.seq_length,

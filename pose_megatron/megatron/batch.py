@@ -4,13 +4,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.training import get_args
 
 from pose_megatron.config.sampler import build_sampler, non_default_flags
-from pose_megatron.data.batch import FIELDS, slice_for_context_parallelism
-from pose_megatron.data.dataset import Datasets, build_datasets
+from pose_megatron.data.batch import distribute, fields_here
+from pose_megatron.data.dataset import DEFAULT_SPLIT, Datasets, build_datasets
 from pose_megatron.errors import ConfigError
 from pose_megatron.megatron.flags import arguments_of
 from pose_megatron.preprocessing.tokenizer import Tokenizer, build_tokenizer
@@ -43,7 +42,7 @@ def train_valid_test_datasets_provider(
         record["vocab_size"],
         train,
         valid if args.eval_iters else 0,
-        positions_only=not _is_end(vp_stage),
+        positions_only="tokens" not in fields_here(vp_stage),
         test_samples=test,
         materialized_as=non_default_flags(ours.position),
     )
@@ -56,7 +55,7 @@ train_valid_test_datasets_provider.is_distributed = True  # type: ignore[attr-de
 def _has_test_documents(data) -> bool:
     if data.train_data_path or data.valid_data_path or data.test_data_path:
         return bool(data.test_data_path)
-    share = (data.split or "969,30,1").rpartition(",")[2]
+    share = (data.split or DEFAULT_SPLIT).rpartition(",")[2]
     return share.strip() not in ("0", "0.0")
 
 
@@ -65,14 +64,6 @@ def _tokenizer(args) -> Tokenizer | None:
     if not args.pose_boundaries or args.tokenizer_type not in _TOKENIZERS:
         return None
     return build_tokenizer(args.tokenizer_type, args.tokenizer_model)
-
-
-def _is_end(vp_stage: int | None) -> bool:
-    """Whether this stage or model chunk is the first or last, and needs more than positions."""
-    here = {"ignore_virtual": vp_stage is None, "vp_stage": vp_stage}
-    return parallel_state.is_pipeline_first_stage(**here) or parallel_state.is_pipeline_last_stage(
-        **here
-    )
 
 
 def get_batch(
@@ -95,7 +86,7 @@ def micro_batch(
     Raises:
         ConfigError: the dataset gives no position ids, or lacks another field.
     """
-    fields = FIELDS if _is_end(vp_stage) else ("position_ids",)
+    fields, packed = fields_here(vp_stage), None
     if parallel_state.get_tensor_model_parallel_rank() == 0:
         assert iterator is not None, "tensor-parallel rank 0 loads"
         sample = next(iterator)
@@ -107,14 +98,4 @@ def micro_batch(
                     f"{', '.join(fields)} of [seq_length] values each"
                 )
         packed = torch.stack([sample[name].long() for name in fields]).cuda(non_blocking=True)
-    else:
-        shape = (len(fields), micro_batch_size, seq_length)
-        packed = torch.empty(shape, dtype=torch.int64, device=torch.cuda.current_device())
-    if parallel_state.get_tensor_model_parallel_world_size() > 1:
-        dist.broadcast(
-            packed,
-            parallel_state.get_tensor_model_parallel_src_rank(),
-            group=parallel_state.get_tensor_model_parallel_group(),
-        )
-    batch = dict(zip(fields, slice_for_context_parallelism(packed), strict=True))
-    return {name: batch.get(name) for name in FIELDS}
+    return distribute(packed, fields, (len(fields), micro_batch_size, seq_length))
