@@ -5,6 +5,7 @@ Only the chosen command is imported, so that `--help` is quick.
 
 import difflib
 import importlib
+import signal
 import sys
 
 from pose_megatron import __version__
@@ -56,6 +57,7 @@ def main() -> int:
     name, *argv = sys.argv[1:] or [""]
     sys.argv[0] = PROGRAM
     if name in ("-h", "--help"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` ends as in any program
         print(usage())
         return 0
     if name == "--version":

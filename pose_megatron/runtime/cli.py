@@ -10,6 +10,10 @@ from collections.abc import Callable
 
 from pose_megatron.runtime.ranks import rank, world_size
 
+# How long a rank whose mistake may be an echo waits for torchrun to end it. A machine under load
+# needs more than ten seconds from one rank's sentence to the end of the job.
+ECHO_SECONDS = 30
+
 
 def positive(text: str) -> int:
     """A whole number of at least 1; argparse's `type` for such flags."""
@@ -29,8 +33,9 @@ def command(main: Callable[[], None]) -> Callable[[], int]:
     A user's mistake (ValueError, OSError) ends in one sentence, printed by the first rank that
     failed; POSE_TRACEBACK=1 shows its traceback. Every other exception keeps its traceback. A rank
     whose mistake follows another rank's failure prints nothing: it is only an echo, such as a
-    collective cut short. SIGTERM stops as Ctrl-C does, so that `finally` runs; KeyboardInterrupt's
-    argument says what is kept.
+    collective cut short. Before the ranks have met, rank 0 speaks for all, and a rank that torchrun
+    has not ended after `ECHO_SECONDS`, because its mistake is its own, for itself. SIGTERM stops as
+    Ctrl-C does, so that `finally` runs; KeyboardInterrupt's argument says what is kept.
     """
 
     @functools.wraps(main)
@@ -61,14 +66,15 @@ def _exit_code(main: Callable[[], None]) -> int:
     except Exception as error:
         if world_size() > 1:  # torchrun may end this rank while it waits below
             signal.signal(signal.SIGTERM, lambda *_: os._exit(1))
-        first = _first_to_fail()
+        speaks = _first_to_fail()
+        if not speaks:
+            time.sleep(ECHO_SECONDS)  # the first one's sentence, and torchrun ends the job
+            speaks = _process_group() is None
         mistake = isinstance(error, ValueError | OSError)
-        if os.environ.get("POSE_TRACEBACK") or (first and not mistake):
+        if os.environ.get("POSE_TRACEBACK") or (speaks and not mistake):
             raise
-        if first:
+        if speaks:
             print_error(_sentence(error))
-        else:
-            time.sleep(2)  # let the sentence out before torchrun ends the job
         return 1
     return 0
 

@@ -1,0 +1,61 @@
+"""How programs of several ranks end: one sentence, from the rank whose mistake it is."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+MISTAKE = """
+import sys
+from pose_megatron.runtime import cli
+
+cli.ECHO_SECONDS = {seconds}
+
+@cli.command
+def main():
+    print("ready", flush=True)
+    raise ValueError("--seq-length 0 is too short")
+
+sys.exit(main())
+"""
+
+
+def start_rank(rank: int, seconds: float) -> subprocess.Popen:
+    """A rank of two that have not met, as torchrun starts it."""
+    return subprocess.Popen(
+        [sys.executable, "-c", MISTAKE.format(seconds=seconds)],
+        env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_before_the_ranks_have_met_rank_0_speaks_at_once():
+    with start_rank(0, seconds=1000) as process:
+        _, error = process.communicate(timeout=60)
+    assert (process.returncode, error) == (1, "-c: error: --seq-length 0 is too short\n")
+
+
+def test_another_rank_says_nothing_while_torchrun_may_still_end_it():
+    with start_rank(1, seconds=1000) as process:
+        assert process.stdout.readline() == "ready\n"
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(timeout=1)
+        process.terminate()
+        _, error = process.communicate(timeout=60)
+    assert process.returncode != 0 and error == ""
+
+
+def test_another_rank_that_nobody_ends_speaks_for_itself():
+    with start_rank(1, seconds=0) as process:
+        _, error = process.communicate(timeout=60)
+    assert (process.returncode, error) == (1, "-c: error: --seq-length 0 is too short\n")
+
+
+def test_a_reader_of_the_help_may_leave_early():
+    program = [sys.executable, "-m", "pose_megatron.commands", "--help"]
+    with subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
