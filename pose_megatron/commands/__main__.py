@@ -55,9 +55,13 @@ def usage() -> str:
 def main() -> int:
     """Runs the command that sys.argv names; returns its exit code, 2 where there is none."""
     name, *argv = sys.argv[1:] or [""]
+    if name in MODULES:
+        # What argparse and error messages call the program.
+        sys.argv = [f"{PROGRAM} {name}", *argv]
+        return importlib.import_module(f"pose_megatron.commands.{MODULES[name]}").main()
     sys.argv[0] = PROGRAM
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` ends as in any program
     if name in ("-h", "--help"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` ends as in any program
         print(usage())
         return 0
     if name == "--version":
@@ -66,14 +70,10 @@ def main() -> int:
     if not name:
         print(usage(), file=sys.stderr)
         return 2
-    if name not in MODULES:
-        near = difflib.get_close_matches(name, MODULES, cutoff=0.6)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"see {PROGRAM} --help"
-        print_error(f"there is no command {name!r}; {hint}")
-        return 2
-    # What argparse and error messages call the program.
-    sys.argv = [f"{PROGRAM} {name}", *argv]
-    return importlib.import_module(f"pose_megatron.commands.{MODULES[name]}").main()
+    near = difflib.get_close_matches(name, MODULES, cutoff=0.6)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"see {PROGRAM} --help"
+    print_error(f"there is no command {name!r}; {hint}")
+    return 2
 
 
 if __name__ == "__main__":

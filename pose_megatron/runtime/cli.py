@@ -10,8 +10,8 @@ from collections.abc import Callable
 
 from pose_megatron.runtime.ranks import rank, world_size
 
-# How long a rank whose mistake may be an echo waits for torchrun to end it. A machine under load
-# needs more than ten seconds from one rank's sentence to the end of the job.
+# How long a rank whose mistake may be an echo waits for torchrun to end it. Two seconds were too
+# few on a machine under load: rank 0 was ended before its sentence was out.
 ECHO_SECONDS = 30
 
 
@@ -66,14 +66,11 @@ def _exit_code(main: Callable[[], None]) -> int:
     except Exception as error:
         if world_size() > 1:  # torchrun may end this rank while it waits below
             signal.signal(signal.SIGTERM, lambda *_: os._exit(1))
-        speaks = _first_to_fail()
-        if not speaks:
-            time.sleep(ECHO_SECONDS)  # the first one's sentence, and torchrun ends the job
-            speaks = _process_group() is None
-        mistake = isinstance(error, ValueError | OSError)
-        if os.environ.get("POSE_TRACEBACK") or (speaks and not mistake):
+        if os.environ.get("POSE_TRACEBACK"):
             raise
-        if speaks:
+        if _speaks():
+            if not isinstance(error, ValueError | OSError):
+                raise
             print_error(_sentence(error))
         return 1
     return 0
@@ -85,17 +82,23 @@ def _process_group():
     return distributed if distributed and distributed.is_initialized() else None
 
 
-def _first_to_fail() -> bool:
+def _speaks() -> bool:
+    """Whether this rank says why it failed; waits where another rank may be the one to say it."""
     if world_size() == 1:
         return True
     distributed = _process_group()
-    if distributed is None:  # the ranks have not met yet, and all see the same mistake
-        return rank() == 0
+    if distributed is None:  # the ranks have not met yet, and mostly all see the same mistake
+        if rank() != 0:
+            time.sleep(ECHO_SECONDS)
+        return True
     try:
         store = distributed.distributed_c10d._get_default_store()
-        return store.add("pose_megatron/failed", 1) == 1
+        if store.add("pose_megatron/failed", 1) == 1:
+            return True
     except RuntimeError:  # the rank that keeps the store is gone already
-        return False
+        pass
+    time.sleep(ECHO_SECONDS)
+    return False
 
 
 def _sentence(error: Exception) -> str:

@@ -1,8 +1,10 @@
 """How programs of several ranks end: one sentence, from the rank whose mistake it is."""
 
+import contextlib
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 
@@ -21,25 +23,30 @@ sys.exit(main())
 """
 
 
-def start_rank(rank: int, seconds: float) -> subprocess.Popen:
-    """A rank of two that have not met, as torchrun starts it."""
-    return subprocess.Popen(
+@contextlib.contextmanager
+def started_rank(rank: int, seconds: float) -> Iterator[subprocess.Popen]:
+    """A rank of two that have not met, as torchrun starts it; ended at the end if it still waits."""
+    with subprocess.Popen(
         [sys.executable, "-c", MISTAKE.format(seconds=seconds)],
         env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-    )
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def test_before_the_ranks_have_met_rank_0_speaks_at_once():
-    with start_rank(0, seconds=1000) as process:
+    with started_rank(0, seconds=1000) as process:
         _, error = process.communicate(timeout=60)
     assert (process.returncode, error) == (1, "-c: error: --seq-length 0 is too short\n")
 
 
 def test_another_rank_says_nothing_while_torchrun_may_still_end_it():
-    with start_rank(1, seconds=1000) as process:
+    with started_rank(1, seconds=1000) as process:
         assert process.stdout.readline() == "ready\n"
         with pytest.raises(subprocess.TimeoutExpired):
             process.wait(timeout=1)
@@ -49,13 +56,21 @@ def test_another_rank_says_nothing_while_torchrun_may_still_end_it():
 
 
 def test_another_rank_that_nobody_ends_speaks_for_itself():
-    with start_rank(1, seconds=0) as process:
+    with started_rank(1, seconds=0) as process:
         _, error = process.communicate(timeout=60)
     assert (process.returncode, error) == (1, "-c: error: --seq-length 0 is too short\n")
 
 
-def test_a_reader_of_the_help_may_leave_early():
-    program = [sys.executable, "-m", "pose_megatron.commands", "--help"]
+@pytest.mark.parametrize("flag", ["--help", "--version"])
+def test_a_reader_may_leave_early(flag):
+    program = [sys.executable, "-m", "pose_megatron.commands", flag]
     with subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.close()
         assert process.stderr.read() == b""
+
+
+def test_with_a_traceback_asked_for_every_rank_speaks_at_once(monkeypatch):
+    monkeypatch.setenv("POSE_TRACEBACK", "1")
+    with started_rank(1, seconds=1000) as process:
+        _, error = process.communicate(timeout=60)
+    assert error.endswith("ValueError: --seq-length 0 is too short\n")
