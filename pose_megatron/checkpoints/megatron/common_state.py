@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from pose_megatron.checkpoints.megatron.safe_globals import allow_megatron_globals
 from pose_megatron.checkpoints.megatron.torch_dist_metadata import read_index
 from pose_megatron.errors import DamagedCheckpoint, gist
 from pose_megatron.runtime.atomic_files import fsync
@@ -74,9 +75,7 @@ def _unpickle(content: bytes) -> dict:
         with torch.serialization.safe_globals(list(classes)):
             found = _load(content)
     except pickle.UnpicklingError:  # Megatron-LM's has some classes of megatron-core
-        from megatron.core.safe_globals import register_safe_globals
-
-        register_safe_globals()
+        allow_megatron_globals()
         found = _load(content)
     if isinstance(found, list):  # megatron-core wraps an object in a list of one
         (found,) = found

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from pose_megatron.checkpoints.mapping import scatter
 from pose_megatron.checkpoints.megatron.args import from_args
+from pose_megatron.checkpoints.megatron.safe_globals import allow_megatron_globals
 from pose_megatron.checkpoints.stored_weights import StoredWeights
 from pose_megatron.errors import ConfigError, DamagedCheckpoint
 from pose_megatron.models.shape import ModelConfig
@@ -214,9 +215,7 @@ def _ranks(files: Iterable[Rank]) -> Rank:
 
 
 def _read(file: Path) -> dict:
-    from megatron.core.safe_globals import register_safe_globals  # imports much
-
-    register_safe_globals()
+    allow_megatron_globals()
     for mapped in (True, False):  # files that torch wrote before 1.6 cannot be mapped
         try:
             state = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
