@@ -86,7 +86,14 @@ def _family_of(config: Mapping[str, Any]) -> Family:
             f"config.json: architecture {architecture}{of_kind} is not supported{reason}; "
             f"supported are {', '.join(by_architecture)}"
         )
-    return by_architecture[architecture]
+    family = by_architecture[architecture]
+    if kind not in (None, family.model_type):
+        raise ConfigError(
+            f"config.json contradicts itself: architectures says {architecture}, and model_type "
+            f"{kind!r}, by which transformers chooses the class, is not its {family.model_type!r}: "
+            "correct the wrong one"
+        )
+    return family
 
 
 def _respelled(family: Family, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pose_megatron.checkpoints.formats import CheckpointFormat, CheckpointWriter, Contents
 from pose_megatron.checkpoints.huggingface import config_json, shards
+from pose_megatron.checkpoints.huggingface.companions import check_companions
 from pose_megatron.checkpoints.mapping import ParamMapping
 from pose_megatron.checkpoints.parts_reader import PartsReader
 from pose_megatron.errors import ConfigError, flag_name
@@ -54,7 +55,9 @@ class HuggingFace(CheckpointFormat):
 
     def open(self, folder: Path) -> PartsReader:
         model = config_json.read_config(folder, self.make_vocab_size_divisible_by)
+        said = check_companions(folder, model.family)
         weights = shards.ShardedWeights(folder, family_named(model.family).stacked)
+        weights.warnings.extend(said)
         return PartsReader(folder, "hf", model, weights)
 
     def create(self, folder: Path, contents: Contents, processes: int) -> "HuggingFaceWriter":

@@ -24,6 +24,7 @@ from pose_megatron.checkpoints.megatron import args as megatron_args
 from pose_megatron.checkpoints.megatron.common_state import read_common_state
 from pose_megatron.checkpoints.megatron.hybrid_layout import is_hybrid
 from pose_megatron.checkpoints.megatron.legacy import LegacyWeights, is_legacy
+from pose_megatron.checkpoints.megatron.run_config import read_run_config
 from pose_megatron.checkpoints.megatron.torch_dist_metadata import read_index
 from pose_megatron.errors import ConfigError, DamagedCheckpoint
 from pose_megatron.models.shape import ModelConfig
@@ -196,7 +197,11 @@ def model_and_common(path: Path) -> tuple[ModelConfig, dict]:
             raise DamagedCheckpoint(f"checkpoint {path} is incomplete: {name} is missing")
     common = read_common_state(path)
     if "model" in (ours := stored_record(common)):
-        return ModelConfig.from_dict(ours["model"]), common
+        args = vars(common["args"]) if "args" in common else {}
+        try:
+            return megatron_args.from_record(ours["model"], args), common
+        except ConfigError as error:
+            raise ConfigError(f"checkpoint {path}: {error}") from None
     run_config = path / "run_config.yaml"
     if "args" not in common and not run_config.is_file():
         raise ConfigError(
@@ -211,7 +216,7 @@ def model_and_common(path: Path) -> tuple[ModelConfig, dict]:
     try:
         if "args" in common:
             return megatron_args.from_args(vars(common["args"]), rows), common
-        model, run = megatron_args.read_run_config(run_config, rows)
+        model, run = read_run_config(run_config, rows)
     except ValueError as error:
         raise ConfigError(f"checkpoint {path}: {error}") from None
     # Megatron-Bridge keeps its progress in a file of its own.

@@ -20,6 +20,7 @@ from pose_megatron.checkpoints.megatron import args as megatron_args
 from pose_megatron.checkpoints.megatron import directory, torch_dist
 from pose_megatron.checkpoints.megatron.common_state import read_common_state
 from pose_megatron.checkpoints.megatron.format import Megatron
+from pose_megatron.checkpoints.megatron.run_config import from_run_config
 from pose_megatron.config.layout import lay_out
 from pose_megatron.evaluation.logits import load_logits
 from pose_megatron.models.build import transformer_config
@@ -527,7 +528,7 @@ def test_a_checkpoint_of_megatron_bridge_is_read(tmp_path, shape):
     ],
 )
 def test_bridges_rope(more, scaling):
-    model = megatron_args.from_run_config({"model": BRIDGE_MODEL | more}, 256)
+    model = from_run_config({"model": BRIDGE_MODEL | more}, 256)
     assert model.rope_scaling == scaling
 
 

@@ -180,3 +180,12 @@ def test_another_weight_is_seen(both, capsys):
     with pytest.raises(ValueError, match="logits at plain positions: error"):
         parity.check(found, hf, tokens=64)
     assert re.search(r"plain positions: error [1-9]\.\de(-01|\+0)", capsys.readouterr().out)
+
+
+def test_a_sliding_window_of_transformers_is_seen(both):
+    found, hf = both()
+    config = json.loads((hf / "config.json").read_text())
+    config |= {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
+    (hf / "config.json").write_text(json.dumps(config | {"sliding_window": 16}))
+    with pytest.raises(ValueError, match="logits at plain positions"):
+        parity.check(found, hf)
