@@ -238,7 +238,7 @@ def read_run_config(path: Path, embedding_rows: int) -> tuple[ModelConfig, dict]
     import yaml
 
     try:
-        config = yaml.safe_load(path.read_text())
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path.name} is no YAML: {' '.join(str(error).split())}") from None
     if not isinstance(config, dict):
