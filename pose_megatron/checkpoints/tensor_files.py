@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from pose_megatron.errors import ConfigError, DamagedCheckpoint, gist
+from pose_megatron.runtime.lfs_pointers import refuse_lfs_pointer
 
 _DTYPES = {  # by safetensors' names
     "F64": torch.float64,
@@ -27,13 +28,24 @@ _DTYPES = {  # by safetensors' names
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "C64": torch.complex64,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
     "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+_BELOW_A_BYTE = ("F4", "F6_E2M3", "F6_E3M2")  # safetensors has them, preadv has no place for them
+# What weights are converted from and to. Of all others, the numbers alone do not say the weights:
+# they need scales, in one of many layouts.
+WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _MOST_VIEWS = 1024  # buffers that one preadv or pwritev takes, on Linux and others
 _LARGEST_HEADER = 100_000_000  # bytes, safetensors' own limit
@@ -64,6 +76,14 @@ class Stored:
                 raise DamagedCheckpoint(f"{self.path} is cut off: it ends at byte {size}")
 
 
+def not_convertible(what: str, dtype: str) -> ConfigError:
+    """The error for weights that are no plain floating-point numbers."""
+    return ConfigError(
+        f"{what} is stored as {dtype}, and quantized weights are not converted; save the model in "
+        "bfloat16 first, with the tool that quantized it"
+    )
+
+
 def size(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
     """Bytes of a contiguous tensor."""
     return torch.Size(shape).numel() * dtype.itemsize
@@ -79,7 +99,9 @@ def read_safetensors(path: Path) -> dict[str, Stored]:
 
     Raises:
         DamagedCheckpoint: its header is damaged, or it is not as long as the header says.
+        ConfigError: a tensor has less than a byte for a value.
     """
+    refuse_lfs_pointer(path, DamagedCheckpoint)
     length = path.stat().st_size
     with open(path, "rb") as file:
         (header,) = struct.unpack("<Q", file.read(8).ljust(8, b"\xff"))
@@ -90,6 +112,9 @@ def read_safetensors(path: Path) -> dict[str, Stored]:
         try:
             entries = json.loads(file.read(header))
             entries.pop("__metadata__", None)
+            for name, entry in entries.items():
+                if entry["dtype"] in _BELOW_A_BYTE:
+                    raise not_convertible(f"{path}: tensor {name}", entry["dtype"])
             found = {
                 name: Stored(
                     path,
@@ -99,6 +124,8 @@ def read_safetensors(path: Path) -> dict[str, Stored]:
                 )
                 for name, entry in entries.items()
             }
+        except ConfigError:
+            raise
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DamagedCheckpoint(
                 f"{path} is damaged: header unreadable ({gist(error)})"
@@ -122,6 +149,7 @@ def read_torch(path: Path) -> dict[str, Stored]:
         DamagedCheckpoint: the file is damaged, or holds more than tensors.
         ConfigError: it holds no tensors by name, or was written by torch before 1.6.
     """
+    refuse_lfs_pointer(path, DamagedCheckpoint)
     try:
         tensors = torch.load(path, map_location="meta", weights_only=True)
     except Exception as error:  # damaged bytes raise errors of many classes

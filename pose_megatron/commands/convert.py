@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from pose_megatron.checkpoints.formats import FORMATS, CheckpointFormat, format_class
 from pose_megatron.errors import ConfigError, flag_name
 from pose_megatron.runtime.atomic_files import write_atomically
-from pose_megatron.runtime.cli import command
+from pose_megatron.runtime.cli import command, progress
 from pose_megatron.runtime.ranks import rank
 
 if TYPE_CHECKING:
@@ -214,6 +214,8 @@ def _logits_check(
         prepare_megatron()
         from pose_megatron.evaluation import parity
 
-        errors.update({d.where: d.error for d in parity.check(found, sides["hf"])})
+        errors.update(
+            {d.where: d.error for d in parity.check(found, sides["hf"], say=progress("logits"))}
+        )
 
     return check

@@ -144,7 +144,7 @@ class UnfinishedRun:
         self._thread = ThreadPoolExecutor(1)
         self._saving: Future[None] | None = None
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self.folder / "lock", "w")
+        self._lock = open(self.folder / "lock", "w", encoding="utf-8")
         try:
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

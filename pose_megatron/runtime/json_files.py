@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pose_megatron.errors import ConfigError, DamagedCheckpoint
+from pose_megatron.runtime.lfs_pointers import refuse_lfs_pointer
 
 
 def read_json(path: Path, error: type[ValueError] = ConfigError) -> dict:
@@ -19,6 +20,7 @@ def read_json(path: Path, error: type[ValueError] = ConfigError) -> dict:
     """
     if not path.is_file():
         raise error(f"{path} is missing")
+    refuse_lfs_pointer(path, error)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as reason:
@@ -30,7 +32,7 @@ def read_json(path: Path, error: type[ValueError] = ConfigError) -> dict:
 
 def write_json(path: Path, content: dict) -> None:
     """Writes an object, indented by two spaces."""
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from torch import Tensor
 from pose_megatron.checkpoints.formats import CheckpointFormat, CheckpointWriter, Contents
 from pose_megatron.checkpoints.huggingface import config_json, shards
 from pose_megatron.checkpoints.huggingface.companions import check_companions
+from pose_megatron.checkpoints.huggingface.tied_head import untied_if_another
 from pose_megatron.checkpoints.mapping import ParamMapping
 from pose_megatron.checkpoints.parts_reader import PartsReader
 from pose_megatron.errors import ConfigError, flag_name
@@ -58,7 +59,7 @@ class HuggingFace(CheckpointFormat):
         said = check_companions(folder, model.family)
         weights = shards.ShardedWeights(folder, family_named(model.family).stacked)
         weights.warnings.extend(said)
-        return PartsReader(folder, "hf", model, weights)
+        return PartsReader(folder, "hf", untied_if_another(model, weights), weights)
 
     def create(self, folder: Path, contents: Contents, processes: int) -> "HuggingFaceWriter":
         return HuggingFaceWriter(folder, contents, self.shard_bytes(), self.rope_as_longrope)

@@ -96,7 +96,7 @@ def find(root: str | Path, iteration: int | None = None) -> Checkpoint:
     elif not exists(root):
         kind = DamagedCheckpoint if whole_iterations(root) else ConfigError
         raise kind(f"{root} is not a checkpoint folder: it has no {TRACKER}")
-    entry = entry or tracker.read_text(errors="replace").strip()
+    entry = entry or tracker.read_text(encoding="utf-8", errors="replace").strip()
     if entry != "release" and not entry.isdecimal():
         raise DamagedCheckpoint(f"{tracker} says '{entry}': neither an iteration nor 'release'")
     path = path_of(root, entry)
@@ -157,7 +157,7 @@ def forget(root: Path, entry: str | int) -> None:
     """Points the tracker at the newest other checkpoint, or removes it, before `entry` is written
     over."""
     tracker = root / TRACKER
-    if not tracker.is_file() or tracker.read_text().strip() != str(entry):
+    if not tracker.is_file() or tracker.read_text(encoding="utf-8").strip() != str(entry):
         return
     others = [i for i in whole_iterations(root) if i != entry]
     if others:
@@ -168,9 +168,11 @@ def forget(root: Path, entry: str | int) -> None:
 
 def copy_tokenizer(root: Path, files: Iterable[Path]) -> None:
     """Keeps a tokenizer's files in the checkpoint, for export."""
-    folder = root / "tokenizer"
     for file in map(Path, files):
-        folder.mkdir(exist_ok=True)
+        folder = root / "tokenizer"
+        if file.parent.name == "additional_chat_templates":  # of transformers
+            folder /= file.parent.name
+        folder.mkdir(parents=True, exist_ok=True)
         if file.parent.resolve() != folder.resolve():
             shutil.copy2(file, folder / file.name)
 

@@ -17,7 +17,12 @@ from pose_megatron.checkpoints.formats import (
     Contents,
 )
 from pose_megatron.checkpoints.huggingface import config_json
-from pose_megatron.checkpoints.mapping import ParamMapping, check_megatron, param_mappings
+from pose_megatron.checkpoints.mapping import (
+    ParamMapping,
+    check_megatron,
+    check_weight_dtypes,
+    param_mappings,
+)
 from pose_megatron.checkpoints.megatron import torch_dist
 from pose_megatron.checkpoints.megatron.directory import (
     TRACKER,
@@ -107,6 +112,10 @@ class MegatronReader(CheckpointReader):
     def check(self) -> None:
         with naming(self._folder):
             check_megatron(self.weights.shapes, self.mappings)
+            check_weight_dtypes(self.weights.dtypes)
+
+    def check_kept_dtypes(self) -> None:
+        pass  # each of Megatron's tensors has one
 
     def read(self, mapping: ParamMapping, out: Tensor) -> Tensor:
         self.weights.read(mapping.name, [out])

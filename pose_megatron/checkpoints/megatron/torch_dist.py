@@ -276,7 +276,7 @@ def finish(root: Path, model: ModelConfig, chunks: Sequence[ChunkLocation]) -> N
         params_dtype=chunks[0].dtype,
     )
     torch.save(state | {"content_metadata": content_metadata()}, path / "common.pt")
-    (path / "metadata.json").write_text(json.dumps(_BACKEND))
+    (path / "metadata.json").write_text(json.dumps(_BACKEND), encoding="utf-8")
     publish(root, path, "release")
 
 

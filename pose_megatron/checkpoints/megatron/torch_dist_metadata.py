@@ -191,7 +191,7 @@ def read_index(path: Path) -> Index:
     """
     name = "metadata.json"
     try:
-        backend = json.loads((path / name).read_text()).get("sharded_backend")
+        backend = json.loads((path / name).read_text(encoding="utf-8")).get("sharded_backend")
         if backend == "torch_dist":
             name = ".metadata"
             with open(path / name, "rb") as file:

@@ -190,7 +190,7 @@ def _to_neighbours(tensor: Tensor, heads: int) -> Tensor:
 
 def _checklist(folder: Path) -> dict[Path, tuple[str, str]]:
     path = folder / "checklist.chk"
-    lines = path.read_text().splitlines() if path.is_file() else []
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     pairs = [line.split() for line in lines]
     return {
         folder / pair[1]: ("md5", pair[0])

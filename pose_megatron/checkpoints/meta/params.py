@@ -190,7 +190,7 @@ def write_params(folder: Path, model: ModelConfig, ranks: int) -> None:
             "rope_scaling_factor": factor,
             "rope_high_freq_factor": high,
         }
-    (folder / "params.json").write_text(json.dumps(params) + "\n")
+    (folder / "params.json").write_text(json.dumps(params) + "\n", encoding="utf-8")
 
 
 def ffn_hidden_size(width: int, multiple: int, multiplier: float | None) -> int:
