@@ -157,7 +157,7 @@ def publish(folder: Path, name: str, prefix: str) -> None:
 
 
 class IndexedReader:
-    """Reads one pair of files, for joining; the .bin must have the tokens that the .idx counts.
+    """Reads one pair of files; the .idx is checked at once.
 
     Raises:
         ConfigError: a file is missing, cut short or of another format.
@@ -176,26 +176,60 @@ class IndexedReader:
         _, version, code, sequences, self._entries = HEADER.unpack(header)
         if version != 1 or code not in CODES:
             raise ConfigError(f"{idx}: index of an unknown version ({version}, dtype code {code})")
+        if not np.issubdtype(CODES[code], np.integer):
+            raise ConfigError(f"{idx}: its values are {np.dtype(CODES[code])}, not token ids")
         expected = HEADER.size + 12 * sequences + 8 * self._entries
         if size == expected + sequences and sequences:
             raise ConfigError(f"{idx}: a multimodal index, which cannot be joined")
         if size != expected:
-            raise ConfigError(
-                f"{idx}: has {size:,} bytes where {expected:,} are due; make the shard again"
-            )
+            raise ConfigError(f"{idx}: has {size:,} bytes where {expected:,} are due")
         self.dtype = np.dtype(CODES[code])
         self._lengths = _map(idx, "<i4", HEADER.size, sequences)
         self._documents = _map(idx, "<i8", HEADER.size + 12 * sequences, self._entries)
+        _check(
+            idx,
+            self._lengths,
+            _map(idx, "<i8", HEADER.size + 4 * sequences, sequences),
+            self._documents,
+            self.dtype.itemsize,
+        )
         tokens = int(sum(b.sum(dtype=np.int64) for b in _slices(self._lengths)))
         self.size = Size(tokens, sequences, self._entries - 1)
-        if (found := self.bin.stat().st_size) != tokens * self.dtype.itemsize:
+
+    def check_tokens(self) -> None:
+        """The .bin must have the tokens that the .idx counts."""
+        due = self.size.tokens * self.dtype.itemsize
+        if (found := self.bin.stat().st_size) != due:
             raise ConfigError(
-                f"{self.bin}: has {found:,} bytes, and {idx.name} counts {tokens:,} tokens of "
-                f"{self.dtype.itemsize} bytes; make the shard again"
+                f"{self.bin} has {found} bytes, its index describes {due}: truncated or from "
+                "another corpus; make it again"
             )
 
     def append_to(self, writer: IndexedWriter) -> None:
         writer.append(self.bin, self._lengths, self._documents[1:])
+
+
+def _check(
+    idx: Path, lengths: np.ndarray, pointers: np.ndarray, documents: np.ndarray, width: int
+) -> None:
+    """Sequences must lie end to end and documents follow each other; read in pieces, since an index
+    may be larger than memory."""
+    end = 0
+    for begin, part in zip(range(0, len(lengths), BLOCK), _slices(lengths), strict=True):
+        if (part < 0).any():
+            raise ConfigError(f"{idx}: a document has a negative length")
+        ends = end + np.cumsum(part.astype(np.int64) * width)
+        begins = np.concatenate([[end], ends[:-1]])
+        if (pointers[begin : begin + len(part)] != begins).any():
+            raise ConfigError(f"{idx}: its documents do not adjoin")
+        end = int(ends[-1])
+    if not len(documents) or documents[0] != 0 or documents[-1] != len(lengths):
+        raise ConfigError(f"{idx}: its tables disagree")
+    before = 0
+    for ends in _slices(documents):
+        if ends[0] < before or (np.diff(ends) < 0).any():
+            raise ConfigError(f"{idx}: its documents are not in order")
+        before = int(ends[-1])
 
 
 def join(prefixes: Sequence[str], folder: Path, name: str) -> Size:
@@ -205,6 +239,8 @@ def join(prefixes: Sequence[str], folder: Path, name: str) -> Size:
         ConfigError: a shard is damaged, or their ids differ in dtype.
     """
     shards = [IndexedReader(prefix) for prefix in prefixes]
+    for shard in shards:
+        shard.check_tokens()
     for shard in shards[1:]:
         if shard.dtype != shards[0].dtype:
             raise ConfigError(
