@@ -19,7 +19,7 @@ import torch
 
 from pose_megatron.data.indexed_corpus import IndexedCorpus
 from pose_megatron.errors import ConfigError, flag_name
-from pose_megatron.preprocessing.indexed_writer import IndexedWriter, publish, token_dtype
+from pose_megatron.preprocessing.indexed_writer import IndexedWriter, digests, publish, token_dtype
 from pose_megatron.runtime.atomic_files import write_atomically
 from pose_megatron.runtime.json_files import read_json
 
@@ -58,7 +58,10 @@ def write(
         for writer in writers.values():
             writer.close()
         shutil.rmtree(unfinished)
-    write_atomically(whole, json.dumps(description, indent=1))
+    crc32: dict[str, str] = {}
+    for part, writer in writers.items():
+        crc32 |= digests(f"{prefix}_{part}", writer.size)
+    write_atomically(whole, json.dumps(description | {"crc32": crc32}, indent=1))
 
 
 class MaterializedDataset(torch.utils.data.Dataset):

@@ -25,7 +25,7 @@ from pose_megatron.errors import ConfigError
 from pose_megatron.preprocessing import readers
 from pose_megatron.preprocessing.encoding import Encoder, encode_in_order
 from pose_megatron.preprocessing.fast_tokenizer import prove
-from pose_megatron.preprocessing.indexed_writer import publish
+from pose_megatron.preprocessing.indexed_writer import digests, publish
 from pose_megatron.preprocessing.jsonl import LONGEST
 from pose_megatron.preprocessing.readers import Part
 from pose_megatron.preprocessing.resume import State, UnfinishedRun
@@ -190,6 +190,11 @@ def _summary(job: PreprocessingJob, tokenizer: Tokenizer, state: State) -> dict:
         "first_skipped": list(state.first_skipped),
         "texts_with_replaced_surrogates": state.replaced,
         "outputs": outputs,
+        "crc32": {
+            name: crc
+            for key, size in state.sizes.items()
+            for name, crc in digests(_prefix(job, key), size).items()
+        },
         "tokenizer": tokenizer.unique_identifiers,
         "vocab_size": tokenizer.vocab_size,
         "append_eod": job.append_eod,

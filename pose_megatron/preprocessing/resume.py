@@ -225,8 +225,9 @@ class UnfinishedRun:
         """Completes the token files, and saves the state that says so."""
         for writer in self.writers.values():
             writer.finish()
+        sizes = {key: writer.size for key, writer in self.writers.items()}
         self.state = dataclasses.replace(
-            self.state, complete=True, seconds=time.monotonic() - self._started
+            self.state, sizes=sizes, complete=True, seconds=time.monotonic() - self._started
         )
         self.save()
 
