@@ -5,19 +5,13 @@ from pathlib import Path
 from pose_megatron.checkpoints.megatron.args import from_args
 from pose_megatron.errors import ConfigError
 from pose_megatron.models.shape import ModelConfig
+from pose_megatron.runtime.json_files import read_yaml
 
 
 def read_run_config(path: Path, embedding_rows: int) -> tuple[ModelConfig, dict]:
     """The model in Megatron-Bridge's run_config.yaml, and arguments of the run by Megatron-LM's
     names; errors as in from_args, or the file is no such YAML."""
-    import yaml
-
-    try:
-        config = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path.name} is no YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(config, dict):
-        raise ConfigError(f"{path.name} is no mapping")
+    config = read_yaml(path)
     model = _flat(config)
     run = {
         name: model.get(name, 1)

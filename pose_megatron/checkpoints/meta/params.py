@@ -9,9 +9,9 @@ import torch
 from pose_megatron.checkpoints.stored_weights import StoredWeights
 from pose_megatron.errors import ConfigError, DamagedCheckpoint
 from pose_megatron.models.families import family_named
-from pose_megatron.models.shape import ModelConfig
+from pose_megatron.models.shape import MOST_LAYERS, ModelConfig, check_size
 from pose_megatron.rope.huggingface import from_hf, to_hf
-from pose_megatron.runtime.json_files import read_json
+from pose_megatron.runtime.json_files import naming, read_json
 
 # Windows that params.json leaves unsaid, by (rope_theta, norm_eps).
 _WINDOWS = {(1e4, 1e-6): 2048, (1e4, 1e-5): 4096, (1e6, 1e-5): 16384, (5e5, 1e-5): 8192}
@@ -42,8 +42,13 @@ def read_params(folder: Path) -> dict:
     for name in ("dim", "n_layers", "n_heads", "norm_eps"):
         if name not in params:
             raise ConfigError(f"{path} is not the params.json of a LLaMA: it has no {name}")
-    if not all(isinstance(params[name], int) for name in ("dim", "n_layers", "n_heads")):
-        raise ConfigError(f"{path}: dim, n_layers and n_heads must be whole numbers")
+    with naming(path):
+        for name in ("dim", "n_layers", "n_heads"):
+            check_size(name, params[name])
+        if params.get("head_dim") is not None:
+            check_size("head_dim", params["head_dim"])
+        if params["n_layers"] > MOST_LAYERS:  # tensors are looked up layer by layer
+            raise ConfigError(f"n_layers {params['n_layers']} is more than {MOST_LAYERS:,}")
     for name, value in params.items():
         if name not in _KNOWN and value not in (None, False):
             raise ConfigError(

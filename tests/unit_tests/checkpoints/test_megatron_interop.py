@@ -535,8 +535,8 @@ def test_bridges_rope(more, scaling):
 @pytest.mark.parametrize(
     "text, said",
     [
-        ("model: [1", "run_config.yaml is no YAML"),
-        ("- 1", "run_config.yaml is no mapping"),
+        ("model: [1", "run_config.yaml is not YAML"),
+        ("- 1", "run_config.yaml must be a mapping"),
         ("train: {}", "run_config.yaml has no model section"),
         ("model: {num_layers: 4, gated_linear_unit: false}", "swiglu False"),
     ],
@@ -544,7 +544,7 @@ def test_bridges_rope(more, scaling):
 def test_a_broken_run_config_is_named(tmp_path, text, said):
     path = save_as_they_do(tmp_path, {}, whole_tensors())
     (path / "run_config.yaml").write_text(text)
-    with pytest.raises(ValueError, match=f"checkpoint {path}: {said}"):
+    with pytest.raises(ValueError, match=f"checkpoint {path}: .*{said}"):
         directory.find(tmp_path)
 
 
