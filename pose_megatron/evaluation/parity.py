@@ -68,7 +68,11 @@ def logits_differences(
     ours = load_logits(found, rounded_to=config_json.stored_dtype(folder))
     theirs = (
         AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True, attn_implementation="eager"
+            folder,
+            dtype=torch.float32,
+            trust_remote_code=False,
+            local_files_only=True,
+            attn_implementation="eager",
         )
         .eval()
         .to(device())

@@ -304,5 +304,7 @@ def _special_tokens(folder: Path, sidecars: Mapping[str, Path]) -> dict:
         return dict.fromkeys(names)  # transformers would fill in 1 and 2
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(
+        folder, trust_remote_code=False, local_files_only=True
+    )
     return {name: getattr(tokenizer, name) for name in names}

@@ -156,11 +156,17 @@ class _Namer(_Pickler):
         self.memoize(obj)
 
 
+# What .metadata names. Of the latter modules every class may be named: megatron-core 0.12 to 0.15
+# kept its plans for saving there, too.
+_TORCH = {"Size", "serialization._get_layout", "serialization._get_memory_format"}
+_INERT = ("torch.distributed.checkpoint.", "megatron.core.dist_checkpointing.")
+
+
 class _Plain(pickle.Unpickler):
     """Unpickles .metadata into plain values and inert objects with attributes.
 
     No class or function that the file names is ever called, and torch.distributed.checkpoint need
-    not be imported.
+    not be imported. A name that no checkpoint needs is refused.
     """
 
     def find_class(self, module: str, name: str):
@@ -168,7 +174,12 @@ class _Plain(pickle.Unpickler):
             return found
         if (module, name) == ("torch", "Size"):
             return tuple
-        return type(name, (_Inert,), {})
+        if (module, name) == ("collections", "OrderedDict"):
+            return dict
+        known = f"{module}.{name}".removeprefix("torch.") in _TORCH
+        if known or f"{module}.".startswith(_INERT):
+            return type(name, (_Inert,), {})
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs")
 
 
 class _Inert:
@@ -189,20 +200,34 @@ def read_index(path: Path) -> Index:
         ConfigError: the checkpoint is not in the torch_dist format.
         DamagedCheckpoint: metadata.json or .metadata is damaged.
     """
-    name = "metadata.json"
     try:
-        backend = json.loads((path / name).read_text()).get("sharded_backend")
-        if backend == "torch_dist":
-            name = ".metadata"
-            with open(path / name, "rb") as file:
-                return _index(_Plain(file).load())
+        backend = json.loads((path / "metadata.json").read_text()).get("sharded_backend")
     except Exception as error:  # damaged bytes raise errors of many classes
-        raise DamagedCheckpoint(
-            f"checkpoint {path} cannot be loaded: {name} is damaged ({gist(error)})"
-        ) from None
-    raise ConfigError(
-        f"checkpoint {path}: sharded_backend {backend!r} is not supported, only 'torch_dist' is; "
-        "save it anew with --ckpt-format torch_dist first"
+        raise _damaged(path / "metadata.json", error) from None
+    if backend != "torch_dist":
+        raise ConfigError(
+            f"checkpoint {path}: sharded_backend {backend!r} is not supported, only 'torch_dist' "
+            "is; save it anew with --ckpt-format torch_dist first"
+        )
+    return read_metadata(path / ".metadata")
+
+
+def read_metadata(file: Path) -> Index:
+    """The index that a .metadata file is.
+
+    Raises:
+        DamagedCheckpoint: it is damaged, or names what no checkpoint needs.
+    """
+    try:
+        with open(file, "rb") as opened:
+            return _index(_Plain(opened).load())
+    except Exception as error:  # damaged bytes raise errors of many classes
+        raise _damaged(file, error) from None
+
+
+def _damaged(file: Path, error: Exception) -> DamagedCheckpoint:
+    return DamagedCheckpoint(
+        f"checkpoint {file.parent} cannot be loaded: {file.name} is damaged ({gist(error)})"
     )
 
 
