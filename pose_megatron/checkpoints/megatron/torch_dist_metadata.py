@@ -5,6 +5,7 @@ It is read without trusting what it names, and read and written without importin
 which would take longer than converting a small model.
 """
 
+import io
 import json
 import pickle
 from collections.abc import Iterable
@@ -108,6 +109,33 @@ def write_index(
                 version=None,
             )
         )
+
+
+class Part(io.RawIOBase):
+    """`length` bytes of a file from `start` on, as a file."""
+
+    def __init__(self, file, start: int, length: int):
+        self._file, self._start, self._length, self._at = file, start, length, 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self._at = offset + (0, self._at, self._length)[whence]
+        return self._at
+
+    def readinto(self, buffer) -> int:
+        self._file.seek(self._start + self._at)
+        content = self._file.read(min(len(buffer), max(self._length - self._at, 0)))
+        buffer[: len(content)] = content
+        self._at += len(content)
+        return len(content)
 
 
 class _StandIn:
@@ -257,4 +285,24 @@ def _index(metadata: Any) -> Index:
                     info.length,
                 )
             )
+    for key, tensor in tensors.items():
+        _check_chunks(key, tensor)
     return Index(tensors, objects)
+
+
+def _check_chunks(key: str, tensor: StoredTensor) -> None:
+    """That the chunks fill the tensor, so that loading leaves no part of it as it was."""
+    corners, filled = set(), 0
+    for chunk in tensor.chunks:
+        places = zip(chunk.corner, chunk.shape, tensor.size, strict=True)
+        if any(corner < 0 or corner + n > size for corner, n, size in places):
+            raise ValueError(f"a chunk of {key} lies outside it")
+        if (
+            chunk.length < torch.Size(chunk.shape).numel() * chunk.dtype.itemsize
+            or chunk.offset < 0
+        ):
+            raise ValueError(f"a chunk of {key} is longer than what is stored")
+        corners.add(chunk.corner)
+        filled += torch.Size(chunk.shape).numel()
+    if len(corners) != len(tensor.chunks) or filled != torch.Size(tensor.size).numel():
+        raise ValueError(f"{key} is stored only in part")
