@@ -11,13 +11,14 @@ import os
 import struct
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Self
 
 import torch
 from torch import Tensor
 
+from pose_megatron.checkpoints.checksums import Record, records
 from pose_megatron.errors import ConfigError, DamagedCheckpoint, gist
 from pose_megatron.runtime.lfs_pointers import refuse_lfs_pointer
 
@@ -53,12 +54,19 @@ _LARGEST_HEADER = 1 << 25  # bytes: some 300,000 tensors
 
 @dataclass(frozen=True)
 class Stored:
-    """A contiguous tensor at `offset` bytes in a file."""
+    """A contiguous tensor at `offset` bytes in a file.
+
+    Attributes:
+        name: for messages.
+        record: what holds it, where that has a checksum.
+    """
 
     path: Path
     offset: int
     dtype: torch.dtype
     shape: tuple[int, ...]
+    name: str = field(default="", compare=False)
+    record: Record | None = field(default=None, compare=False, repr=False)
 
     @property
     def nbytes(self) -> int:
@@ -68,8 +76,10 @@ class Stored:
         """Fills contiguous tensors of this dtype, one after the other.
 
         Raises:
-            DamagedCheckpoint: the file ends too early.
+            DamagedCheckpoint: the file ends too early, or its bytes have changed.
         """
+        if self.record:
+            self.record.check(self.name)
         with open(self.path, "rb", buffering=0) as file:
             if not _transfer(os.preadv, file.fileno(), out, self.offset):
                 size = os.fstat(file.fileno()).st_size
@@ -150,7 +160,8 @@ def read_torch(path: Path) -> dict[str, Stored]:
     """The tensors of a dict that torch.save wrote, by name.
 
     Raises:
-        DamagedCheckpoint: the file is damaged, or holds more than tensors.
+        DamagedCheckpoint: the file is damaged, or holds more than tensors; damage to a tensor's
+            own bytes is found when it is read.
         ConfigError: it holds no tensors by name, or was written by torch before 1.6.
     """
     refuse_lfs_pointer(path, DamagedCheckpoint)
@@ -162,7 +173,13 @@ def read_torch(path: Path) -> dict[str, Stored]:
         ) from None
     if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
         raise ConfigError(f"{path} does not hold tensors by name")
-    return {name: locate(path, name, tensor) for name, tensor in tensors.items()}
+    by_begin = records(path)
+    found = {}
+    for name, tensor in tensors.items():
+        stored = locate(path, name, tensor)
+        begin = stored.offset - tensor.storage_offset() * tensor.dtype.itemsize
+        found[name] = replace(stored, name=name, record=by_begin.get(begin))
+    return found
 
 
 def locate(path: Path, name: str, tensor: Tensor, base: int = 0) -> Stored:

@@ -166,7 +166,7 @@ def check(folder: Path, texts: Sequence[str]) -> int:
     from transformers import AutoTokenizer
 
     ours = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
-    theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    theirs = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     tokens = 0
     for text in texts:
         ids = ours.encode(text)

@@ -11,6 +11,7 @@ seconds, as long as the common state is our own: programs that only look into a 
 once.
 """
 
+import io
 import re
 import shutil
 from collections.abc import Iterable
@@ -20,13 +21,14 @@ from typing import Any
 
 import torch
 
+from pose_megatron.checkpoints import checksums
 from pose_megatron.checkpoints.megatron import args as megatron_args
 from pose_megatron.checkpoints.megatron.common_state import read_common_state
 from pose_megatron.checkpoints.megatron.hybrid_layout import is_hybrid
 from pose_megatron.checkpoints.megatron.legacy import LegacyWeights, is_legacy
 from pose_megatron.checkpoints.megatron.run_config import read_run_config
 from pose_megatron.checkpoints.megatron.torch_dist_metadata import read_index
-from pose_megatron.errors import ConfigError, DamagedCheckpoint
+from pose_megatron.errors import ConfigError, DamagedCheckpoint, gist
 from pose_megatron.models.shape import ModelConfig
 from pose_megatron.runtime.atomic_files import fsync, write_atomically
 
@@ -101,7 +103,13 @@ def find(root: str | Path, iteration: int | None = None) -> Checkpoint:
         raise DamagedCheckpoint(f"{tracker} says '{entry}': neither an iteration nor 'release'")
     path = path_of(root, entry)
     steps = 0 if entry == "release" else int(entry)
-    return Checkpoint(root, steps, path, *model_and_common(path))
+    model, common = model_and_common(path)
+    stored = common.get("iteration")
+    if entry != "release" and isinstance(stored, int) and stored != steps:
+        raise DamagedCheckpoint(
+            f"checkpoint {path}: its common state is of iteration {stored}, not of {steps}"
+        )
+    return Checkpoint(root, steps, path, model, common)
 
 
 def fall_back(root: str | Path, error: ValueError, below: int | None = None) -> Checkpoint:
@@ -223,7 +231,15 @@ def model_and_common(path: Path) -> tuple[ModelConfig, dict]:
         raise ConfigError(f"checkpoint {path}: {error}") from None
     # Megatron-Bridge keeps its progress in a file of its own.
     state = path / "train_state.pt"
-    progress = torch.load(state, weights_only=True) if state.is_file() else {}
+    progress: dict = {}
+    if state.is_file():
+        try:
+            checksums.check(io.BytesIO(state.read_bytes()), state.name)
+            progress = torch.load(state, map_location="cpu", weights_only=True)
+        except Exception as error:  # damaged bytes raise errors of many classes
+            raise DamagedCheckpoint(
+                f"checkpoint {path}: {state.name} cannot be read ({gist(error)})"
+            ) from None
     consumed = int(progress.get("consumed_train_samples", 0))
     args = megatron_args.to_args(model, int(progress.get("step", 0)), consumed, **run)
     return model, common | {"args": args}
