@@ -42,6 +42,9 @@ class AsLlama(CheckpointReader):
     def check(self) -> None:
         self._reader.check()
 
+    def check_kept_dtypes(self) -> None:
+        self._reader.check_kept_dtypes()
+
     def read(self, mapping: ParamMapping, out: Tensor) -> Tensor:
         self._reader.read(self._own_mappings[mapping.name], out)
         family_named(self._reader.model.family).weight_as_llama(mapping.name, out)

@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import os
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -109,6 +110,7 @@ def convert(
     report = Report(quiet or team.rank > 0, phases)
     reader: CheckpointReader = source.open(load)
     reader.check()
+    read_by_transformers = [(load, reader.model)] * source.read_by_transformers
     if as_llama:
         reader = AsLlama(reader)
     problems = Problems(strict)
@@ -116,15 +118,14 @@ def convert(
         problems.add(warning)
     contents = _contents(reader, dtype, tokenizer)
     total = total_bytes(contents.mappings, contents.dtypes)
-    folders = [load] * source.read_by_transformers
     with _staged(team, save, overwrite) as folder:
-        folders += [folder] * target.read_by_transformers
+        read_by_transformers += [(folder, reader.model)] * target.read_by_transformers
         writer = target.create(folder, contents, team.size)
         if team.rank == 0:
             _check_space(folder, total, save)
             writer.prepare()
         team.broadcast(None)
-        with _rope_check(folders if team.rank == 0 else [], reader.model) as rope_result:
+        with _rope_check(read_by_transformers if team.rank == 0 else []) as rope_result:
             jobs = {n: writer.jobs[n] for n in range(team.rank, len(writer.jobs), team.size)}
             size = sum(total_bytes(job, contents.dtypes) for job in jobs.values())
             with report.phase("convert", size) as advance:
@@ -166,6 +167,8 @@ def _check_folders(load: Path, save: Path, tokenizer: Path | None) -> None:
 def _contents(
     reader: CheckpointReader, dtype: torch.dtype | None, tokenizer: Path | None
 ) -> Contents:
+    if dtype is None:
+        reader.check_kept_dtypes()
     dtypes = dict.fromkeys(reader.dtypes, dtype) if dtype else reader.dtypes
     sidecars = config_json.find_sidecars(tokenizer) if tokenizer else reader.sidecars
     return Contents(reader.model, reader.mappings, dtypes, sidecars)
@@ -192,7 +195,7 @@ def _check_space(folder: Path, needed: int, save: Path) -> None:
 
 @contextlib.contextmanager
 def _rope_check(
-    folders: Sequence[Path], model: ModelConfig
+    folders: Sequence[tuple[Path, ModelConfig]],
 ) -> Iterator[Callable[[], list[dict[str, float]]]]:
     """Starts to ask transformers which rope it reads from each folder; yields how to get the
     answers.
@@ -201,20 +204,38 @@ def _rope_check(
     meanwhile, unless it is imported already.
     """
     if "transformers" in sys.modules or not folders:
-        yield lambda: _rope_errors(folders, model)
+        yield lambda: _rope_errors(folders)
         return
     import multiprocessing
     from concurrent.futures import ProcessPoolExecutor
+    from concurrent.futures.process import BrokenProcessPool
 
     with ProcessPoolExecutor(
-        1, multiprocessing.get_context("fork"), initializer=end_with_parent, initargs=(os.getpid(),)
+        1, multiprocessing.get_context("fork"), initializer=_begin_child, initargs=(os.getpid(),)
     ) as pool:
-        future = pool.submit(_rope_errors, folders, model)
-        yield future.result
+        future = pool.submit(_rope_errors, folders)
+
+        def result() -> list[dict[str, float]]:
+            try:
+                return future.result()
+            except BrokenProcessPool:
+                raise ConfigError(
+                    "the process in which transformers reads the rope of config.json was killed or "
+                    "crashed; if memory ran out, free some, and convert again"
+                ) from None
+
+        yield result
 
 
-def _rope_errors(folders: Sequence[Path], model: ModelConfig) -> list[dict[str, float]]:
-    return [rope_check.rope_errors(folder, model) for folder in folders]
+def _begin_child(parent: int) -> None:
+    """Signals end the process, as the handlers that it has from its parent are not for it."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
+    end_with_parent(parent)
+
+
+def _rope_errors(folders: Sequence[tuple[Path, ModelConfig]]) -> list[dict[str, float]]:
+    return [rope_check.rope_errors(folder, model) for folder, model in folders]
 
 
 def _transfer(

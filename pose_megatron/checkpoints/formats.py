@@ -71,7 +71,16 @@ class CheckpointReader(Protocol):
         """Holds the names and shapes of the stored tensors to the model's.
 
         Raises:
-            ConfigError: a tensor is missing, unknown, of another shape, or not one the model ties.
+            ConfigError: a tensor is missing, unknown, quantized, of another shape, or not one the
+                model ties.
+        """
+
+    def check_kept_dtypes(self) -> None:
+        """Asks whether `dtypes` is what every value is stored in; it is wider where the tensors
+        that Megatron keeps in one are stored in several.
+
+        Raises:
+            ConfigError: names such tensors.
         """
 
     def read(self, mapping: ParamMapping, out: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pose_megatron.checkpoints.tensor_files import WEIGHT_DTYPES, not_convertible
 from pose_megatron.errors import ConfigError
 from pose_megatron.models.families import family_named
 from pose_megatron.models.families.family import HFNames
@@ -172,5 +173,20 @@ def one_dtype(mapping: ParamMapping, dtypes: Iterable[torch.dtype]) -> torch.dty
     """
     found = set(dtypes)
     if len(found) > 1:
-        raise ConfigError(f"tensors {', '.join(mapping.parts)} must have one dtype")
+        names = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in found))
+        raise ConfigError(
+            f"tensors {', '.join(mapping.parts)}, which Megatron keeps in one, are stored as "
+            f"{names}; say with --dtype what to make of all weights"
+        )
     return found.pop()
+
+
+def check_weight_dtypes(dtypes: Mapping[str, torch.dtype]) -> None:
+    """Refuses stored tensors whose numbers are not the weights themselves.
+
+    Raises:
+        ConfigError: one is quantized, or no floating-point tensor; names it.
+    """
+    for name, dtype in dtypes.items():
+        if dtype not in WEIGHT_DTYPES:
+            raise not_convertible(f"tensor {name}", str(dtype).removeprefix("torch."))

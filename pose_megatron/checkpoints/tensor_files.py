@@ -11,14 +11,16 @@ import os
 import struct
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Self
 
 import torch
 from torch import Tensor
 
+from pose_megatron.checkpoints.checksums import Record, records
 from pose_megatron.errors import ConfigError, DamagedCheckpoint, gist
+from pose_megatron.runtime.lfs_pointers import refuse_lfs_pointer
 
 _DTYPES = {  # by safetensors' names
     "F64": torch.float64,
@@ -27,26 +29,44 @@ _DTYPES = {  # by safetensors' names
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "C64": torch.complex64,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
     "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+_BELOW_A_BYTE = ("F4", "F6_E2M3", "F6_E3M2")  # safetensors has them, preadv has no place for them
+# What weights are converted from and to. Of all others, the numbers alone do not say the weights:
+# they need scales, in one of many layouts.
+WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _MOST_VIEWS = 1024  # buffers that one preadv or pwritev takes, on Linux and others
-_LARGEST_HEADER = 100_000_000  # bytes, safetensors' own limit
+_LARGEST_HEADER = 1 << 25  # bytes: some 300,000 tensors
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A contiguous tensor at `offset` bytes in a file."""
+    """A contiguous tensor at `offset` bytes in a file.
+
+    Attributes:
+        name: for messages.
+        record: what holds it, where that has a checksum.
+    """
 
     path: Path
     offset: int
     dtype: torch.dtype
     shape: tuple[int, ...]
+    name: str = field(default="", compare=False)
+    record: Record | None = field(default=None, compare=False, repr=False)
 
     @property
     def nbytes(self) -> int:
@@ -56,12 +76,22 @@ class Stored:
         """Fills contiguous tensors of this dtype, one after the other.
 
         Raises:
-            DamagedCheckpoint: the file ends too early.
+            DamagedCheckpoint: the file ends too early, or its bytes have changed.
         """
+        if self.record:
+            self.record.check(self.name)
         with open(self.path, "rb", buffering=0) as file:
             if not _transfer(os.preadv, file.fileno(), out, self.offset):
                 size = os.fstat(file.fileno()).st_size
                 raise DamagedCheckpoint(f"{self.path} is cut off: it ends at byte {size}")
+
+
+def not_convertible(what: str, dtype: str) -> ConfigError:
+    """The error for weights that are no plain floating-point numbers."""
+    return ConfigError(
+        f"{what} is stored as {dtype}, and quantized weights are not converted; save the model in "
+        "bfloat16 first, with the tool that quantized it"
+    )
 
 
 def size(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
@@ -79,7 +109,9 @@ def read_safetensors(path: Path) -> dict[str, Stored]:
 
     Raises:
         DamagedCheckpoint: its header is damaged, or it is not as long as the header says.
+        ConfigError: a tensor has less than a byte for a value.
     """
+    refuse_lfs_pointer(path, DamagedCheckpoint)
     length = path.stat().st_size
     with open(path, "rb") as file:
         (header,) = struct.unpack("<Q", file.read(8).ljust(8, b"\xff"))
@@ -90,6 +122,13 @@ def read_safetensors(path: Path) -> dict[str, Stored]:
         try:
             entries = json.loads(file.read(header))
             entries.pop("__metadata__", None)
+            for name, entry in entries.items():
+                if entry["dtype"] in _BELOW_A_BYTE:
+                    raise not_convertible(f"{path}: tensor {name}", entry["dtype"])
+                begin, end = entry["data_offsets"]
+                numbers = [begin, end, *entry["shape"]]
+                if not all(type(number) is int and 0 <= number < 2**63 for number in numbers):
+                    raise ValueError(f"wrong numbers {numbers}"[:200])
             found = {
                 name: Stored(
                     path,
@@ -99,7 +138,9 @@ def read_safetensors(path: Path) -> dict[str, Stored]:
                 )
                 for name, entry in entries.items()
             }
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except ConfigError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise DamagedCheckpoint(
                 f"{path} is damaged: header unreadable ({gist(error)})"
             ) from None
@@ -119,9 +160,11 @@ def read_torch(path: Path) -> dict[str, Stored]:
     """The tensors of a dict that torch.save wrote, by name.
 
     Raises:
-        DamagedCheckpoint: the file is damaged, or holds more than tensors.
+        DamagedCheckpoint: the file is damaged, or holds more than tensors; damage to a tensor's
+            own bytes is found when it is read.
         ConfigError: it holds no tensors by name, or was written by torch before 1.6.
     """
+    refuse_lfs_pointer(path, DamagedCheckpoint)
     try:
         tensors = torch.load(path, map_location="meta", weights_only=True)
     except Exception as error:  # damaged bytes raise errors of many classes
@@ -130,7 +173,13 @@ def read_torch(path: Path) -> dict[str, Stored]:
         ) from None
     if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
         raise ConfigError(f"{path} does not hold tensors by name")
-    return {name: locate(path, name, tensor) for name, tensor in tensors.items()}
+    by_begin = records(path)
+    found = {}
+    for name, tensor in tensors.items():
+        stored = locate(path, name, tensor)
+        begin = stored.offset - tensor.storage_offset() * tensor.dtype.itemsize
+        found[name] = replace(stored, name=name, record=by_begin.get(begin))
+    return found
 
 
 def locate(path: Path, name: str, tensor: Tensor, base: int = 0) -> Stored:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from pose_megatron.checkpoints.formats import FORMATS, CheckpointFormat, format_class
 from pose_megatron.errors import ConfigError, flag_name
 from pose_megatron.runtime.atomic_files import write_atomically
-from pose_megatron.runtime.cli import command
+from pose_megatron.runtime.cli import command, progress
 from pose_megatron.runtime.ranks import rank
 
 if TYPE_CHECKING:
@@ -73,7 +73,8 @@ def parser() -> argparse.ArgumentParser:
         "--max-position-embeddings",
         type=int,
         metavar="N",
-        help="loader meta: the window, which params.json leaves out [the published model's]",
+        help="loader meta: the window, which params.json leaves out [the published model's]; "
+        "loader megatron: of a checkpoint that says only its last seq_length",
     )
     p.add_argument(
         "--tokenizer-model",
@@ -160,10 +161,14 @@ def run(args: argparse.Namespace) -> None:
 
 def _check_flags(args: argparse.Namespace) -> None:
     """Refuses a parameter of a format that is not asked for."""
-    for name, loader in (("iteration", "megatron"), ("max_position_embeddings", "meta")):
-        if getattr(args, name) is not None and args.loader != loader:
+    for name, loaders in {
+        "iteration": ("megatron",),
+        "max_position_embeddings": ("meta", "megatron"),
+    }.items():
+        if getattr(args, name) is not None and args.loader not in loaders:
             raise ConfigError(
-                f"{flag_name(name)} has no meaning with --loader {args.loader}, only with {loader}"
+                f"{flag_name(name)} has no meaning with --loader {args.loader}, only with "
+                f"{' and '.join(loaders)}"
             )
     if args.target_tensor_parallel_size != 1 and args.saver != "meta":
         raise ConfigError(
@@ -209,6 +214,8 @@ def _logits_check(
         prepare_megatron()
         from pose_megatron.evaluation import parity
 
-        errors.update({d.where: d.error for d in parity.check(found, sides["hf"])})
+        errors.update(
+            {d.where: d.error for d in parity.check(found, sides["hf"], say=progress("logits"))}
+        )
 
     return check

@@ -52,6 +52,7 @@ def main() -> None:
     from pose_megatron.runtime.distributed import device
 
     target = find_target(**target_of(flags))
+    print(f"{target.name}: rope scaling {target.model.rope_scaling}", flush=True)
     tokenizer = open_tokenizer(flags, target)
     first = []
     if flags.prepend_bos:

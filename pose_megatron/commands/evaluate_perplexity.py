@@ -51,6 +51,7 @@ def main() -> None:
     from pose_megatron.runtime.distributed import device
 
     target = find_target(**target_of(flags))
+    print(f"{target.name}: rope scaling {target.model.rope_scaling}", flush=True)
     shortest, longest = target.lengths[0], target.lengths[-1]
     stride = flags.stride or shortest // 2
     documents = long_documents(

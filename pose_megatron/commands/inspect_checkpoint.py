@@ -27,7 +27,7 @@ def parse() -> argparse.Namespace:
         nargs="+",
         type=Path,
         metavar="FOLDER",
-        help="a checkpoint, or one iteration of it",
+        help="a checkpoint, or one iteration of it; or the prefix of token files",
     )
     p.add_argument(
         "--iteration", type=int, help="the one of a Megatron checkpoint to look at [the latest]"
@@ -54,6 +54,9 @@ def parse() -> argparse.Namespace:
 @command
 def main() -> None:
     args = parse()
+    if all(Path(f"{path}.idx").is_file() for path in args.checkpoints):
+        inspect_token_files(args.checkpoints)
+        return
     from pose_megatron.checkpoints.summary import compare, summarise
 
     summaries = [summarise(path, args.iteration) for path in args.checkpoints]
@@ -71,6 +74,20 @@ def main() -> None:
     else:
         print_differences(differences, args.checkpoints)
     sys.exit(1 if differences else 0)
+
+
+def inspect_token_files(prefixes: list[Path]) -> None:
+    """Counts of token files, and whether they are what was written."""
+    from pose_megatron.preprocessing.indexed_writer import IndexedReader, check_digests
+
+    for prefix in map(str, prefixes):
+        reader = IndexedReader(prefix)
+        reader.check_tokens()
+        known = "as written" if check_digests(prefix) else "no digests beside them"
+        print(
+            f"{prefix}.bin/.idx: {reader.size.documents:,} documents, {reader.size.tokens:,} "
+            f"tokens, {reader.dtype}; {known}"
+        )
 
 
 def print_differences(differences: dict, paths: list[Path]) -> None:

@@ -5,6 +5,7 @@ tokenizer, for example on several machines. PREFIX.bin/.idx get their names when
 """
 
 import argparse
+import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -57,7 +58,8 @@ def shards(inputs: Sequence[str]) -> list[str]:
 @command
 def main() -> None:
     flags = parse()
-    from pose_megatron.preprocessing.indexed_writer import join, publish
+    from pose_megatron.preprocessing.indexed_writer import digests, join, publish
+    from pose_megatron.runtime.atomic_files import write_atomically
 
     prefixes, output = shards(flags.input), flags.output_prefix
     folder = Path(output).parent
@@ -72,7 +74,12 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{Path(output).name}-", dir=folder) as temporary:
         size = join(prefixes, Path(temporary), "joined")
+        summary = Path(f"{output}_summary.json")
+        summary.unlink(missing_ok=True)
         publish(Path(temporary), "joined", output)
+        counts = {"documents": size.documents, "tokens": size.tokens}
+        content = counts | {"crc32": digests(output, size)}
+        write_atomically(summary, json.dumps(content, indent=2) + "\n")
     print(
         f"{output}.bin/.idx: {size.documents:,} documents, {size.tokens:,} tokens of "
         f"{len(prefixes)} shards"

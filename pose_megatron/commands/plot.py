@@ -29,6 +29,6 @@ def main() -> None:
     output = Path(flags.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     text = report.markdown(table, flags.metric)
-    output.with_suffix(".md").write_text(text)
+    output.with_suffix(".md").write_text(text, encoding="utf-8")
     report.plot(table, flags.metric, output, flags.window, flags.title)
     print(text + f"\n{output}  {output.with_suffix('.md')}")

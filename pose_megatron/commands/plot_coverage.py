@@ -105,6 +105,8 @@ def main() -> None:
     coverage_figure.plot(curves, flags.window, flags.target, path, flags.title)
     numbers = coverage_figure.numbers(curves, flags.window)
     described = {"window": flags.window, "target": flags.target, "source": source}
-    path.with_suffix(".json").write_text(json.dumps(described | {"curves": numbers}))
+    path.with_suffix(".json").write_text(
+        json.dumps(described | {"curves": numbers}), encoding="utf-8"
+    )
     table = coverage_figure.markdown(curves, flags.window)
     print(f"{table}\n\n{path}  {path.with_suffix('.json')}")

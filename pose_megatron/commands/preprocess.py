@@ -45,6 +45,13 @@ def parse() -> argparse.Namespace:
     p.add_argument("--append-eod", action="store_true", help="end each document with the eos token")
     p.add_argument("--workers", type=positive, default=1, help="processes that tokenize")
     p.add_argument(
+        "--max-document-mb",
+        type=positive,
+        default=256,
+        help="longest line or text; a longer one holds no document: it is bounded as memory is, a "
+        "few times this per process [%(default)s]",
+    )
+    p.add_argument(
         "--on-error",
         choices=("stop", "skip"),
         default="stop",

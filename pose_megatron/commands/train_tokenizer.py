@@ -58,6 +58,13 @@ def parse() -> argparse.Namespace:
     # a constant: the model file names it, and should be the same on every machine
     p.add_argument("--threads", type=positive, default=2, help="default: %(default)s")
     p.add_argument(
+        "--max-document-mb",
+        type=positive,
+        default=256,
+        help="longest line or text; a longer one holds no document: it is bounded as memory is, a "
+        "few times this per process [%(default)s]",
+    )
+    p.add_argument(
         "--on-error", choices=("stop", "skip"), default="stop", help="at a line without a document"
     )
     p.add_argument("--overwrite", action="store_true", help="replace an existing tokenizer")
@@ -80,7 +87,11 @@ def main() -> None:
                 "replace it with --overwrite"
             )
     texts = tokenizer_training.sample(
-        filter(None, readers.texts(files, flags.json_keys, flags.on_error)), flags.sample_size
+        filter(
+            None,
+            readers.texts(files, flags.json_keys, flags.on_error, flags.max_document_mb * 10**6),
+        ),
+        flags.sample_size,
     )
     if not texts:
         raise ConfigError(f"--input {' '.join(flags.input)}: no text to train on")

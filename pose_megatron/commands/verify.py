@@ -5,7 +5,7 @@ import argparse
 from pathlib import Path
 
 from pose_megatron.errors import ConfigError
-from pose_megatron.runtime.cli import command
+from pose_megatron.runtime.cli import command, progress
 from pose_megatron.runtime.startup import prepare_megatron
 
 
@@ -44,4 +44,4 @@ def main() -> None:
     bounds = rope_check.bounds(found.model.rope_scaling)
     for name, error in rope_check.rope_errors(flags.hf, found.model).items():
         print(f"rope {name}: relative error {error:.1e} (bound {bounds[name]:.0e})")
-    parity.check(found, flags.hf, flags.tokens, flags.seed)
+    parity.check(found, flags.hf, flags.tokens, flags.seed, say=progress("verify"))

@@ -22,6 +22,7 @@ from pose_megatron.config.megatron_flags import (
     synonym,
 )
 from pose_megatron.errors import ConfigError, flag_name
+from pose_megatron.runtime.json_files import read_yaml
 from pose_megatron.runtime.megatron_core import require_hybrid
 
 
@@ -151,17 +152,10 @@ def _argv_of_config(path: Path) -> list[str]:
 
 
 def _read_yaml(path: Path) -> dict:
-    import yaml
-
-    if not path.is_file():
-        raise ConfigError(f"--config {path}: no such file")
     try:
-        values = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--config {path} is not YAML: {str(error).splitlines()[0]}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"--config {path} must be a mapping of flag names to values")
-    return values
+        return read_yaml(path)
+    except ConfigError as error:
+        raise ConfigError(f"--config {error}") from None
 
 
 # {field of Arguments: its flags that are None or at least so much}

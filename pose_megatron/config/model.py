@@ -1,6 +1,7 @@
 """The model that flags, checkpoint and tokenizer agree on."""
 
 import dataclasses
+import math
 from typing import Protocol
 
 from pose_megatron.config.flags import ModelFlags
@@ -143,10 +144,19 @@ def resolve_scaling(
             "leave the rope flags out to train it further, or give --rope-scaling and a greater "
             "--max-position-embeddings to extend it once more"
         )
+    first = asked.get("original_max_position_embeddings")
     if asked["method"] != before.method:
-        return _new_scaling(asked, window, target, over=before)
-    # The same method again is one extension from the first window, by the product of both factors.
-    again = {"factor": before.factor * (target / window)} | asked
+        reached = _reached_window(before, window)
+        if target <= reached and not (first or "factor" in asked):
+            raise ConfigError(
+                f"the checkpoint's {before.method} scaling reaches {reached} positions already: "
+                f"give a greater --max-position-embeddings than {target}"
+            )
+        return _new_scaling(asked, reached, target, over=before)
+    # The same method again is one extension from the window before any.
+    again = dict(asked)
+    if "factor" not in asked:
+        again["factor"] = target / (first or _first_window(before, window))
     if again["factor"] < before.factor:
         raise ConfigError(
             f"--rope-scaling-factor {again['factor']:g} is less than {before.factor:g}, the "
@@ -154,6 +164,37 @@ def resolve_scaling(
             f"to {target}"
         )
     return dataclasses.replace(before, **again)
+
+
+def _first_window(before: RopeScaling, window: int) -> float:
+    """What the target is divided by: the window before any extension.
+
+    Raises:
+        ConfigError: the checkpoint does not tell it; names the flag that does.
+    """
+    original = before.original_max_position_embeddings
+    if original is None:
+        raise ConfigError(
+            f"the checkpoint has {before.method} scaling by {before.factor:g} and a window of "
+            f"{window}, and does not say whether that window is already extended: give "
+            "--original-max-position-embeddings, the window before any extension"
+        )
+    if window == original or math.isclose(window, original * before.factor, rel_tol=0.01):
+        return original
+    if not before.interpolation.reaches_factor_times_window:
+        return window / before.factor  # llama3's factor of 8 reaches 16 times the first window
+    raise ConfigError(
+        f"the checkpoint's {before.method} scaling by {before.factor:g} from {original} does not "
+        f"give its window of {window}: say with --rope-scaling-factor how far to stretch the first "
+        "window"
+    )
+
+
+def _reached_window(before: RopeScaling, window: int) -> int:
+    """The window that a scaling reaches: some config.json leave the window as it was before."""
+    if window == before.original_max_position_embeddings:
+        return int(window * before.factor)
+    return window
 
 
 def _asked_scaling(flags: ModelFlags) -> dict:

@@ -105,7 +105,9 @@ def blends(data: DataFlags) -> tuple[Prefixes | None, list[Prefixes | None] | No
         file = Path(data.data_args_path)
         if not file.is_file():
             raise ConfigError(f"--data-args-path {file}: no such file")
-        return parse_blend(file.read_text().split(), f"--data-args-path {file}"), None
+        return parse_blend(
+            file.read_text(encoding="utf-8").split(), f"--data-args-path {file}"
+        ), None
     return parse_blend(data.data_path, "--data-path"), None
 
 

@@ -62,7 +62,7 @@ def _write(entry: Path, identity: dict, arrays: dict[str, np.ndarray]) -> None:
         for name, array in arrays.items():
             np.save(draft / f"{name}.npy", array, allow_pickle=False)
         description = {"identity": identity, "arrays": list(arrays)}
-        (draft / "entry.json").write_text(json.dumps(description, indent=1))
+        (draft / "entry.json").write_text(json.dumps(description, indent=1), encoding="utf-8")
         for path in draft.iterdir():
             fsync(path)
         try:

@@ -2,15 +2,10 @@
 
 from pathlib import Path
 
-import numpy as np
-from megatron.core.datasets.indexed_dataset import (
-    IndexedDataset,
-    _IndexReader,
-    get_bin_path,
-    get_idx_path,
-)
+from megatron.core.datasets.indexed_dataset import IndexedDataset, get_bin_path, get_idx_path
 
 from pose_megatron.errors import ConfigError
+from pose_megatron.preprocessing.indexed_writer import IndexedReader
 
 
 class IndexedCorpus:
@@ -36,28 +31,21 @@ class IndexedCorpus:
                     f"{flag} {prefix}: {path} is missing; the prefix is what "
                     "tools/preprocess_data.py wrote, such as corpus_text_document"
                 )
-        # The index alone first: the whole reader, when it fails half-way, prints from __del__.
+        # What merging checks, and before megatron-core's reader, which prints from __del__ when it
+        # fails half-way.
         try:
-            index = _IndexReader(get_idx_path(prefix), multimodal=False)
-            _check(index)
-        except Exception as error:  # the reader fails in many ways on foreign bytes
+            found = IndexedReader(prefix)
+        except ConfigError as error:
             raise ConfigError(
-                f"{flag} {prefix}: {get_idx_path(prefix)} is truncated or not a Megatron "
-                f"index ({str(error) or type(error).__name__}); preprocess the corpus again"
+                f"{flag} {prefix}: {get_idx_path(prefix)} is truncated or not a Megatron index "
+                f"({error}); preprocess the corpus again"
             ) from None
-        if not np.issubdtype(index.dtype, np.integer):
-            raise ConfigError(
-                f"{flag} {prefix}: its values are {np.dtype(index.dtype).name}, not token ids"
-            )
-        needed = int(index.sequence_lengths.sum(dtype=np.int64)) * index.dtype_size
-        if not needed:
+        try:
+            found.check_tokens()
+        except ConfigError as error:
+            raise ConfigError(f"{flag} {prefix}: {error}") from None
+        if not found.size.tokens:
             raise ConfigError(f"{flag} {prefix}: the corpus has no tokens")
-        have = Path(get_bin_path(prefix)).stat().st_size
-        if have != needed:
-            raise ConfigError(
-                f"{flag} {prefix}: {get_bin_path(prefix)} has {have} bytes, its index "
-                f"describes {needed}: truncated or from another corpus; preprocess it again"
-            )
         self.tokens = IndexedDataset(prefix)
         self.lengths = self.tokens.sequence_lengths
 
@@ -67,19 +55,3 @@ class IndexedCorpus:
         path = Path(get_idx_path(self.prefix)).resolve()
         stat = path.stat()
         return {"path": str(path), "bytes": stat.st_size, "modified": stat.st_mtime_ns}
-
-
-def _check(index: _IndexReader) -> None:
-    """Documents must lie end to end; read in pieces, since an index may be larger than memory."""
-    if index.document_indices[-1] != len(index):
-        raise ConfigError("its tables disagree")
-    lengths, pointers, end = index.sequence_lengths, index.sequence_pointers, 0
-    for start in range(0, len(lengths), 1 << 20):
-        part = lengths[start : start + (1 << 20)].astype(np.int64)
-        if (part < 0).any():
-            raise ConfigError("a document has a negative length")
-        ends = end + np.cumsum(part * index.dtype_size)
-        begins = np.concatenate([[end], ends[:-1]])
-        if (pointers[start : start + len(part)] != begins).any():
-            raise ConfigError("its documents do not adjoin")
-        end = ends[-1]

@@ -19,7 +19,7 @@ import torch
 
 from pose_megatron.data.indexed_corpus import IndexedCorpus
 from pose_megatron.errors import ConfigError, flag_name
-from pose_megatron.preprocessing.indexed_writer import IndexedWriter, publish, token_dtype
+from pose_megatron.preprocessing.indexed_writer import IndexedWriter, digests, publish, token_dtype
 from pose_megatron.runtime.atomic_files import write_atomically
 from pose_megatron.runtime.json_files import read_json
 
@@ -58,7 +58,10 @@ def write(
         for writer in writers.values():
             writer.close()
         shutil.rmtree(unfinished)
-    write_atomically(whole, json.dumps(description, indent=1))
+    crc32: dict[str, str] = {}
+    for part, writer in writers.items():
+        crc32 |= digests(f"{prefix}_{part}", writer.size)
+    write_atomically(whole, json.dumps(description | {"crc32": crc32}, indent=1))
 
 
 class MaterializedDataset(torch.utils.data.Dataset):
@@ -86,7 +89,7 @@ class MaterializedDataset(torch.utils.data.Dataset):
         positions_only: bool = False,
     ):
         self.prefix, self.vocab_size, self.positions_only = prefix, vocab_size, positions_only
-        self.samples = samples
+        self.samples, self.target = samples, target
         description = read_description(prefix)
         for flag, mine, theirs in (
             ("--seq-length", window, description["window"]),
@@ -125,21 +128,27 @@ class MaterializedDataset(torch.utils.data.Dataset):
         def read(part: str) -> np.ndarray:
             return self.parts[part].tokens.get(index).astype(np.int64)
 
+        positions = read("positions")
+        self._check("position", positions, index, self.target, "--max-position-embeddings")
         if self.positions_only:
-            return {"position_ids": read("positions")}
+            return {"position_ids": positions}
         tokens, labels = read("tokens"), read("labels")
-        highest = max(int(tokens.max()), int(labels.max()))
-        if highest >= self.vocab_size:
-            raise ConfigError(
-                f"--materialized {self.prefix}: token id {highest} in sample {index} is outside "
-                f"the vocabulary of {self.vocab_size}"
-            )
+        for ids in (tokens, labels):
+            self._check("token id", ids, index, self.vocab_size, "the vocabulary")
         return {
             "tokens": tokens,
             "labels": labels,
             "loss_mask": np.ones(len(tokens), np.float32),
-            "position_ids": read("positions"),
+            "position_ids": positions,
         }
+
+    def _check(self, what: str, values: np.ndarray, index: int, end: int, of: str) -> None:
+        lowest, highest = int(values.min()), int(values.max())
+        if lowest < 0 or highest >= end:
+            raise ConfigError(
+                f"--materialized {self.prefix}: {what} {lowest if lowest < 0 else highest} in "
+                f"sample {index} is outside {of} of {end}; write the files again"
+            )
 
     def name(self, index: int) -> str:
         """Where a sample comes from, in words for a person."""
@@ -161,9 +170,10 @@ def read_description(prefix: str) -> dict:
     try:
         description = read_json(path)
         for name in ("window", "target", "samples"):
-            int(description[name])
-        dict(description["positions"])
-        str(description["law"])
+            if type(description[name]) is not int or description[name] < 1:
+                raise ValueError(name)
+        if type(description["positions"]) is not dict or type(description["law"]) is not str:
+            raise ValueError("positions or law")
     except (ValueError, KeyError, TypeError):
         raise ConfigError(
             f"--materialized {prefix}: {path} is not what tools/materialize_positions.py writes"

@@ -1,6 +1,7 @@
 """A checkpoint's logits, computed in one process."""
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 
 import torch
 from megatron.core import parallel_state
@@ -48,13 +49,14 @@ def load_logits(
     found: Checkpoint,
     model: ModelConfig | None = None,
     bf16: bool = False,
-    rounded_to: torch.dtype | None = None,
+    rounded_to: Mapping[str, torch.dtype] | None = None,
 ) -> Callable[..., Tensor]:
     """`logits_function` of a checkpoint, in float32 or bfloat16.
 
     Args:
         model: shape and rope to use in place of the checkpoint's own.
-        rounded_to: round the weights to this precision first, and compute in the other.
+        rounded_to: precisions by the names of Megatron's tensors; the weights are rounded to them
+            first, and computed with in the other.
     """
     model = model or found.model
     if not parallel_state.model_parallel_is_initialized():
@@ -67,7 +69,13 @@ def load_logits(
 
 
 @torch.no_grad()
-def round_to(dtype: torch.dtype, model: torch.nn.Module) -> None:
-    """Rounds the weights to the values they would have as `dtype`; keeps their own dtype."""
-    for parameter in model.parameters():
-        parameter.copy_(parameter.to(dtype))
+def round_to(dtypes: Mapping[str, torch.dtype], model: torch.nn.Module) -> None:
+    """Rounds the weights to the values they would have in these precisions; keeps their own dtype.
+
+    Args:
+        dtypes: by the parameters' names. What is not among them is rounded as most of them are:
+            libraries keep the experts of a layer in one parameter.
+    """
+    ((most, _),) = Counter(dtypes.values()).most_common(1)
+    for name, parameter in model.named_parameters():
+        parameter.copy_(parameter.to(dtypes.get(name, most)))

@@ -17,7 +17,7 @@ def append(path: str | None, rows: Iterable[dict]) -> None:
     """Adds results to a file of JSON lines; does nothing without a path."""
     if path:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "a") as file:
+        with open(path, "a", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
@@ -31,7 +31,7 @@ def read(files: list[str], metric: str) -> dict[str, dict[int, dict]]:
     for file in files:
         if not Path(file).is_file():
             raise ConfigError(f"{file}: no such file")
-        for number, line in enumerate(Path(file).read_text().splitlines(), 1):
+        for number, line in enumerate(Path(file).read_text(encoding="utf-8").splitlines(), 1):
             try:
                 row = json.loads(line)
                 if row["metric"] == metric:

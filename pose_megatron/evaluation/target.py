@@ -86,4 +86,11 @@ def find_target(
         found.model,
         None,
     )
+    scaling = model.rope_scaling
+    if rope_scaling not in (None, "none") and scaling.factor == 1:
+        raise ConfigError(
+            f"--rope-scaling {rope_scaling} up to --context-lengths {lengths[-1]} has factor 1, as "
+            f"the window is {found.model.max_position_embeddings}: give --rope-scaling-factor, the "
+            "same for all lengths that are to be compared"
+        )
     return EvaluationTarget(name or Path(load).name, lengths, found, model, bf16)

@@ -152,7 +152,7 @@ def _rope_of_other_layers(args: argparse.Namespace, root: str | None) -> Rope:
         )
     loaded = None
     if root is not None:
-        tracked = (Path(root) / directory.TRACKER).read_text().strip()
+        tracked = (Path(root) / directory.TRACKER).read_text(encoding="utf-8").strip()
         path = directory.path_of(Path(root), args.ckpt_step or tracked)
         stored = directory.stored_record(read_common_state(path)).get("rope")
         if stored is not None:

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 import torch
 from packaging.version import Version
 
+from pose_megatron.checkpoints.megatron.safe_loading import load_safely
 from pose_megatron.errors import ConfigError
 from pose_megatron.runtime.megatron_core import megatron_core_version
 from pose_megatron.runtime.startup import prepare_megatron
@@ -28,7 +29,8 @@ CPU_DEFAULTS = {
 
 
 def prepare() -> None:
-    """Lets megatron.training run from a wheel, with torch's AdamW, and without CUDA.
+    """Lets megatron.training run from a wheel, with torch's AdamW, and without CUDA, and has it run
+    no code that a torch_dist checkpoint holds.
 
     Raises:
         ConfigError: this megatron-core has no megatron.training, or one that is driven in another
@@ -36,6 +38,7 @@ def prepare() -> None:
     """
     prepare_megatron()
     _check_version()
+    load_safely()
     _mend_wheel()
     if not torch.cuda.is_available():
         _run_without_cuda()

@@ -9,6 +9,17 @@ from pose_megatron.models.families import family_named
 from pose_megatron.models.tensors import EXPERT, LAYER, OUTPUT
 from pose_megatron.rope.scaling import RopeScaling, inverse_frequencies
 
+_SIZES = (
+    *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups"),
+    *("kv_channels", "vocab_size", "max_position_embeddings", "make_vocab_size_divisible_by"),
+)
+_NUMBERS = ("norm_epsilon", "rotary_base", "rotary_percent")
+# What a config may ask for before its weights are looked at: tensors are listed layer by layer,
+# expert by expert. The largest published models have some 130 layers and 25,000 experts in all.
+LARGEST_SIZE = 2**31 - 1
+MOST_LAYERS = 10_000
+MOST_EXPERTS = 200_000
+MOST_CHANNELS = 1 << 16  # of a head: its frequencies are computed at once
 _OF_EXPERTS = ("num_experts", "moe_ffn_hidden_size", "moe_router_topk", "moe_router_pre_softmax")
 
 
@@ -57,19 +68,15 @@ class ModelConfig:
 
     def __post_init__(self):
         heads, groups = self.num_attention_heads, self.num_query_groups
-        for name in (
-            "num_layers",
-            "hidden_size",
-            "ffn_hidden_size",
-            "num_attention_heads",
-            "num_query_groups",
-            "kv_channels",
-            "vocab_size",
-            "max_position_embeddings",
-            "make_vocab_size_divisible_by",
-        ):
-            if (value := getattr(self, name)) < 1:
-                raise ConfigError(f"{flag_name(name)} must be at least 1, not {value}")
+        for name in _SIZES:
+            check_size(flag_name(name), getattr(self, name))
+        for name in _NUMBERS:
+            value = getattr(self, name)
+            if type(value) not in (int, float) or not 0 <= value < math.inf:
+                raise ConfigError(f"{flag_name(name)} must be a number, not {value!r}")
+        for name, most in (("num_layers", MOST_LAYERS), ("kv_channels", MOST_CHANNELS)):
+            if (value := getattr(self, name)) > most:
+                raise ConfigError(f"{flag_name(name)} {value} is more than {most:,}")
         if heads % groups:
             raise ConfigError(
                 f"--num-attention-heads {heads} is not a multiple of --num-query-groups {groups}"
@@ -95,11 +102,13 @@ class ModelConfig:
                 raise ConfigError(f"--num-experts is missing: {family.title} is a mixture of them")
             return
         for name in ("num_experts", "moe_ffn_hidden_size", "moe_router_topk"):
-            if (getattr(self, name) or 0) < 1:
-                raise ConfigError(
-                    f"{flag_name(name)} must be at least 1, not {getattr(self, name)}"
-                )
+            check_size(flag_name(name), getattr(self, name))
         assert topk is not None
+        if experts * self.num_layers > MOST_EXPERTS:
+            raise ConfigError(
+                f"--num-experts {experts} in each of --num-layers {self.num_layers} are more than "
+                f"{MOST_EXPERTS:,}"
+            )
         if not family.has_experts:
             raise ConfigError(f"--num-experts {experts}: {family.title} has no experts")
         if topk > experts:
@@ -180,3 +189,17 @@ class ModelConfig:
         known = {f.name for f in dataclasses.fields(cls)}
         values = {k: v for k, v in values.items() if k in known}
         return cls(**values | {"rope_scaling": RopeScaling(**values.get("rope_scaling", {}))})
+
+
+def check_size(name: str, value: object) -> None:
+    """A size from a file must be a whole number in [1, LARGEST_SIZE].
+
+    Raises:
+        ConfigError: it is not; the sentence begins with `name`.
+    """
+    if type(value) is not int:
+        raise ConfigError(f"{name} must be a whole number, not {value!r}"[:200])
+    if value < 1:
+        raise ConfigError(f"{name} must be at least 1, not {value}")
+    if value > LARGEST_SIZE:
+        raise ConfigError(f"{name} {value} is more than {LARGEST_SIZE:,}")

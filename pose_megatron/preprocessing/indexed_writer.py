@@ -12,8 +12,9 @@ keeps the whole index in memory. Here everything streams.
 
 import os
 import struct
+import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
@@ -21,6 +22,7 @@ import numpy as np
 
 from pose_megatron.errors import ConfigError
 from pose_megatron.runtime.atomic_files import fsync
+from pose_megatron.runtime.json_files import read_json
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
@@ -44,11 +46,13 @@ def token_dtype(vocab_size: int) -> type[np.integer]:
 
 @dataclass
 class Size:
-    """How much a pair of files holds."""
+    """How much a pair of files holds, and the CRC-32 of what was written to each."""
 
     tokens: int = 0
     sequences: int = 0
     documents: int = 0
+    bin_crc32: int = field(default=0, compare=False)
+    idx_crc32: int = field(default=0, compare=False)  # 0 before the end
 
 
 class IndexedWriter:
@@ -91,10 +95,14 @@ class IndexedWriter:
             )
         tokens = int(lengths.sum(dtype=np.int64))
         if isinstance(ids, Path):
-            _copy(ids, self._files[self.bin], tokens * self.dtype.itemsize)
+            crc = _copy(
+                ids, self._files[self.bin], tokens * self.dtype.itemsize, self.size.bin_crc32
+            )
         else:
             assert ids.size == tokens, (ids.size, tokens)
-            self._files[self.bin].write(ids.astype(self.dtype).tobytes())
+            content = ids.astype(self.dtype).tobytes()
+            self._files[self.bin].write(content)
+            crc = zlib.crc32(content, self.size.bin_crc32)
         for block in _slices(lengths):
             self._files[self._lengths].write(block.astype("<i4").tobytes())
         for block in _slices(documents):
@@ -104,6 +112,7 @@ class IndexedWriter:
             self.size.tokens + tokens,
             self.size.sequences + lengths.size,
             self.size.documents + documents.size,
+            crc,
         )
 
     def flush(self) -> None:
@@ -133,6 +142,8 @@ class IndexedWriter:
             for documents in _blocks(self._documents, "<i8"):
                 idx.write(documents.tobytes())
         fsync(self.idx)
+        with open(self.idx, "rb") as written:
+            self.size.idx_crc32 = _crc32(written)
 
     def close(self) -> None:
         for file in self._files.values():
@@ -157,7 +168,7 @@ def publish(folder: Path, name: str, prefix: str) -> None:
 
 
 class IndexedReader:
-    """Reads one pair of files, for joining; the .bin must have the tokens that the .idx counts.
+    """Reads one pair of files; the .idx is checked at once.
 
     Raises:
         ConfigError: a file is missing, cut short or of another format.
@@ -176,26 +187,60 @@ class IndexedReader:
         _, version, code, sequences, self._entries = HEADER.unpack(header)
         if version != 1 or code not in CODES:
             raise ConfigError(f"{idx}: index of an unknown version ({version}, dtype code {code})")
+        if not np.issubdtype(CODES[code], np.integer):
+            raise ConfigError(f"{idx}: its values are {np.dtype(CODES[code])}, not token ids")
         expected = HEADER.size + 12 * sequences + 8 * self._entries
         if size == expected + sequences and sequences:
             raise ConfigError(f"{idx}: a multimodal index, which cannot be joined")
         if size != expected:
-            raise ConfigError(
-                f"{idx}: has {size:,} bytes where {expected:,} are due; make the shard again"
-            )
+            raise ConfigError(f"{idx}: has {size:,} bytes where {expected:,} are due")
         self.dtype = np.dtype(CODES[code])
         self._lengths = _map(idx, "<i4", HEADER.size, sequences)
         self._documents = _map(idx, "<i8", HEADER.size + 12 * sequences, self._entries)
+        _check(
+            idx,
+            self._lengths,
+            _map(idx, "<i8", HEADER.size + 4 * sequences, sequences),
+            self._documents,
+            self.dtype.itemsize,
+        )
         tokens = int(sum(b.sum(dtype=np.int64) for b in _slices(self._lengths)))
         self.size = Size(tokens, sequences, self._entries - 1)
-        if (found := self.bin.stat().st_size) != tokens * self.dtype.itemsize:
+
+    def check_tokens(self) -> None:
+        """The .bin must have the tokens that the .idx counts."""
+        due = self.size.tokens * self.dtype.itemsize
+        if (found := self.bin.stat().st_size) != due:
             raise ConfigError(
-                f"{self.bin}: has {found:,} bytes, and {idx.name} counts {tokens:,} tokens of "
-                f"{self.dtype.itemsize} bytes; make the shard again"
+                f"{self.bin} has {found} bytes, its index describes {due}: truncated or from "
+                "another corpus; make it again"
             )
 
     def append_to(self, writer: IndexedWriter) -> None:
         writer.append(self.bin, self._lengths, self._documents[1:])
+
+
+def _check(
+    idx: Path, lengths: np.ndarray, pointers: np.ndarray, documents: np.ndarray, width: int
+) -> None:
+    """Sequences must lie end to end and documents follow each other; read in pieces, since an index
+    may be larger than memory."""
+    end = 0
+    for begin, part in zip(range(0, len(lengths), BLOCK), _slices(lengths), strict=True):
+        if (part < 0).any():
+            raise ConfigError(f"{idx}: a document has a negative length")
+        ends = end + np.cumsum(part.astype(np.int64) * width)
+        begins = np.concatenate([[end], ends[:-1]])
+        if (pointers[begin : begin + len(part)] != begins).any():
+            raise ConfigError(f"{idx}: its documents do not adjoin")
+        end = int(ends[-1])
+    if not len(documents) or documents[0] != 0 or documents[-1] != len(lengths):
+        raise ConfigError(f"{idx}: its tables disagree")
+    before = 0
+    for ends in _slices(documents):
+        if ends[0] < before or (np.diff(ends) < 0).any():
+            raise ConfigError(f"{idx}: its documents are not in order")
+        before = int(ends[-1])
 
 
 def join(prefixes: Sequence[str], folder: Path, name: str) -> Size:
@@ -205,6 +250,10 @@ def join(prefixes: Sequence[str], folder: Path, name: str) -> Size:
         ConfigError: a shard is damaged, or their ids differ in dtype.
     """
     shards = [IndexedReader(prefix) for prefix in prefixes]
+    for shard in shards:
+        shard.check_tokens()
+    for prefix in prefixes:
+        check_digests(prefix)
     for shard in shards[1:]:
         if shard.dtype != shards[0].dtype:
             raise ConfigError(
@@ -234,17 +283,59 @@ def _open_at(path: Path, end: int) -> BinaryIO:
     return file
 
 
-def _copy(path: Path, target: BinaryIO, expected: int) -> None:
-    """Appends a file of `expected` bytes."""
+def _copy(path: Path, target: BinaryIO, expected: int, crc: int) -> int:
+    """Appends a file of `expected` bytes; returns the CRC-32 that `crc` becomes with them."""
     copied = 0
     with open(path, "rb") as source:
         while block := source.read(16 * BLOCK):
             target.write(block)
+            crc = zlib.crc32(block, crc)
             copied += len(block)
     if copied != expected:
         raise ConfigError(
             f"{path}: has {copied:,} bytes where {expected:,} are due; it changed while it was read"
         )
+    return crc
+
+
+def _crc32(file: BinaryIO) -> int:
+    crc = 0
+    while block := file.read(16 * BLOCK):
+        crc = zlib.crc32(block, crc)
+    return crc
+
+
+def digests(prefix: str, size: Size) -> dict[str, str]:
+    """CRC-32 of each file of a pair, by its name, for the summary that is written beside it."""
+    name = Path(prefix).name
+    return {f"{name}.bin": f"{size.bin_crc32:08x}", f"{name}.idx": f"{size.idx_crc32:08x}"}
+
+
+def check_digests(prefix: str) -> bool:
+    """Compares a pair with the digests in a summary beside it; False where there are none, as
+    beside Megatron's own files.
+
+    Raises:
+        ConfigError: a file is not what was written; or the summary is damaged.
+    """
+    folder, name = Path(prefix).parent, Path(prefix).name
+    words = name.split("_")
+    stems = ["_".join(words[:n]) for n in range(len(words), 0, -1)]
+    for path in (folder / f"{stem}{end}" for stem in stems for end in ("_summary.json", ".json")):
+        known = read_json(path).get("crc32") if path.is_file() else None
+        if not isinstance(known, dict) or f"{name}.bin" not in known:
+            continue
+        for suffix in (".bin", ".idx"):
+            file = Path(prefix + suffix)
+            with open(file, "rb") as content:
+                found = f"{_crc32(content):08x}"
+            if found != known.get(file.name):
+                raise ConfigError(
+                    f"{file} is damaged: its CRC-32 is {found}, in {path.name} "
+                    f"{known.get(file.name)}; make it again, or delete the latter"
+                )
+        return True
+    return False
 
 
 def _map(path: Path, dtype: str, offset: int, count: int) -> np.ndarray:

@@ -16,6 +16,8 @@ import orjson
 
 from pose_megatron.errors import ConfigError
 
+LONGEST = 256_000_000  # bytes of a line or text, unless --max-document-mb says otherwise
+
 
 @dataclass(frozen=True)
 class Lines:
@@ -24,10 +26,25 @@ class Lines:
     Attributes:
         content: the lines, decompressed, newlines included.
         position: how many bytes of the file on disk have been read.
+        longest: bytes that a line may have.
+        too_long: whether one more line follows that has more; only its beginning was read.
+        left_out: bytes that were read and are not in `content`, of such a line.
     """
 
     content: bytes
     position: int
+    longest: int = LONGEST
+    too_long: bool = False
+    left_out: int = 0
+
+    @property
+    def size(self) -> int:
+        """Bytes that were read."""
+        return len(self.content) + self.left_out
+
+    @property
+    def newlines(self) -> int:
+        return len(self.split) - 1 + self.too_long
 
     @cached_property
     def split(self) -> list[bytes]:
@@ -42,6 +59,9 @@ class Lines:
         for number, line in enumerate(self.split, 1):
             if not line or line.isspace():
                 continue
+            if len(line) > self.longest:
+                yield number, LineError.too_long(self.longest)
+                continue
             try:
                 # orjson is quick, but stricter than Python's json: parse_line has the last word
                 row = orjson.loads(line)
@@ -55,6 +75,8 @@ class Lines:
                 yield number, parse_line(line, keys)
             except LineError as error:
                 yield number, error
+        if self.too_long:
+            yield len(self.split), LineError.too_long(self.longest)
 
 
 class LineError(ValueError):
@@ -64,12 +86,18 @@ class LineError(ValueError):
         super().__init__(f"{reason} ({detail})" if detail else reason)
         self.reason, self.detail = reason, detail
 
+    @classmethod
+    def too_long(cls, longest: int) -> "LineError":
+        return cls("too long", f"more than --max-document-mb {longest / 1e6:g}")
+
     def __reduce__(self):  # pickled with both parts, to come from another process
         return LineError, (self.reason, self.detail)
 
 
-def read_lines(path: Path, size: int) -> Iterator[Lines]:
+def read_lines(path: Path, size: int, longest: int = LONGEST) -> Iterator[Lines]:
     """The file in runs of whole lines of about `size` bytes each, decompressed.
+
+    Of a line with more than `longest` bytes no more is held.
 
     Raises:
         ConfigError: compressed data is broken or cut short.
@@ -82,17 +110,28 @@ def read_lines(path: Path, size: int) -> Iterator[Lines]:
         else:
             blocks = iter(lambda: file.read(size), b"")
         parts: list[bytes] = []
+        held = left_out = 0  # bytes of a line's beginning, and those that were dropped
+        dropping = False
         for block in blocks:
+            if dropping:
+                rest, newline, block = block.partition(b"\n")
+                left_out += len(rest) + len(newline)
+                dropping = not newline
             head, newline, tail = block.rpartition(b"\n")
             if newline:
-                yield Lines(b"".join([*parts, head, newline]), file.tell())
-                parts = []
+                content = b"".join([*parts, head, newline])
+                yield Lines(content, file.tell(), longest, left_out=left_out)
+                parts, held, left_out = [], 0, 0
             parts.append(tail)
-        if content := b"".join(parts):
-            yield Lines(content, file.tell())
+            held += len(tail)
+            if held > longest:
+                yield Lines(b"", file.tell(), longest, too_long=True, left_out=held + left_out)
+                parts, held, left_out, dropping = [], 0, 0, True
+        if (content := b"".join(parts)) or left_out:
+            yield Lines(content, path.stat().st_size, longest, left_out=left_out)
 
 
-def read_range(path: Path, start: int, end: int) -> Lines:
+def read_range(path: Path, start: int, end: int, longest: int = LONGEST) -> Lines:
     """The lines of a plain file that begin within bytes [start, end).
 
     Adjoining ranges that cover a file give every line once, wherever they are cut.
@@ -103,11 +142,16 @@ def read_range(path: Path, start: int, end: int) -> Lines:
         content = file.read(end - start + before)
         first = content.find(b"\n") + 1 if before else 0
         if before and (not first or first == len(content)):
-            return Lines(b"", end)  # the range lies within one line
+            return Lines(b"", end, longest)  # the range lies within one line
         parts = [content[first:]]
+        held = len(parts[0]) - parts[0].rfind(b"\n") - 1  # of the last line
         while parts[-1] and not parts[-1].endswith(b"\n"):
+            if held > longest:
+                whole, newline, line = b"".join(parts).rpartition(b"\n")
+                return Lines(whole + newline, end, longest, True, len(line))
             parts.append(file.readline(1 << 20))
-    return Lines(b"".join(parts), end)
+            held += len(parts[-1])
+    return Lines(b"".join(parts), end, longest)
 
 
 def parse_line(line: bytes, keys: Sequence[str]) -> list[str]:
@@ -145,21 +189,13 @@ def _gzip_blocks(file: BinaryIO, path: Path, size: int) -> Iterator[bytes]:
 
 
 def _zstd_blocks(file: BinaryIO, path: Path, size: int) -> Iterator[bytes]:
-    # Not zstandard's own file reader, which takes a file cut short for a whole one.
+    # pyarrow's reader: it takes no file cut short for a whole one, and gives so much at a time.
     try:
-        import zstandard
+        import pyarrow
     except ImportError:
-        raise ConfigError(f"--input {path}: needs the package zstandard, install it") from None
-    frame = None
+        raise ConfigError(f"--input {path}: needs the package pyarrow, install it") from None
     try:
-        while data := file.read(max(size // 4, 1)):  # text shrinks about fourfold
-            while data:
-                frame = frame or zstandard.ZstdDecompressor().decompressobj()
-                if block := frame.decompress(data):
-                    yield block
-                data = frame.unused_data
-                frame = None if frame.eof else frame
-    except zstandard.ZstdError as error:
+        stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(file, mode="r"), "zstd")
+        yield from iter(lambda: stream.read(size), b"")
+    except (pyarrow.ArrowException, OSError) as error:
         raise ConfigError(f"--input {path}: broken zstd file ({error})") from error
-    if frame:
-        raise ConfigError(f"--input {path}: broken zstd file (it ends within a frame)")

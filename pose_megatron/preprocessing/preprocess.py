@@ -25,7 +25,8 @@ from pose_megatron.errors import ConfigError
 from pose_megatron.preprocessing import readers
 from pose_megatron.preprocessing.encoding import Encoder, encode_in_order
 from pose_megatron.preprocessing.fast_tokenizer import prove
-from pose_megatron.preprocessing.indexed_writer import publish
+from pose_megatron.preprocessing.indexed_writer import digests, publish
+from pose_megatron.preprocessing.jsonl import LONGEST
 from pose_megatron.preprocessing.readers import Part
 from pose_megatron.preprocessing.resume import State, UnfinishedRun
 from pose_megatron.preprocessing.tokenizer import Tokenizer, build_tokenizer
@@ -48,6 +49,7 @@ class PreprocessingJob:
     workers: int = 1
     on_error: str = "stop"
     tokenizer_library: str = "auto"
+    max_document_mb: int = LONGEST // 10**6
     log_interval: int = 1000
     overwrite: bool = False
 
@@ -85,9 +87,9 @@ def _tokenize(
     eod: int | None,
     run: UnfinishedRun,
 ) -> None:
-    fast = None
+    fast, longest = None, job.max_document_mb * 10**6
     if job.tokenizer_library == "auto":
-        fast, why = prove(tokenizer, readers.sample(files, job.json_keys, PROVEN_ON))
+        fast, why = prove(tokenizer, readers.sample(files, job.json_keys, PROVEN_ON, longest))
         print(why, file=sys.stderr, flush=True)
     if run.state != State():
         print(
@@ -105,7 +107,7 @@ def _tokenize(
         f"{run.folder}/{os.getpid()}",
         get_context("fork").RawValue(ctypes.c_bool, False),
     )
-    parts = readers.parts(files, job.workers, run.state.cursor)
+    parts = readers.parts(files, job.workers, run.state.cursor, longest)
     progress = Progress(files, job.log_interval, run.state)
     try:
         with contextlib.closing(encode_in_order(encoder, parts, job.workers)) as results:
@@ -157,6 +159,7 @@ def _made_from(job: PreprocessingJob, files: Sequence[Path], tokenizer: Tokenize
             *(hashlib.sha256(path.read_bytes()).hexdigest() for path in tokenizer.files),
         ],
         "--append-eod": job.append_eod,
+        "--max-document-mb": job.max_document_mb,
         "--tokenizer-library": job.tokenizer_library,
     }
 
@@ -187,6 +190,11 @@ def _summary(job: PreprocessingJob, tokenizer: Tokenizer, state: State) -> dict:
         "first_skipped": list(state.first_skipped),
         "texts_with_replaced_surrogates": state.replaced,
         "outputs": outputs,
+        "crc32": {
+            name: crc
+            for key, size in state.sizes.items()
+            for name, crc in digests(_prefix(job, key), size).items()
+        },
         "tokenizer": tokenizer.unique_identifiers,
         "vocab_size": tokenizer.vocab_size,
         "append_eod": job.append_eod,

@@ -9,12 +9,12 @@ workers, each file is one part; with fewer, they are decompressed here and cut i
 
 import glob
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 
 from pose_megatron.errors import ConfigError
-from pose_megatron.preprocessing.jsonl import LineError, Lines, read_lines, read_range
+from pose_megatron.preprocessing.jsonl import LONGEST, LineError, Lines, read_lines, read_range
 from pose_megatron.preprocessing.tokenizer import replace_surrogates
 
 SUFFIXES = (
@@ -22,7 +22,7 @@ SUFFIXES = (
     ".parquet",
 )
 PART_BYTES = 1 << 20  # of text: a few milliseconds of gigatoken, 200 of a Hugging Face tokenizer
-PARQUET_ROWS = 1024  # read at a time
+PARQUET_ROWS = 64  # decoded at a time: rows may be long
 SPOTS = 32  # places of the corpus that a sample is taken from
 
 
@@ -72,6 +72,7 @@ class Part:
         span: bytes of a plain file, or row groups of a Parquet file, [start, end); None for the
             whole file.
         lines: the part's content, where it had to be read to be cut.
+        longest: bytes that a line, or a text in a Parquet file, may have.
     """
 
     path: Path
@@ -80,6 +81,7 @@ class Part:
     position: int
     span: tuple[int, int] | None = None
     lines: Lines | None = None
+    longest: int = LONGEST
 
     def batches(self, keys: Sequence[str]) -> Iterator[TextBatch]:
         """The part's documents, some at a time.
@@ -88,13 +90,13 @@ class Part:
             ConfigError: the file is damaged, or has no such column.
         """
         if self.path.suffix == ".parquet":
-            yield from _parquet_batches(self.path, self.span, keys)
+            yield from _parquet_batches(self.path, self.span, keys, self.longest)
         elif self.lines:
             yield _batch(self.lines, keys)
         elif self.span:
-            yield _batch(read_range(self.path, *self.span), keys)
+            yield _batch(read_range(self.path, *self.span, self.longest), keys)
         else:
-            for lines in read_lines(self.path, PART_BYTES):
+            for lines in read_lines(self.path, PART_BYTES, self.longest):
                 yield _batch(lines, keys)
 
 
@@ -128,7 +130,9 @@ def corpus_files(patterns: Sequence[str | Path]) -> list[Path]:
     return files
 
 
-def parts(files: Sequence[Path], workers: int = 1, start: Cursor = Cursor()) -> Iterator[Part]:
+def parts(
+    files: Sequence[Path], workers: int = 1, start: Cursor = Cursor(), longest: int = LONGEST
+) -> Iterator[Part]:
     """The parts of the corpus from `start` on, cut for `workers` processes."""
     whole = sum(_compressed(path) for path in files) >= workers > 1
     for index, path in enumerate(files[start.file :], start.file):
@@ -138,23 +142,32 @@ def parts(files: Sequence[Path], workers: int = 1, start: Cursor = Cursor()) -> 
             groups = _parquet(path).metadata.num_row_groups
             for group in range(offset, groups):
                 end = Cursor(index, group + 1) if group + 1 < groups else next_file
-                yield Part(path, index, end, size * (group + 1) // groups, (group, group + 1))
+                yield Part(
+                    path,
+                    index,
+                    end,
+                    size * (group + 1) // groups,
+                    (group, group + 1),
+                    longest=longest,
+                )
         elif not _compressed(path):
             for begin in range(offset, size, PART_BYTES):
                 stop = min(begin + PART_BYTES, size)
                 end = Cursor(index, stop) if stop < size else next_file
-                yield Part(path, index, end, stop, (begin, stop))
+                yield Part(path, index, end, stop, (begin, stop), longest=longest)
         elif whole and not offset:
-            yield Part(path, index, next_file, size)
+            yield Part(path, index, next_file, size, longest=longest)
         else:
             done = 0
-            for lines in read_lines(path, PART_BYTES):
-                done += len(lines.content)
+            for lines in read_lines(path, PART_BYTES, longest):
+                done += lines.size
                 if done > offset:
                     yield Part(path, index, Cursor(index, done), lines.position, lines=lines)
 
 
-def texts(files: Sequence[Path], keys: Sequence[str], on_error: str) -> Iterator[str]:
+def texts(
+    files: Sequence[Path], keys: Sequence[str], on_error: str, longest: int = LONGEST
+) -> Iterator[str]:
     """All texts, one after the other.
 
     Raises:
@@ -162,7 +175,7 @@ def texts(files: Sequence[Path], keys: Sequence[str], on_error: str) -> Iterator
     """
     for path in files:
         before = 0
-        for part in parts([path]):
+        for part in parts([path], longest=longest):
             for batch in part.batches(keys):
                 if batch.skipped and on_error == "stop":
                     raise line_error(path, before, *batch.skipped[0])
@@ -171,13 +184,16 @@ def texts(files: Sequence[Path], keys: Sequence[str], on_error: str) -> Iterator
                     yield from row
 
 
-def sample(files: Sequence[Path], keys: Sequence[str], size: int) -> list[str]:
+def sample(
+    files: Sequence[Path], keys: Sequence[str], size: int, longest: int = LONGEST
+) -> list[str]:
     """About `size` characters of text from all over the corpus; long texts are cut."""
     if len(files) > SPOTS:
         files = [files[i * len(files) // SPOTS] for i in range(SPOTS)]
     spots = [part for path in files for part in _spread(path, SPOTS // len(files))]
     kept: list[str] = []
     for part in spots:
+        part = replace(part, longest=longest)
         left = size // len(spots)
         batches = (batch.texts.values() for batch in part.batches(keys))
         for text in chain.from_iterable(chain.from_iterable(batches)):
@@ -219,9 +235,7 @@ def _compressed(path: Path) -> bool:
 
 
 def _batch(lines: Lines, keys: Sequence[str]) -> TextBatch:
-    batch = TextBatch(
-        {key: [] for key in keys}, bytes=len(lines.content), newlines=len(lines.split) - 1
-    )
+    batch = TextBatch({key: [] for key in keys}, bytes=lines.size, newlines=lines.newlines)
     for number, row in lines.texts(keys):
         batch.lines += 1
         if isinstance(row, LineError):
@@ -240,14 +254,15 @@ def _parquet(path: Path):
     except ImportError:
         raise ConfigError(f"--input {path}: needs the package pyarrow, install it") from None
     try:
-        return parquet.ParquetFile(path)
+        return parquet.ParquetFile(path, buffer_size=PART_BYTES, pre_buffer=False)
     except (ArrowException, OSError) as error:
         raise ConfigError(f"--input {path}: not a Parquet file ({error})") from error
 
 
 def _parquet_batches(
-    path: Path, groups: tuple[int, int] | None, keys: Sequence[str]
+    path: Path, groups: tuple[int, int] | None, keys: Sequence[str], longest: int
 ) -> Iterator[TextBatch]:
+    """Batches of about PART_BYTES; pyarrow decodes some rows at a time, and at least a page."""
     from pyarrow import ArrowException
 
     file = _parquet(path)
@@ -257,22 +272,46 @@ def _parquet_batches(
             raise ConfigError(
                 f"--input {path}: has no column {key!r}, only {', '.join(file.schema_arrow.names)}"
             )
+    batch = _empty(keys)
     try:
-        for table in file.iter_batches(PARQUET_ROWS, list(range(first, end)), list(keys)):
-            columns = [table.column(key).to_pylist() for key in keys]
-            batch = TextBatch(
-                {key: [] for key in keys}, table.num_rows, table.num_rows, table.nbytes
-            )
-            for number, row in enumerate(zip(*columns, strict=True), 1):
-                wrong = [(k, type(v)) for k, v in zip(keys, row, strict=True) if type(v) is not str]
-                if wrong:
-                    key, kind = wrong[0]
-                    detail = f"its type is {kind.__name__}"
-                    error = LineError(f"value of {key!r} is not a string", detail)
-                    batch.skipped.append((number, error))
-                    continue
-                for key, text in zip(keys, row, strict=True):
-                    batch.texts[key].append(text)
-            yield batch
+        for group in range(first, end):
+            rows = _rows_at_once(file.metadata.row_group(group))
+            for table in file.iter_batches(rows, [group], list(keys)):
+                columns = [table.column(key) for key in keys]
+                for i in range(table.num_rows):
+                    _add_row(batch, [column[i].as_py() for column in columns], longest)
+                    if batch.bytes >= PART_BYTES:
+                        yield batch
+                        batch = _empty(keys)
     except (ArrowException, OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--input {path}: broken Parquet file ({error})") from error
+    if batch.lines:
+        yield batch
+
+
+def _rows_at_once(group) -> int:
+    """As many rows of a row group as have PART_BYTES on average, PARQUET_ROWS at most."""
+    average = group.total_byte_size // max(group.num_rows, 1)
+    return max(min(PART_BYTES // max(average, 1), PARQUET_ROWS), 1)
+
+
+def _empty(keys: Sequence[str]) -> TextBatch:
+    return TextBatch({key: [] for key in keys})
+
+
+def _add_row(batch: TextBatch, row: Sequence, longest: int) -> None:
+    batch.lines += 1
+    batch.newlines += 1
+    sizes = [len(text.encode()) for text in row if type(text) is str]
+    batch.bytes += sum(sizes)
+    for key, text in zip(batch.texts, row, strict=True):
+        if type(text) is not str:
+            detail = f"its type is {type(text).__name__}"
+            error = LineError(f"value of {key!r} is not a string", detail)
+            batch.skipped.append((batch.lines, error))
+            return
+    if max(sizes) > longest:
+        batch.skipped.append((batch.lines, LineError.too_long(longest)))
+        return
+    for key, text in zip(batch.texts, row, strict=True):
+        batch.texts[key].append(text)

@@ -118,6 +118,23 @@ class State:
         )
 
 
+def _sound(state: State) -> bool:
+    """Whether what was counted are counts, as values from a file may not be."""
+    sizes = [number for size in state.sizes.values() for number in vars(size).values()]
+    histograms = [n for counts in state.histogram.values() for n in counts.values()]
+    counts = [*vars(state.cursor).values(), *state.file_lines, *sizes, *histograms]
+    counts += [*state.empty.values(), *state.skipped.values()]
+    counts += [state.lines, state.bytes, state.replaced]
+    return (
+        all(type(count) is int and count >= 0 for count in counts)
+        and len(state.file_lines) == 2
+        and type(state.complete) is bool
+        and type(state.seconds) in (int, float)
+        and state.seconds >= 0
+        and all(type(line) is str for line in state.first_skipped)
+    )
+
+
 def _histogram(lengths: np.ndarray) -> Counter:
     exponents = np.frexp(lengths[lengths > 0])[1] - 1
     return Counter({i: int(n) for i, n in enumerate(np.bincount(exponents)) if n})
@@ -144,7 +161,7 @@ class UnfinishedRun:
         self._thread = ThreadPoolExecutor(1)
         self._saving: Future[None] | None = None
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self.folder / "lock", "w")
+        self._lock = open(self.folder / "lock", "w", encoding="utf-8")
         try:
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -165,8 +182,10 @@ class UnfinishedRun:
         try:
             stored = read_json(self._path)
             made_from, state = stored["made_from"], State.load(stored["state"])
+            if json.loads(json.dumps(state.dump())) != stored["state"] or not _sound(state):
+                raise ValueError("values of other types")
             changed = [flag for flag, value in self._made_from.items() if made_from[flag] != value]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise ConfigError(f"{self._path} is damaged, or of another version") from None
         if changed:
             raise ConfigError(
@@ -206,8 +225,9 @@ class UnfinishedRun:
         """Completes the token files, and saves the state that says so."""
         for writer in self.writers.values():
             writer.finish()
+        sizes = {key: writer.size for key, writer in self.writers.items()}
         self.state = dataclasses.replace(
-            self.state, complete=True, seconds=time.monotonic() - self._started
+            self.state, sizes=sizes, complete=True, seconds=time.monotonic() - self._started
         )
         self.save()
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from pose_megatron.errors import ConfigError
 from pose_megatron.runtime.json_files import read_json
+from pose_megatron.runtime.lfs_pointers import refuse_lfs_pointer
 
 TOKENIZER_TYPES = ("SentencePieceTokenizer", "HuggingFaceTokenizer")
 # Texts that are rare in corpora, and that other implementations of a tokenizer get wrong.
@@ -242,7 +243,9 @@ def _file(path: Path, name: str, way_out: str) -> Path:
         raise ConfigError(f"--tokenizer-model {path}: the folder has no {name}; {way_out}")
     if not path.exists():
         raise ConfigError(f"--tokenizer-model {path}: no such file or folder")
-    return path / name if path.is_dir() else path
+    file = path / name if path.is_dir() else path
+    refuse_lfs_pointer(file, ConfigError)
+    return file
 
 
 def _files(path: Path) -> list[Path]:

@@ -129,7 +129,9 @@ def write_folder(model: bytes, folder: Path) -> None:
         "clean_up_tokenization_spaces": False,
         "split_special_tokens": True,  # as sentencepiece: "</s>" in a text is text
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(config, indent=2) + "\n", encoding="utf-8"
+    )
 
 
 def merges(pieces: Sequence[str]) -> list[tuple[str, str]]:
@@ -164,7 +166,7 @@ def check(folder: Path, texts: Sequence[str]) -> int:
     from transformers import AutoTokenizer
 
     ours = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
-    theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    theirs = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     tokens = 0
     for text in texts:
         ids = ours.encode(text)

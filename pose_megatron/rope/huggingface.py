@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pose_megatron.errors import ConfigError
-from pose_megatron.rope.interpolation import Interpolation, Pairs, longrope_keys, longrope_note
+from pose_megatron.rope.interpolation import Interpolation, Pairs, longrope_keys, longrope_notes
 from pose_megatron.rope.methods import METHODS
 from pose_megatron.rope.scaling import RopeScaling, attention_factor, inverse_frequencies
 
@@ -69,10 +69,10 @@ def notes(
     """What users of the export must be told, a sentence each.
 
     What they say about vLLM was seen in 0.13, 0.19 and 0.33, whose rotary classes were given such
-    exports.
+    exports; about llama.cpp, in the code of its converter.
     """
     if _is_rewritten(scaling, as_longrope):
-        return [longrope_note(max_position_embeddings)]
+        return longrope_notes(max_position_embeddings)
     return scaling.interpolation.notes(max_position_embeddings)
 
 
@@ -93,6 +93,8 @@ def from_hf(config: dict) -> tuple[float, RopeScaling]:
     base = _number(keys.pop("rope_theta", 10000.0), "rope_theta")  # LLaMA's first configs lack it
     original = keys.pop("original_max_position_embeddings", None)
     method = _method(hf_type, keys)
+    if method.hf_type == "yarn":  # true or false, and changes nothing
+        keys.pop("finetuned", None)
     keys = {name: _checked(value, name) for name, value in keys.items()}
     keys["original_max_position_embeddings"] = original
     own = method.from_hf(keys, config.get("max_position_embeddings"), base)
@@ -143,7 +145,7 @@ def options(text: str) -> dict:
     Keys are Hugging Face's, which are the fields' own names; `rope_type` or `type` is the method.
     """
     try:
-        content = text if text.lstrip().startswith("{") else Path(text).read_text()
+        content = text if text.lstrip().startswith("{") else Path(text).read_text(encoding="utf-8")
         keys = json.loads(content)
     except (OSError, ValueError) as error:
         raise ConfigError(

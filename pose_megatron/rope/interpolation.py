@@ -160,7 +160,7 @@ class Interpolation(ABC):
 
     def notes(self, window: int) -> list[str]:
         """What users of other programs must know about the export, a sentence each."""
-        return [longrope_note(window)] if self.hf_type == "longrope" else []
+        return longrope_notes(window) if self.hf_type == "longrope" else []
 
     @property
     def float32_error(self) -> float:
@@ -193,11 +193,13 @@ def longrope_keys(
     }
 
 
-def longrope_note(window: int) -> str:
-    return (
+def longrope_notes(window: int) -> list[str]:
+    return [
         "vLLM starts a longrope with the window before it was extended; start it with "
-        f"--max-model-len {window}"
-    )
+        f"--max-model-len {window}",
+        "llama.cpp does not read the lists of longrope for this family and would compute plain "
+        "rope; do not convert it to GGUF",
+    ]
 
 
 def is_number(value: object) -> bool:

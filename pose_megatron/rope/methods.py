@@ -139,6 +139,18 @@ class Llama3(Interpolation):
             "original_max_position_embeddings": self.window,
         }
 
+    def notes(self, window: int) -> list[str]:
+        said = [
+            "llama.cpp computes llama3 for LLaMA, Mistral and Mixtral alone, and plain rope for "
+            "other families"
+        ]
+        if self.window != 8192:
+            said.append(
+                f"llama.cpp takes 8192 for the window before llama3, which here is {self.window}, "
+                "and would compute another rope; do not convert it to GGUF"
+            )
+        return said
+
     @property
     def float32_error(self) -> float:
         """transformers counts the turns in float32: they are off by up to 8e-7 of themselves, from
@@ -196,7 +208,8 @@ class Dynamic(Interpolation):
     def notes(self, window: int) -> list[str]:
         return [
             "vLLM 0.19 and before fix the frequencies of dynamic at its largest window, 0.33 does "
-            "not interpolate it at all"
+            "not interpolate it at all",
+            "llama.cpp does not interpolate dynamic",
         ]
 
 

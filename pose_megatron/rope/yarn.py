@@ -82,7 +82,12 @@ class Yarn(_NtkByParts):
     name = "yarn"
     hf_type = "yarn"
     hf_required = frozenset({"factor"})
-    hf_optional = frozenset({"attention_factor", "mscale", "mscale_all_dim", *_NtkByParts._RAMP})
+    hf_optional = frozenset(
+        {
+            *("attention_factor", "mscale", "mscale_all_dim", *_NtkByParts._RAMP),
+            *("finetuned", "attn_factor"),
+        }
+    )
     longrope_is_safer = True
 
     def stretch(self, pairs: Pairs, length: int | None = None) -> Tensor:
@@ -101,6 +106,14 @@ class Yarn(_NtkByParts):
     @classmethod
     def from_hf(cls, keys: dict[str, Any], window: int | None, base: float) -> dict[str, Any]:
         """DeepSeek spells the temperature as a ratio of two, when both are given."""
+        if (times := keys.pop("attn_factor", 1.0)) != 1.0:
+            raise ConfigError(
+                f"config.json: yarn's attn_factor {times!r} means different models: vLLM multiplies"
+                " 0.1 ln factor + 1 by it, transformers ignores it; remove it for transformers' "
+                f"model, or write attention_factor "
+                f"{times * (0.1 * math.log(max(keys['factor'], 1.0)) + 1):.6g} in its place for "
+                "vLLM's"
+            )
         top, bottom = keys.pop("mscale", None), keys.pop("mscale_all_dim", None)
         if not (top and bottom):
             return keys

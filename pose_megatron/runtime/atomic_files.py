@@ -13,7 +13,7 @@ from pose_megatron.errors import ConfigError
 def write_atomically(path: Path, text: str) -> None:
     """Replaces a file's content by `text` as a whole, or not at all."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
+    temporary.write_text(text, encoding="utf-8")
     fsync(temporary)
     temporary.replace(path)
     fsync(path.parent)

@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import io
 import os
 import signal
 import sys
@@ -27,6 +28,16 @@ def print_error(error: Exception | str) -> None:
     print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr, flush=True)
 
 
+def progress(task: str) -> Callable[[str], None]:
+    """Says on stderr what comes next, with the seconds since the start."""
+    start = time.monotonic()
+
+    def say(doing: str) -> None:
+        print(f"{task}: {time.monotonic() - start:.0f} s, {doing}", file=sys.stderr, flush=True)
+
+    return say
+
+
 def command(main: Callable[[], None]) -> Callable[[], int]:
     """Gives a program its exit code: 0, 1 after a user's mistake, 130 when it was stopped.
 
@@ -41,6 +52,8 @@ def command(main: Callable[[], None]) -> Callable[[], int]:
     @functools.wraps(main)
     def guarded() -> int:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
+        if isinstance(sys.stdout, io.TextIOWrapper):  # a C locale cannot write every name
+            sys.stdout.reconfigure(errors="backslashreplace")
         try:
             code = _exit_code(main)
             if code and world_size() > 1:

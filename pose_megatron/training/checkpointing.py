@@ -19,7 +19,6 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.safe_globals import register_safe_globals
 from torch.distributed.checkpoint.api import CheckpointException
 
 from pose_megatron.checkpoints.megatron.args import common_state
@@ -33,6 +32,7 @@ from pose_megatron.checkpoints.megatron.directory import (
     publish,
     whole_iterations,
 )
+from pose_megatron.checkpoints.megatron.safe_loading import safe_loading
 from pose_megatron.checkpoints.megatron.torch_dist import EXPERTS_NORM, LOCAL_EXPERTS_NORM
 from pose_megatron.checkpoints.megatron.torch_dist_metadata import read_index
 from pose_megatron.errors import ConfigError, DamagedCheckpoint, gist
@@ -233,9 +233,9 @@ def load(checkpoint: Checkpoint, stages: list, optimizer=None, scheduler=None) -
             p.get_pipeline_model_parallel_world_size(),
         ):
             sharded["rng_state"] = _random_state()
-    register_safe_globals()  # classes in Megatron-LM's common state
     try:
-        state = dist_checkpointing.load(sharded, str(checkpoint.path))
+        with safe_loading():
+            state = dist_checkpointing.load(sharded, str(checkpoint.path))
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except ANY_FAILURE as error:

@@ -187,7 +187,7 @@ class JsonLines:
 
     def __init__(self, path: str):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        self.file = open(path, "a", buffering=1)
+        self.file = open(path, "a", buffering=1, encoding="utf-8")
 
     def write(self, iteration: int, values: dict) -> None:
         values = {

@@ -168,3 +168,21 @@ def test_importing_the_package_changes_nothing_around_it():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        p
+        for room in ("pose_megatron", "tools", "examples")
+        for p in sorted((ROOT / room).rglob("*.py"))
+    ],
+    ids=lambda path: str(path.relative_to(ROOT)),
+)
+def test_transformers_runs_no_code_of_a_folder_and_asks_no_hub(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "from_pretrained":
+            given = {word.arg: ast.unparse(word.value) for word in node.keywords}
+            line = f"{path}:{node.lineno}"
+            assert given.get("trust_remote_code") == "False", line
+            assert given.get("local_files_only") == "True", line

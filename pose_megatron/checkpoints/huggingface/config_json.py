@@ -22,7 +22,9 @@ from pose_megatron.models.shape import ModelConfig
 from pose_megatron.preprocessing.tokenizer import FOLDER_FILES
 from pose_megatron.rope.huggingface import from_hf, rotary_percent, to_hf
 from pose_megatron.runtime.json_files import naming, read_json, write_json
+from pose_megatron.runtime.lfs_pointers import refuse_lfs_pointer
 
+CHAT_TEMPLATES = "additional_chat_templates"  # transformers' folder of further templates
 # config.json is among them for its ids of special tokens.
 SIDECARS = (*FOLDER_FILES, "chat_template.json", "generation_config.json", "config.json")
 
@@ -86,7 +88,14 @@ def _family_of(config: Mapping[str, Any]) -> Family:
             f"config.json: architecture {architecture}{of_kind} is not supported{reason}; "
             f"supported are {', '.join(by_architecture)}"
         )
-    return by_architecture[architecture]
+    family = by_architecture[architecture]
+    if kind not in (None, family.model_type):
+        raise ConfigError(
+            f"config.json contradicts itself: architectures says {architecture}, and model_type "
+            f"{kind!r}, by which transformers chooses the class, is not its {family.model_type!r}: "
+            "correct the wrong one"
+        )
+    return family
 
 
 def _respelled(family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -127,12 +136,6 @@ def _whole(config: Mapping[str, Any], name: str) -> int:
     if not isinstance(value := config.get(name), int):
         raise ConfigError(f"config.json: {name} must be a whole number, not {value!r}")
     return value
-
-
-def stored_dtype(folder: Path) -> torch.dtype:
-    """The dtype of the weights, as config.json states it."""
-    config = read_json(folder / "config.json")
-    return getattr(torch, config.get("dtype") or config.get("torch_dtype") or "float32")
 
 
 def _percent(rotary_dim: int, kv_channels: int) -> float:
@@ -185,7 +188,23 @@ def find_sidecars(source: Path) -> dict[str, Path]:
         for file in own
         if file.suffix == ".model" or len(files) == 1
     }
-    return found | {file.name: file for file in files if file not in own}
+    found |= {file.name: file for file in files if file not in own}
+    templates = source / CHAT_TEMPLATES
+    found |= {f"{CHAT_TEMPLATES}/{file.name}": file for file in sorted(templates.glob("*.jinja"))}
+    configs = [found[name] for name in ("config.json", "tokenizer_config.json") if name in found]
+    if any("auto_map" in read_json(config) for config in configs):
+        found |= {file.name: file for file in files if file.suffix == ".py"}
+    return found
+
+
+def _with_its_code(auto_map: Any, sidecars: Mapping[str, Path]) -> dict[str, Any]:
+    """The key auto_map if the files that it names are copied along: transformers refuses to load a
+    folder where one is missing. Nothing here runs them."""
+    classes = auto_map.values() if isinstance(auto_map, dict) else ()
+    names = [name for value in classes for name in (value if isinstance(value, list) else [value])]
+    modules = {str(name).rpartition(".")[0] for name in names if name is not None}
+    here = {f"{module}.py" for module in modules if "--" not in module}  # "repository--module"
+    return {"auto_map": auto_map} if modules and here <= sidecars.keys() else {}
 
 
 def write_config(
@@ -215,6 +234,8 @@ def write_config(
             "whole heads"
         )
     for name in sidecars.keys() - {"config.json"}:
+        refuse_lfs_pointer(sidecars[name], ConfigError)
+        (folder / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(sidecars[name], folder / name)
     window = model.max_position_embeddings
     if tokenizer := _tokenizer_config(sidecars):
@@ -263,7 +284,10 @@ def write_config(
 
 def _tokenizer_config(sidecars: Mapping[str, Path]) -> dict:
     if "tokenizer_config.json" in sidecars:
-        return read_json(sidecars["tokenizer_config.json"])
+        config = read_json(sidecars["tokenizer_config.json"])
+        if config.get("tokenizer_class") == "TokenizersBackend":  # which transformers 4 lacks
+            config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        return config | _with_its_code(config.pop("auto_map", None), sidecars)
     if "tokenizer.json" in sidecars:
         return {"tokenizer_class": "PreTrainedTokenizerFast"}
     if "tokenizer.model" not in sidecars:
@@ -291,7 +315,8 @@ def _carried(family: Family, sidecars: Mapping[str, Path]) -> dict:
     if not family.carried or "config.json" not in sidecars:
         return {}
     source = read_json(sidecars["config.json"])
-    return {name: source[name] for name in family.carried if name in source}
+    carried = {name: source[name] for name in family.carried if name in source}
+    return carried | _with_its_code(carried.pop("auto_map", None), sidecars)
 
 
 def _special_tokens(folder: Path, sidecars: Mapping[str, Path]) -> dict:
@@ -304,5 +329,7 @@ def _special_tokens(folder: Path, sidecars: Mapping[str, Path]) -> dict:
         return dict.fromkeys(names)  # transformers would fill in 1 and 2
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=False
+    )
     return {name: getattr(tokenizer, name) for name in names}

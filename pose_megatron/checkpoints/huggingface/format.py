@@ -11,6 +11,8 @@ from torch import Tensor
 
 from pose_megatron.checkpoints.formats import CheckpointFormat, CheckpointWriter, Contents
 from pose_megatron.checkpoints.huggingface import config_json, shards
+from pose_megatron.checkpoints.huggingface.companions import check_companions
+from pose_megatron.checkpoints.huggingface.tied_head import untied_if_another
 from pose_megatron.checkpoints.mapping import ParamMapping
 from pose_megatron.checkpoints.parts_reader import PartsReader
 from pose_megatron.errors import ConfigError, flag_name
@@ -54,8 +56,10 @@ class HuggingFace(CheckpointFormat):
 
     def open(self, folder: Path) -> PartsReader:
         model = config_json.read_config(folder, self.make_vocab_size_divisible_by)
+        said = check_companions(folder, model.family)
         weights = shards.ShardedWeights(folder, family_named(model.family).stacked)
-        return PartsReader(folder, "hf", model, weights)
+        weights.warnings.extend(said)
+        return PartsReader(folder, "hf", untied_if_another(model, weights), weights)
 
     def create(self, folder: Path, contents: Contents, processes: int) -> "HuggingFaceWriter":
         return HuggingFaceWriter(folder, contents, self.shard_bytes(), self.rope_as_longrope)

@@ -30,7 +30,7 @@ def rope_errors(folder: Path, model: ModelConfig) -> dict[str, float]:
     if scaling.depends_on_length and window is not None:
         lengths |= {window, window + 1, 4 * window}  # transformers chooses by the largest position
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         ropes = {length: family.transformers_rope(config, length) for length in sorted(lengths)}
     except Exception as error:  # transformers raises many classes for a config.json it refuses
         reason = " ".join(str(error).split())

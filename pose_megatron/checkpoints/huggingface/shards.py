@@ -94,6 +94,11 @@ class ShardedWeights(StoredWeights):
                     shape=(rows, stored.shape[2]),
                 )
 
+    def rename(self, name: str, new: str) -> None:
+        """Gives a tensor another name."""
+        self._tensors[new] = self._tensors.pop(name)
+        self.shapes[new], self.dtypes[new] = self.shapes.pop(name), self.dtypes.pop(name)
+
     def read(self, name: str, pieces: Sequence[Tensor]) -> None:
         self._tensors[name].read(*pieces)
 
@@ -123,7 +128,7 @@ def _downloaded_hash(folder: Path, file: str) -> str | None:
     """huggingface_hub's note of a downloaded file: commit, etag, time. A large file's etag is its
     sha256."""
     note = folder / ".cache" / "huggingface" / "download" / f"{file}.metadata"
-    lines = note.read_text().split() if note.is_file() else []
+    lines = note.read_text(encoding="utf-8").split() if note.is_file() else []
     found = [line for line in lines if re.fullmatch("[0-9a-f]{64}", line)]
     return found[0] if found else None
 

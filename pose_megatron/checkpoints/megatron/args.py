@@ -1,11 +1,14 @@
-"""A model as Megatron writes it: Megatron-LM's `args` and Megatron-Bridge's run_config.yaml.
+"""A model as Megatron-LM writes it, in a checkpoint's `args`.
 
-    common_state     ModelConfig -> what all ranks of a Megatron-LM checkpoint share
-    to_args          ModelConfig -> the Namespace in it, with every name that Megatron-LM's
-                     load_args_from_checkpoint (core_v0.16.1) and Megatron-Bridge's reader of
-                     Megatron-LM checkpoints look for
-    from_args        the Namespace of a checkpoint trained by Megatron-LM -> ModelConfig
-    from_run_config  Megatron-Bridge's `model` section -> ModelConfig
+    common_state  ModelConfig -> what all ranks of a Megatron-LM checkpoint share
+    to_args       ModelConfig -> the Namespace in it, with every name that Megatron-LM's
+                  load_args_from_checkpoint (core_v0.16.1) and Megatron-Bridge's reader of
+                  Megatron-LM checkpoints look for
+    from_args     the Namespace of a checkpoint trained by Megatron-LM -> ModelConfig
+    from_record   what we have recorded beside the Namespace, and the Namespace -> ModelConfig
+
+Which arguments change the function and are refused, settings.py says. Megatron-Bridge's file is
+read by run_config.py.
 
 Stock Megatron knows two scalings: llama3 with Llama 3.1's constants, and linear. Any other is
 stored under our own key of the common state, and stock Megatron takes the rope for a plain one.
@@ -14,49 +17,26 @@ stored under our own key of the common state, and stock Megatron takes the rope 
 import argparse
 import dataclasses
 import math
-from pathlib import Path
 from typing import Any
 
 from pose_megatron.checkpoints.megatron.hybrid_layout import gpt_args
+from pose_megatron.checkpoints.megatron.settings import ONLY, ONLY_OF_EXPERTS, check_settings
 from pose_megatron.errors import ConfigError
 from pose_megatron.models.families import family_named, family_of
 from pose_megatron.models.shape import ModelConfig
 from pose_megatron.rope.interpolation import Pairs
-from pose_megatron.rope.scaling import RopeScaling
+from pose_megatron.rope.scaling import RopeScaling, attention_factor
 
-# The arguments that make a LLaMA. Where ModelConfig has a field of the same name, its value holds.
+# The arguments that make a LLaMA, beside those in settings.py. Where ModelConfig has a field of the
+# same name, its value holds.
 FIXED: dict[str, Any] = {
     "normalization": "RMSNorm",
     "swiglu": True,
-    "squared_relu": False,
     "add_bias_linear": False,
     "add_qkv_bias": False,
     "qk_layernorm": False,
-    "qk_l2_norm": False,
     "rotary_interleaved": False,
-    "apply_layernorm_1p": False,
-    "multi_latent_attention": False,
     "num_experts": None,
-    "mtp_num_layers": None,
-    "heterogeneous_layers_config_path": None,
-    "hybrid_override_pattern": None,
-    "is_hybrid_model": False,
-    "no_rope_freq": None,
-    "window_size": None,
-}
-# What makes its mixture of experts that of a family, where it has one.
-FIXED_OF_EXPERTS: dict[str, Any] = {
-    "moe_layer_freq": 1,
-    "moe_shared_expert_intermediate_size": None,
-    "moe_latent_size": None,
-    "moe_router_score_function": "softmax",
-    "moe_router_enable_expert_bias": False,
-    "moe_router_topk_scaling_factor": None,
-    "moe_router_topk_limited_devices": None,
-    "moe_router_num_groups": None,
-    "moe_router_group_topk": None,
-    "moe_apply_probs_on_input": False,
-    "moe_expert_capacity_factor": None,
 }
 # Arguments that readers look for and that say nothing about the weights.
 _EXPECTED: dict[str, Any] = {
@@ -102,7 +82,7 @@ def to_args(model: ModelConfig, iteration: int, consumed_samples: int, **run) ->
     shape = {k: v for k, v in model.to_dict().items() if k != "rope_scaling"}
     if model.num_experts is not None:
         # Whether to group their products is for the run that loads them: None leaves its flag.
-        shape |= FIXED_OF_EXPERTS | {"moe_grouped_gemm": None}
+        shape |= _defaults(ONLY_OF_EXPERTS) | {"moe_grouped_gemm": None}
     rope = {
         "rotary_base": int(base) if base == int(base) else base,
         "position_embedding_type": "rope",
@@ -112,6 +92,7 @@ def to_args(model: ModelConfig, iteration: int, consumed_samples: int, **run) ->
     } | own
     return argparse.Namespace(
         **FIXED
+        | _defaults(ONLY)
         | _EXPECTED
         | shape
         | rope
@@ -126,6 +107,10 @@ def to_args(model: ModelConfig, iteration: int, consumed_samples: int, **run) ->
         }
         | run
     )
+
+
+def _defaults(only: dict[str, tuple]) -> dict[str, Any]:
+    return {name: values[0] for name, values in only.items()}
 
 
 def common_state(model: ModelConfig, iteration: int, consumed_samples: int, **run) -> dict:
@@ -143,16 +128,17 @@ def common_state(model: ModelConfig, iteration: int, consumed_samples: int, **ru
     }
 
 
-def from_args(args: dict, embedding_rows: int) -> ModelConfig:
+def from_args(args: dict, embedding_rows: int, all_are_the_models: bool = False) -> ModelConfig:
     """The model in a checkpoint that Megatron-LM wrote.
 
     Args:
         args: the checkpoint's Namespace, as a dict.
         embedding_rows: rows of the stored word embedding, padding included.
+        all_are_the_models: as in `settings.check_settings`.
 
     Raises:
-        ConfigError: the model is not a LLaMA, Qwen2 or Qwen3, Mixtral or Qwen3-MoE; names the
-            argument.
+        ConfigError: the model is not a LLaMA, Qwen2 or Qwen3, Mixtral or Qwen3-MoE, or has a
+            setting that our layers do not compute; names the argument.
     """
     args = gpt_args(args)
     ours = {field.name for field in dataclasses.fields(ModelConfig)}
@@ -165,10 +151,15 @@ def from_args(args: dict, embedding_rows: int) -> ModelConfig:
         if args.get(name) is None
     ]:
         raise ConfigError(f"{missing[0]} is missing")
+    heads = args["num_attention_heads"]
+    channels = args.get("kv_channels") or args["hidden_size"] // heads
     has_experts = args.get("num_experts") is not None
-    if has_experts:
-        _check_experts(args)
-    else:  # the parser's defaults, which say nothing
+    check_settings(args, _scales(args, channels), has_experts, all_are_the_models)
+    if has_experts and args.get("moe_router_topk") is None:
+        raise ConfigError(
+            f"num_experts {args['num_experts']} needs moe_router_topk, which is missing"
+        )
+    if not has_experts:  # the parser's defaults, which say nothing
         ours = {name for name in ours if not name.startswith("moe_")}
     shape = {
         name: args[name] for name in ours - {"rope_scaling", "family"} if args.get(name) is not None
@@ -176,8 +167,7 @@ def from_args(args: dict, embedding_rows: int) -> ModelConfig:
     shape["norm_epsilon"] = _norm_epsilon(args)
     if has_experts:
         shape.setdefault("moe_ffn_hidden_size", shape["ffn_hidden_size"])
-    heads = args["num_attention_heads"]
-    shape.setdefault("kv_channels", args["hidden_size"] // heads)
+    shape.setdefault("kv_channels", channels)
     # Megatron-LM pads the vocabulary to a multiple that grows with the tensor ranks.
     vocab_size = min(shape.get("vocab_size", embedding_rows), embedding_rows)
     divisor = shape.get("make_vocab_size_divisible_by", 128)
@@ -202,6 +192,34 @@ def from_args(args: dict, embedding_rows: int) -> ModelConfig:
     )
 
 
+def from_record(record: dict, args: dict) -> ModelConfig:
+    """The model that we have recorded in a checkpoint, where its args say no other function.
+
+    Raises:
+        ConfigError: they do; names the argument.
+    """
+    model = ModelConfig.from_dict(record)
+    ours, args = vars(to_args(model, 0, 0)), gpt_args(args)
+    for name in FIXED:
+        if args.get(name, ours[name]) != ours[name]:
+            raise ConfigError(
+                f"{name} {args[name]!r} contradicts the model that the checkpoint records, which "
+                f"has {ours[name]!r}"
+            )
+    scale = attention_factor(model.rope_scaling) ** 2 * model.kv_channels**-0.5
+    also = _scales(args, model.kv_channels, scale)
+    check_settings(args, also, model.num_experts is not None, all_are_the_models=False)
+    return model
+
+
+def _scales(args: dict, channels: int, scale: float | None = None) -> dict[str, tuple[Any, ...]]:
+    """The stored softmax_scale, if it is `scale` or the default spelt out: what check_settings
+    accepts beside None."""
+    given, wanted = args.get("softmax_scale"), scale or channels**-0.5
+    same = isinstance(given, float) and math.isclose(given, wanted, rel_tol=1e-6)
+    return {"softmax_scale": (given,)} if same else {}
+
+
 def _norm_epsilon(args: dict) -> float:
     """Megatron-LM calls it norm_epsilon before 0.16.1, and layernorm_epsilon from then on."""
     names = ("norm_epsilon", "layernorm_epsilon")
@@ -211,124 +229,6 @@ def _norm_epsilon(args: dict) -> float:
             " and ".join(f"{name} {value}" for name, value in found.items()) + " contradict"
         )
     return float(next(iter(found.values()), 1e-5))
-
-
-def _check_experts(args: dict) -> None:
-    experts = args["num_experts"]
-    if args.get("moe_router_topk") is None:
-        raise ConfigError(f"num_experts {experts} needs moe_router_topk, which is missing")
-    for name, only in FIXED_OF_EXPERTS.items():
-        value = args.get(name, only)
-        if name == "moe_layer_freq" and value == [1] * args["num_layers"]:
-            continue  # every layer, said one by one
-        if value != only:
-            raise ConfigError(
-                f"num_experts {experts} with {name} {value!r} is not supported, only {only!r} is"
-            )
-    if "sinkhorn" in (args.get("moe_router_load_balancing_type") or ()):
-        raise ConfigError(
-            f"num_experts {experts} with moe_router_load_balancing_type 'sinkhorn' is not "
-            "supported: it weighs the experts otherwise"
-        )
-
-
-def read_run_config(path: Path, embedding_rows: int) -> tuple[ModelConfig, dict]:
-    """The model in Megatron-Bridge's run_config.yaml, and arguments of the run by Megatron-LM's
-    names; errors as in from_args, or the file is no such YAML."""
-    import yaml
-
-    try:
-        config = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path.name} is no YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(config, dict):
-        raise ConfigError(f"{path.name} is no mapping")
-    model = _flat(config)
-    run = {
-        name: model.get(name, 1)
-        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size")
-    }
-    run["use_distributed_optimizer"] = bool(
-        (config.get("optimizer") or {}).get("use_distributed_optimizer")
-    )
-    return from_run_config(config, embedding_rows), run
-
-
-def from_run_config(config: dict, embedding_rows: int) -> ModelConfig:
-    """The model in a checkpoint that Megatron-Bridge wrote.
-
-    Args:
-        config: the content of run_config.yaml.
-        embedding_rows: rows of the stored word embedding, padding included.
-
-    Raises:
-        ConfigError: as in from_args.
-    """
-    model = _flat(config)
-    activation = model.get("activation_func")
-    if isinstance(activation, dict):
-        activation = activation.get("_target_")
-    names = {
-        "num_layers",
-        "hidden_size",
-        "ffn_hidden_size",
-        "num_attention_heads",
-        "num_query_groups",
-        "kv_channels",
-        "vocab_size",
-        "make_vocab_size_divisible_by",
-        "seq_length",
-        "normalization",
-        "add_bias_linear",
-        "add_qkv_bias",
-        "qk_layernorm",
-        "rotary_base",
-        "rotary_percent",
-        "rotary_interleaved",
-        "multi_latent_attention",
-        "mtp_num_layers",
-        "window_size",
-        "position_embedding_type",
-        "hybrid_layer_pattern",
-        "hybrid_override_pattern",
-        "tensor_model_parallel_size",
-        "yarn_rotary_scaling_factor",
-        "yarn_original_max_position_embeddings",
-        "yarn_beta_fast",
-        "yarn_beta_slow",
-        "yarn_mscale",
-        "yarn_mscale_all_dim",
-        "yarn_correction_range_round_to_int",
-        "rope_scaling_factor",
-        "moe_ffn_hidden_size",
-        "moe_router_topk",
-        "moe_router_pre_softmax",
-        "moe_router_load_balancing_type",
-        *FIXED_OF_EXPERTS,
-    }
-    args = {name: model[name] for name in names if model.get(name) is not None}
-    return from_args(
-        args
-        | {
-            "swiglu": bool(model.get("gated_linear_unit")) and "silu" in str(activation),
-            "norm_epsilon": model.get("layernorm_epsilon", 1e-5),
-            "untie_embeddings_and_output_weights": not model.get(
-                "share_embeddings_and_output_weights", True
-            ),
-            "group_query_attention": model.get("num_query_groups") is not None,
-            "use_rope_scaling": bool(model.get("rope_scaling")),
-            "rotary_seq_len_interpolation_factor": model.get("seq_len_interpolation_factor"),
-            "num_experts": model.get("num_moe_experts"),
-        },
-        embedding_rows,
-    )
-
-
-def _flat(config: dict) -> dict:
-    model = config.get("model")
-    if not isinstance(model, dict):
-        raise ConfigError("run_config.yaml has no model section")
-    return {**model, **(model.get("transformer") or {})}  # a section inside it in later releases
 
 
 def _scaling(args: dict) -> RopeScaling:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from pose_megatron.checkpoints import checksums
 from pose_megatron.checkpoints.megatron.safe_globals import allow_megatron_globals
 from pose_megatron.checkpoints.megatron.torch_dist_metadata import read_index
 from pose_megatron.errors import DamagedCheckpoint, gist
@@ -32,6 +33,7 @@ def read_common_state(path: Path) -> dict:
     """
     name, content = _content(path)
     try:
+        checksums.check(io.BytesIO(content), name)
         return _unpickle(content)
     except Exception as error:  # damaged bytes raise errors of many classes
         raise DamagedCheckpoint(

@@ -11,6 +11,7 @@ seconds, as long as the common state is our own: programs that only look into a 
 once.
 """
 
+import io
 import re
 import shutil
 from collections.abc import Iterable
@@ -20,12 +21,14 @@ from typing import Any
 
 import torch
 
+from pose_megatron.checkpoints import checksums
 from pose_megatron.checkpoints.megatron import args as megatron_args
 from pose_megatron.checkpoints.megatron.common_state import read_common_state
 from pose_megatron.checkpoints.megatron.hybrid_layout import is_hybrid
 from pose_megatron.checkpoints.megatron.legacy import LegacyWeights, is_legacy
+from pose_megatron.checkpoints.megatron.run_config import read_run_config
 from pose_megatron.checkpoints.megatron.torch_dist_metadata import read_index
-from pose_megatron.errors import ConfigError, DamagedCheckpoint
+from pose_megatron.errors import ConfigError, DamagedCheckpoint, gist
 from pose_megatron.models.shape import ModelConfig
 from pose_megatron.runtime.atomic_files import fsync, write_atomically
 
@@ -95,12 +98,18 @@ def find(root: str | Path, iteration: int | None = None) -> Checkpoint:
     elif not exists(root):
         kind = DamagedCheckpoint if whole_iterations(root) else ConfigError
         raise kind(f"{root} is not a checkpoint folder: it has no {TRACKER}")
-    entry = entry or tracker.read_text(errors="replace").strip()
+    entry = entry or tracker.read_text(encoding="utf-8", errors="replace").strip()
     if entry != "release" and not entry.isdecimal():
         raise DamagedCheckpoint(f"{tracker} says '{entry}': neither an iteration nor 'release'")
     path = path_of(root, entry)
     steps = 0 if entry == "release" else int(entry)
-    return Checkpoint(root, steps, path, *model_and_common(path))
+    model, common = model_and_common(path)
+    stored = common.get("iteration")
+    if entry != "release" and isinstance(stored, int) and stored != steps:
+        raise DamagedCheckpoint(
+            f"checkpoint {path}: its common state is of iteration {stored}, not of {steps}"
+        )
+    return Checkpoint(root, steps, path, model, common)
 
 
 def fall_back(root: str | Path, error: ValueError, below: int | None = None) -> Checkpoint:
@@ -156,7 +165,7 @@ def forget(root: Path, entry: str | int) -> None:
     """Points the tracker at the newest other checkpoint, or removes it, before `entry` is written
     over."""
     tracker = root / TRACKER
-    if not tracker.is_file() or tracker.read_text().strip() != str(entry):
+    if not tracker.is_file() or tracker.read_text(encoding="utf-8").strip() != str(entry):
         return
     others = [i for i in whole_iterations(root) if i != entry]
     if others:
@@ -167,9 +176,11 @@ def forget(root: Path, entry: str | int) -> None:
 
 def copy_tokenizer(root: Path, files: Iterable[Path]) -> None:
     """Keeps a tokenizer's files in the checkpoint, for export."""
-    folder = root / "tokenizer"
     for file in map(Path, files):
-        folder.mkdir(exist_ok=True)
+        folder = root / "tokenizer"
+        if file.parent.name == "additional_chat_templates":  # of transformers
+            folder /= file.parent.name
+        folder.mkdir(parents=True, exist_ok=True)
         if file.parent.resolve() != folder.resolve():
             shutil.copy2(file, folder / file.name)
 
@@ -196,7 +207,11 @@ def model_and_common(path: Path) -> tuple[ModelConfig, dict]:
             raise DamagedCheckpoint(f"checkpoint {path} is incomplete: {name} is missing")
     common = read_common_state(path)
     if "model" in (ours := stored_record(common)):
-        return ModelConfig.from_dict(ours["model"]), common
+        args = vars(common["args"]) if "args" in common else {}
+        try:
+            return megatron_args.from_record(ours["model"], args), common
+        except ConfigError as error:
+            raise ConfigError(f"checkpoint {path}: {error}") from None
     run_config = path / "run_config.yaml"
     if "args" not in common and not run_config.is_file():
         raise ConfigError(
@@ -211,12 +226,20 @@ def model_and_common(path: Path) -> tuple[ModelConfig, dict]:
     try:
         if "args" in common:
             return megatron_args.from_args(vars(common["args"]), rows), common
-        model, run = megatron_args.read_run_config(run_config, rows)
+        model, run = read_run_config(run_config, rows)
     except ValueError as error:
         raise ConfigError(f"checkpoint {path}: {error}") from None
     # Megatron-Bridge keeps its progress in a file of its own.
     state = path / "train_state.pt"
-    progress = torch.load(state, weights_only=True) if state.is_file() else {}
+    progress: dict = {}
+    if state.is_file():
+        try:
+            checksums.check(io.BytesIO(state.read_bytes()), state.name)
+            progress = torch.load(state, map_location="cpu", weights_only=True)
+        except Exception as error:  # damaged bytes raise errors of many classes
+            raise DamagedCheckpoint(
+                f"checkpoint {path}: {state.name} cannot be read ({gist(error)})"
+            ) from None
     consumed = int(progress.get("consumed_train_samples", 0))
     args = megatron_args.to_args(model, int(progress.get("step", 0)), consumed, **run)
     return model, common | {"args": args}

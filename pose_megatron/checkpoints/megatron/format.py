@@ -2,7 +2,7 @@
 and Megatron-LM's legacy layout, read."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,9 +17,19 @@ from pose_megatron.checkpoints.formats import (
     Contents,
 )
 from pose_megatron.checkpoints.huggingface import config_json
-from pose_megatron.checkpoints.mapping import ParamMapping, check_megatron, param_mappings
+from pose_megatron.checkpoints.mapping import (
+    ParamMapping,
+    check_megatron,
+    check_weight_dtypes,
+    param_mappings,
+)
 from pose_megatron.checkpoints.megatron import torch_dist
-from pose_megatron.checkpoints.megatron.directory import TRACKER, Checkpoint, find
+from pose_megatron.checkpoints.megatron.directory import (
+    TRACKER,
+    Checkpoint,
+    find,
+    stored_record,
+)
 from pose_megatron.checkpoints.megatron.stock_flags import notes
 from pose_megatron.checkpoints.megatron.torch_dist_metadata import ChunkLocation
 from pose_megatron.checkpoints.tensor_files import size
@@ -33,18 +43,42 @@ class Megatron(CheckpointFormat):
 
     Attributes:
         iteration: the one to read; None for the latest of the folder.
+        max_position_embeddings: the window of a foreign checkpoint that says another, as its last
+            run's seq_length; None for what it says.
     """
 
     iteration: int | None = None
+    max_position_embeddings: int | None = None
 
     mark: ClassVar[str] = TRACKER
     read_by_transformers: ClassVar[bool] = False
 
     def open(self, folder: Path) -> "MegatronReader":
-        return MegatronReader(find(folder, self.iteration), folder)
+        checkpoint = find(folder, self.iteration)
+        if self.max_position_embeddings is not None:
+            checkpoint = _with_window(checkpoint, self.max_position_embeddings)
+        return MegatronReader(checkpoint, folder)
 
     def create(self, folder: Path, contents: Contents, processes: int) -> "MegatronWriter":
         return MegatronWriter(folder, contents, processes)
+
+
+def _with_window(checkpoint: Checkpoint, window: int) -> Checkpoint:
+    """Raises ConfigError where the checkpoint records another, or the window is below 1."""
+    model = checkpoint.model
+    stated = stored_record(checkpoint.common) and model.max_position_embeddings
+    if stated and stated != window:
+        raise ConfigError(
+            f"--max-position-embeddings {window} contradicts {checkpoint.path}, which records the "
+            f"window that it was trained to, {stated}: leave the flag out"
+        )
+    scaling = model.rope_scaling
+    if scaling.method == "linear" and not stated:  # whose first window was counted from the other
+        scaling = replace(
+            scaling, original_max_position_embeddings=max(int(window / scaling.factor), 1)
+        )
+    model = replace(model, max_position_embeddings=window, rope_scaling=scaling)
+    return replace(checkpoint, model=model)
 
 
 class MegatronReader(CheckpointReader):
@@ -78,6 +112,10 @@ class MegatronReader(CheckpointReader):
     def check(self) -> None:
         with naming(self._folder):
             check_megatron(self.weights.shapes, self.mappings)
+            check_weight_dtypes(self.weights.dtypes)
+
+    def check_kept_dtypes(self) -> None:
+        pass  # each of Megatron's tensors has one
 
     def read(self, mapping: ParamMapping, out: Tensor) -> Tensor:
         self.weights.read(mapping.name, [out])

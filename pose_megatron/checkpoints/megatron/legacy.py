@@ -13,16 +13,19 @@ megatron-core's, and those of the `language_model` tree that came before it.
 import argparse
 import itertools
 import re
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from pose_megatron.checkpoints.checksums import records
 from pose_megatron.checkpoints.mapping import scatter
 from pose_megatron.checkpoints.megatron.args import from_args
 from pose_megatron.checkpoints.megatron.safe_globals import allow_megatron_globals
 from pose_megatron.checkpoints.stored_weights import StoredWeights
+from pose_megatron.checkpoints.tensor_files import data
 from pose_megatron.errors import ConfigError, DamagedCheckpoint
 from pose_megatron.models.shape import ModelConfig
 
@@ -67,7 +70,7 @@ class LegacyWeights(StoredWeights):
 
     def __init__(self, path: Path):
         super().__init__()
-        files = _files(path)
+        self._path, files = path, _files(path)
         states = {rank: _read(file) for rank, file in files.items()}
         first = states[0, 0, 0]
         self.args, version = first.get("args"), first.get("checkpoint_version", 0)
@@ -89,6 +92,12 @@ class LegacyWeights(StoredWeights):
             )
         self._gated = bool(getattr(self.args, "swiglu", False))
         self._parts = self._whole_model(states)
+        # Of each record with a checksum its length and CRC-32: bytes that have changed match none.
+        self._sums = {
+            (record.length, record.crc)
+            for file in files.values()
+            for record in records(file).values()
+        }
         if _EMBEDDING not in self._parts:
             raise ConfigError(f"{files[0, 0, 0]} holds no {_EMBEDDING}")
         rows = sum(len(part) for part in self._parts[_EMBEDDING])
@@ -155,7 +164,16 @@ class LegacyWeights(StoredWeights):
         return result
 
     def __getitem__(self, name: str) -> Tensor:
+        for part in self._parts[name] if self._sums else ():
+            self._check(name, part)
         return self._joined(name, self._parts[name])
+
+    def _check(self, name: str, part: Tensor) -> None:
+        storage = torch.empty(0, dtype=torch.uint8).set_(part.untyped_storage())
+        if not self._sums & {(len(storage), zlib.crc32(data(storage))), (len(storage), 0)}:
+            raise DamagedCheckpoint(
+                f"checkpoint {self._path} is damaged at {name}: its CRC-32 does not match"
+            )
 
     def _joined(self, name: str, parts: list[Tensor]) -> Tensor:
         if len(parts) == 1:

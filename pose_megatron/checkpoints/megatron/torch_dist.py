@@ -11,7 +11,6 @@ written here loads in every layout. The optimizer's tensors are passed over.
 """
 
 import dataclasses
-import io
 import itertools
 import json
 import re
@@ -23,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pose_megatron.checkpoints import checksums
 from pose_megatron.checkpoints.mapping import scatter
 from pose_megatron.checkpoints.megatron.args import common_state
 from pose_megatron.checkpoints.megatron.directory import (
@@ -38,6 +38,7 @@ from pose_megatron.checkpoints.megatron.hybrid_layout import gpt_name, is_hybrid
 from pose_megatron.checkpoints.megatron.legacy import LegacyWeights
 from pose_megatron.checkpoints.megatron.torch_dist_metadata import (
     ChunkLocation,
+    Part,
     numbered_axes,
     read_index,
     write_index,
@@ -85,6 +86,7 @@ class TorchDistWeights(StoredWeights):
         super().__init__()
         self.path = path
         self._chunks: dict[str, list[ChunkLocation]] = {}
+        self._checked: set[tuple[str, int]] = set()
         sizes: dict[Path, int] = {}
         tensors = read_index(path).tensors
         if any("mlp.router.weight" in key for key in tensors):
@@ -154,7 +156,11 @@ class TorchDistWeights(StoredWeights):
     def _locate(self, name: str, chunk: ChunkLocation) -> Stored:
         with open(self.path / chunk.file, "rb") as file:
             try:
-                archive: Any = _Part(file, chunk.offset, chunk.length)
+                archive: Any = Part(file, chunk.offset, chunk.length)
+                if (chunk.file, chunk.offset) not in self._checked:
+                    checksums.check(archive, str(self.path / chunk.file))
+                    self._checked.add((chunk.file, chunk.offset))
+                    archive.seek(0)
                 tensor = torch.load(archive, map_location="meta", weights_only=True)
                 stored = locate(self.path / chunk.file, name, tensor, chunk.offset)
             except Exception as error:  # damaged bytes raise errors of many classes
@@ -173,33 +179,6 @@ class TorchDistWeights(StoredWeights):
 def _slices(low: Sequence[int], high: Sequence[int], origin: Sequence[int]) -> tuple[slice, ...]:
     """[low, high) along every axis, counted from `origin`."""
     return tuple(slice(a - o, b - o) for a, b, o in zip(low, high, origin, strict=True))
-
-
-class _Part(io.RawIOBase):
-    """`length` bytes of a file from `start` on, as a file."""
-
-    def __init__(self, file, start: int, length: int):
-        self._file, self._start, self._length, self._at = file, start, length, 0
-
-    def seekable(self) -> bool:
-        return True
-
-    def readable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        self._at = offset + (0, self._at, self._length)[whence]
-        return self._at
-
-    def readinto(self, buffer) -> int:
-        self._file.seek(self._start + self._at)
-        content = self._file.read(min(len(buffer), max(self._length - self._at, 0)))
-        buffer[: len(content)] = content
-        self._at += len(content)
-        return len(content)
 
 
 class DistcpWriter(OutputFile):
@@ -276,7 +255,7 @@ def finish(root: Path, model: ModelConfig, chunks: Sequence[ChunkLocation]) -> N
         params_dtype=chunks[0].dtype,
     )
     torch.save(state | {"content_metadata": content_metadata()}, path / "common.pt")
-    (path / "metadata.json").write_text(json.dumps(_BACKEND))
+    (path / "metadata.json").write_text(json.dumps(_BACKEND), encoding="utf-8")
     publish(root, path, "release")
 
 

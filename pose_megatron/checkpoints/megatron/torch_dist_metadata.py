@@ -5,6 +5,7 @@ It is read without trusting what it names, and read and written without importin
 which would take longer than converting a small model.
 """
 
+import io
 import json
 import pickle
 from collections.abc import Iterable
@@ -110,6 +111,33 @@ def write_index(
         )
 
 
+class Part(io.RawIOBase):
+    """`length` bytes of a file from `start` on, as a file."""
+
+    def __init__(self, file, start: int, length: int):
+        self._file, self._start, self._length, self._at = file, start, length, 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self._at = offset + (0, self._at, self._length)[whence]
+        return self._at
+
+    def readinto(self, buffer) -> int:
+        self._file.seek(self._start + self._at)
+        content = self._file.read(min(len(buffer), max(self._length - self._at, 0)))
+        buffer[: len(content)] = content
+        self._at += len(content)
+        return len(content)
+
+
 class _StandIn:
     """Pickled as an object of torch's class of the same name."""
 
@@ -156,11 +184,17 @@ class _Namer(_Pickler):
         self.memoize(obj)
 
 
+# What .metadata names. Of the latter modules every class may be named: megatron-core 0.12 to 0.15
+# kept its plans for saving there, too.
+_TORCH = {"Size", "serialization._get_layout", "serialization._get_memory_format"}
+_INERT = ("torch.distributed.checkpoint.", "megatron.core.dist_checkpointing.")
+
+
 class _Plain(pickle.Unpickler):
     """Unpickles .metadata into plain values and inert objects with attributes.
 
     No class or function that the file names is ever called, and torch.distributed.checkpoint need
-    not be imported.
+    not be imported. A name that no checkpoint needs is refused.
     """
 
     def find_class(self, module: str, name: str):
@@ -168,7 +202,12 @@ class _Plain(pickle.Unpickler):
             return found
         if (module, name) == ("torch", "Size"):
             return tuple
-        return type(name, (_Inert,), {})
+        if (module, name) == ("collections", "OrderedDict"):
+            return dict
+        known = f"{module}.{name}".removeprefix("torch.") in _TORCH
+        if known or f"{module}.".startswith(_INERT):
+            return type(name, (_Inert,), {})
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs")
 
 
 class _Inert:
@@ -189,20 +228,36 @@ def read_index(path: Path) -> Index:
         ConfigError: the checkpoint is not in the torch_dist format.
         DamagedCheckpoint: metadata.json or .metadata is damaged.
     """
-    name = "metadata.json"
     try:
-        backend = json.loads((path / name).read_text()).get("sharded_backend")
-        if backend == "torch_dist":
-            name = ".metadata"
-            with open(path / name, "rb") as file:
-                return _index(_Plain(file).load())
+        backend = json.loads((path / "metadata.json").read_text(encoding="utf-8")).get(
+            "sharded_backend"
+        )
     except Exception as error:  # damaged bytes raise errors of many classes
-        raise DamagedCheckpoint(
-            f"checkpoint {path} cannot be loaded: {name} is damaged ({gist(error)})"
-        ) from None
-    raise ConfigError(
-        f"checkpoint {path}: sharded_backend {backend!r} is not supported, only 'torch_dist' is; "
-        "save it anew with --ckpt-format torch_dist first"
+        raise _damaged(path / "metadata.json", error) from None
+    if backend != "torch_dist":
+        raise ConfigError(
+            f"checkpoint {path}: sharded_backend {backend!r} is not supported, only 'torch_dist' "
+            "is; save it anew with --ckpt-format torch_dist first"
+        )
+    return read_metadata(path / ".metadata")
+
+
+def read_metadata(file: Path) -> Index:
+    """The index that a .metadata file is.
+
+    Raises:
+        DamagedCheckpoint: it is damaged, or names what no checkpoint needs.
+    """
+    try:
+        with open(file, "rb") as opened:
+            return _index(_Plain(opened).load())
+    except Exception as error:  # damaged bytes raise errors of many classes
+        raise _damaged(file, error) from None
+
+
+def _damaged(file: Path, error: Exception) -> DamagedCheckpoint:
+    return DamagedCheckpoint(
+        f"checkpoint {file.parent} cannot be loaded: {file.name} is damaged ({gist(error)})"
     )
 
 
@@ -232,4 +287,24 @@ def _index(metadata: Any) -> Index:
                     info.length,
                 )
             )
+    for key, tensor in tensors.items():
+        _check_chunks(key, tensor)
     return Index(tensors, objects)
+
+
+def _check_chunks(key: str, tensor: StoredTensor) -> None:
+    """That the chunks fill the tensor, so that loading leaves no part of it as it was."""
+    corners, filled = set(), 0
+    for chunk in tensor.chunks:
+        places = zip(chunk.corner, chunk.shape, tensor.size, strict=True)
+        if any(corner < 0 or corner + n > size for corner, n, size in places):
+            raise ValueError(f"a chunk of {key} lies outside it")
+        if (
+            chunk.length < torch.Size(chunk.shape).numel() * chunk.dtype.itemsize
+            or chunk.offset < 0
+        ):
+            raise ValueError(f"a chunk of {key} is longer than what is stored")
+        corners.add(chunk.corner)
+        filled += torch.Size(chunk.shape).numel()
+    if len(corners) != len(tensor.chunks) or filled != torch.Size(tensor.size).numel():
+        raise ValueError(f"{key} is stored only in part")

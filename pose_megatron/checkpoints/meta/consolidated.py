@@ -8,6 +8,7 @@ neighbouring channels of a head and Hugging Face the two halves of a head, so th
 and keys are permuted. Reading and writing go tensor by tensor.
 """
 
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +16,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from pose_megatron.checkpoints import checksums
 from pose_megatron.checkpoints.mapping import scatter
 from pose_megatron.checkpoints.meta.params import read_params
 from pose_megatron.checkpoints.stored_weights import StoredWeights
-from pose_megatron.checkpoints.tensor_files import OutputFile, Stored, read_torch, write_at
+from pose_megatron.checkpoints.tensor_files import OutputFile, Stored, data, read_torch, write_at
 from pose_megatron.errors import ConfigError, DamagedCheckpoint, gist
 from pose_megatron.models.shape import ModelConfig
 from pose_megatron.runtime.atomic_files import fsync
@@ -150,6 +152,7 @@ class ConsolidatedWriter(OutputFile):
         except RuntimeError as error:  # what torch makes of a full disk
             raise OSError(f"{self.path} cannot be written: {gist(error)}") from None
         self._missing = read_torch(self.path)
+        self._crcs: dict[int, int] = {}
         self._file = open(self.path, "r+b", buffering=0)
 
     def put(self, name: str, tensor: Tensor) -> None:
@@ -161,7 +164,9 @@ class ConsolidatedWriter(OutputFile):
                 tensor = _to_neighbours(tensor, heads // self._ranks)
         stored = self._missing.pop(meta)
         assert (stored.shape, stored.dtype) == (tuple(tensor.shape), tensor.dtype), name
-        write_at(self._file.fileno(), stored.offset, tensor.contiguous())
+        tensor = tensor.contiguous()
+        self._crcs[stored.offset] = zlib.crc32(data(tensor))
+        write_at(self._file.fileno(), stored.offset, tensor)
 
     def _meta(self, name: str) -> tuple[str, int | None]:
         """Meta's name, and the dimension that is sliced."""
@@ -172,6 +177,7 @@ class ConsolidatedWriter(OutputFile):
     def close(self) -> None:
         assert not self._missing, f"never put: {', '.join(self._missing)}"
         self._file.close()
+        checksums.write(self.path, self._crcs)
         fsync(self.path)
 
 
@@ -190,7 +196,7 @@ def _to_neighbours(tensor: Tensor, heads: int) -> Tensor:
 
 def _checklist(folder: Path) -> dict[Path, tuple[str, str]]:
     path = folder / "checklist.chk"
-    lines = path.read_text().splitlines() if path.is_file() else []
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     pairs = [line.split() for line in lines]
     return {
         folder / pair[1]: ("md5", pair[0])

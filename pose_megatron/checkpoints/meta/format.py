@@ -12,7 +12,12 @@ from torch import Tensor
 from pose_megatron.checkpoints.formats import CheckpointFormat, CheckpointWriter, Contents
 from pose_megatron.checkpoints.mapping import ParamMapping
 from pose_megatron.checkpoints.meta.consolidated import ConsolidatedWriter, MetaWeights
-from pose_megatron.checkpoints.meta.params import read_config, write_params
+from pose_megatron.checkpoints.meta.params import (
+    guessed_window,
+    read_config,
+    read_params,
+    write_params,
+)
 from pose_megatron.checkpoints.parts_reader import PartsReader
 from pose_megatron.errors import ConfigError, flag_name
 from pose_megatron.runtime.json_files import naming
@@ -101,4 +106,10 @@ class MetaWriter(CheckpointWriter):
         )
 
     def notes(self) -> list[str]:
-        return []
+        window = self._contents.model.max_position_embeddings
+        if guessed_window(read_params(self.folder)) == window:
+            return []
+        return [
+            f"params.json cannot hold the window: whoever reads it must be told {window}, our "
+            f"converter with --max-position-embeddings {window}"
+        ]

@@ -9,12 +9,18 @@ import torch
 from pose_megatron.checkpoints.stored_weights import StoredWeights
 from pose_megatron.errors import ConfigError, DamagedCheckpoint
 from pose_megatron.models.families import family_named
-from pose_megatron.models.shape import ModelConfig
+from pose_megatron.models.shape import MOST_LAYERS, ModelConfig, check_size
 from pose_megatron.rope.huggingface import from_hf, to_hf
-from pose_megatron.runtime.json_files import read_json
+from pose_megatron.runtime.json_files import naming, read_json
 
 # Windows that params.json leaves unsaid, by (rope_theta, norm_eps).
 _WINDOWS = {(1e4, 1e-6): 2048, (1e4, 1e-5): 4096, (1e6, 1e-5): 16384, (5e5, 1e-5): 8192}
+_OF_SCALED = {"rope_scaling_factor", "rope_high_freq_factor"}
+_KNOWN = _OF_SCALED | {
+    *("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size"),
+    *("multiple_of", "ffn_dim_multiplier", "norm_eps", "rope_theta", "use_scaled_rope"),
+    *("max_seq_len", "max_batch_size"),  # of the program that runs it
+}
 _SCALED = {  # what `use_scaled_rope` means in Meta's code
     "rope_type": "llama3",
     "factor": 8.0,
@@ -36,8 +42,29 @@ def read_params(folder: Path) -> dict:
     for name in ("dim", "n_layers", "n_heads", "norm_eps"):
         if name not in params:
             raise ConfigError(f"{path} is not the params.json of a LLaMA: it has no {name}")
-    if not all(isinstance(params[name], int) for name in ("dim", "n_layers", "n_heads")):
-        raise ConfigError(f"{path}: dim, n_layers and n_heads must be whole numbers")
+    with naming(path):
+        for name in ("dim", "n_layers", "n_heads"):
+            check_size(name, params[name])
+        if params.get("head_dim") is not None:
+            check_size("head_dim", params["head_dim"])
+        if params["n_layers"] > MOST_LAYERS:  # tensors are looked up layer by layer
+            raise ConfigError(f"n_layers {params['n_layers']} is more than {MOST_LAYERS:,}")
+    for name, value in params.items():
+        if name not in _KNOWN and value not in (None, False):
+            raise ConfigError(
+                f"{path}: {name} {value!r} is not supported, and may change what the model "
+                "computes: convert such a model from its Hugging Face folder"
+            )
+    if not params.get("use_scaled_rope") and (ropes := params.keys() & _OF_SCALED):
+        raise ConfigError(
+            f"{path}: {min(ropes)} {params[min(ropes)]!r} has no meaning without use_scaled_rope"
+        )
+    heads = params.get("head_dim")
+    if heads is not None and heads * params["n_heads"] != params["dim"]:
+        raise ConfigError(
+            f"{path}: head_dim {heads} with n_heads {params['n_heads']} does not give dim "
+            f"{params['dim']}, which is all that is supported"
+        )
     if not isinstance(params["norm_eps"], int | float):
         raise ConfigError(f"{path}: norm_eps must be a number, not {params['norm_eps']!r}")
     return params
@@ -63,7 +90,13 @@ def read_config(
     base, epsilon = float(params.get("rope_theta", 1e4)), float(params["norm_eps"])
     scaled = params.get("use_scaled_rope", False)
     if window is None:
-        window = 131072 if scaled else _WINDOWS.get((base, epsilon))
+        window = guessed_window(params)
+        if window is not None:
+            weights.warnings.append(
+                f"{where} does not say the window of the model: taken for {window}, as of the "
+                "published model with this rope; another (LLaMA 1 has 2048, LLaMA 2 4096) is said "
+                "with --max-position-embeddings"
+            )
     if window is None:
         raise ConfigError(
             f"{where} does not say the window of the model: give --max-position-embeddings"
@@ -75,6 +108,9 @@ def read_config(
         rope["rope_scaling"] = _SCALED | {"factor": factor, "high_freq_factor": high}
     base, scaling = from_hf(rope)
     heads, width = params["n_heads"], params["dim"]
+    ffn = weights.shapes["model.layers.0.mlp.up_proj.weight"][0]
+    if params.get("hidden_dim") not in (None, ffn):
+        raise ConfigError(f"{where}: hidden_dim {params['hidden_dim']} is {ffn} in the weights")
     embedding, head = "model.embed_tokens.weight", "lm_head.weight"
     tied = weights.shapes[embedding] == weights.shapes[head] and torch.equal(
         weights[embedding], weights[head]
@@ -82,7 +118,7 @@ def read_config(
     return ModelConfig(
         num_layers=params["n_layers"],
         hidden_size=width,
-        ffn_hidden_size=weights.shapes["model.layers.0.mlp.up_proj.weight"][0],
+        ffn_hidden_size=ffn,
         num_attention_heads=heads,
         num_query_groups=params.get("n_kv_heads") or heads,
         kv_channels=width // heads,
@@ -94,6 +130,17 @@ def read_config(
         rotary_base=base,
         rope_scaling=scaling,
     )
+
+
+def guessed_window(params: dict) -> int | None:
+    """The window of the published model with these parameters, which do not say it."""
+    if params.get("use_scaled_rope"):
+        return 131072
+    kind = float(params.get("rope_theta", 1e4)), float(params["norm_eps"])
+    # LLaMA 65B, the only one of LLaMA 1 with LLaMA 2's epsilon; LLaMA 2's widest has n_kv_heads.
+    if kind == (1e4, 1e-5) and params["dim"] == 8192 and params.get("n_kv_heads") in (None, 64):
+        return 2048
+    return _WINDOWS.get(kind)
 
 
 def write_params(folder: Path, model: ModelConfig, ranks: int) -> None:
@@ -148,7 +195,7 @@ def write_params(folder: Path, model: ModelConfig, ranks: int) -> None:
             "rope_scaling_factor": factor,
             "rope_high_freq_factor": high,
         }
-    (folder / "params.json").write_text(json.dumps(params) + "\n")
+    (folder / "params.json").write_text(json.dumps(params) + "\n", encoding="utf-8")
 
 
 def ffn_hidden_size(width: int, multiple: int, multiplier: float | None) -> int:

@@ -36,6 +36,7 @@ BAICHUAN = _Baichuan(
     architecture="BaichuanForCausalLM",
     model_type="baichuan",
     only={"hidden_act": "silu", "tie_word_embeddings": False},
+    carried=("auto_map",),  # its code, which comes with the folder
     reads_rope=False,
     in_transformers=False,
     in_megatron_lm=False,

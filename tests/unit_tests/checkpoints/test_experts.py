@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from pose_megatron.checkpoints.convert import convert
 from pose_megatron.checkpoints.huggingface import config_json
 from pose_megatron.checkpoints.megatron import args as megatron_args
-from pose_megatron.checkpoints.megatron import directory, torch_dist
+from pose_megatron.checkpoints.megatron import directory, run_config, torch_dist
 from pose_megatron.checkpoints.megatron.format import Megatron
 from pose_megatron.checkpoints.summary import summarise
 from pose_megatron.config.arguments import parse
@@ -211,7 +211,7 @@ def test_a_dense_models_args_hold_the_parsers_defaults_for_experts():
     [
         (
             {"moe_layer_freq": [0, 1]},
-            r"num_experts 4 with moe_layer_freq \[0, 1\] is not supported",
+            r"experts with moe_layer_freq \[0, 1\] is not supported",
         ),
         ({"moe_layer_freq": 2}, "moe_layer_freq 2"),
         ({"moe_shared_expert_intermediate_size": 64}, "moe_shared_expert_intermediate_size 64"),
@@ -269,10 +269,10 @@ def test_a_model_of_megatron_bridge():
         "moe_layer_freq": 1,
         "moe_router_score_function": "softmax",
     }
-    assert megatron_args.from_run_config({"model": section}, 256) == MODEL
+    assert run_config.from_run_config({"model": section}, 256) == MODEL
     section["moe_shared_expert_intermediate_size"] = 64
     with pytest.raises(ValueError, match="moe_shared_expert_intermediate_size 64 is not supported"):
-        megatron_args.from_run_config({"model": section}, 256)
+        run_config.from_run_config({"model": section}, 256)
 
 
 # The legacy layout.

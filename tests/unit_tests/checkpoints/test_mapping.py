@@ -191,7 +191,11 @@ def test_wrong_tensors_are_named():
         (hf_to_megatron, without, f"missing tensor {K}"),
         (hf_to_megatron, {**hf, "model.layers.3.x": hf[K]}, "unknown tensor model.layers.3.x"),
         (hf_to_megatron, {**hf, K: hf[K][1:]}, rf"{K} has shape \(31, 64\), expected \(32, 64\)"),
-        (hf_to_megatron, {**hf, K: hf[K].half()}, f"{K}, .* one dtype"),
+        (
+            hf_to_megatron,
+            {**hf, K: hf[K].half()},
+            f"{K}, .* stored as float16 and float32; say with --dtype",
+        ),
         (megatron_to_hf, {}, "missing tensor .* and 18 more"),
         (megatron_to_hf, {**megatron, "x": hf[K]}, "unknown tensor x"),
         (megatron_to_hf, {**megatron, QKV: hf[K]}, rf"{QKV} has shape .* expected \(128, 64\)"),

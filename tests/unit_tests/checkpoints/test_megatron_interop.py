@@ -20,6 +20,7 @@ from pose_megatron.checkpoints.megatron import args as megatron_args
 from pose_megatron.checkpoints.megatron import directory, torch_dist
 from pose_megatron.checkpoints.megatron.common_state import read_common_state
 from pose_megatron.checkpoints.megatron.format import Megatron
+from pose_megatron.checkpoints.megatron.run_config import from_run_config
 from pose_megatron.config.layout import lay_out
 from pose_megatron.evaluation.logits import load_logits
 from pose_megatron.models.build import transformer_config
@@ -527,15 +528,15 @@ def test_a_checkpoint_of_megatron_bridge_is_read(tmp_path, shape):
     ],
 )
 def test_bridges_rope(more, scaling):
-    model = megatron_args.from_run_config({"model": BRIDGE_MODEL | more}, 256)
+    model = from_run_config({"model": BRIDGE_MODEL | more}, 256)
     assert model.rope_scaling == scaling
 
 
 @pytest.mark.parametrize(
     "text, said",
     [
-        ("model: [1", "run_config.yaml is no YAML"),
-        ("- 1", "run_config.yaml is no mapping"),
+        ("model: [1", "run_config.yaml is not YAML"),
+        ("- 1", "run_config.yaml must be a mapping"),
         ("train: {}", "run_config.yaml has no model section"),
         ("model: {num_layers: 4, gated_linear_unit: false}", "swiglu False"),
     ],
@@ -543,7 +544,7 @@ def test_bridges_rope(more, scaling):
 def test_a_broken_run_config_is_named(tmp_path, text, said):
     path = save_as_they_do(tmp_path, {}, whole_tensors())
     (path / "run_config.yaml").write_text(text)
-    with pytest.raises(ValueError, match=f"checkpoint {path}: {said}"):
+    with pytest.raises(ValueError, match=f"checkpoint {path}: .*{said}"):
         directory.find(tmp_path)
 
 

@@ -157,3 +157,33 @@ def test_the_checklist_is_read(tmp_path):
     digest = hashlib.md5(path.read_bytes()).hexdigest()
     (tmp_path / "checklist.chk").write_text(f"{digest}  {path.name}\n{digest}  absent.pth\n")
     assert MetaWeights(tmp_path).hashes == {path: ("md5", digest)}
+
+
+@pytest.mark.parametrize(
+    "params, said",
+    [
+        ({"sliding_window": 4096}, "sliding_window 4096 is not supported"),
+        ({"moe": {"num_experts": 8}}, "moe .* is not supported"),
+        ({"quantization_args": {"group_size": 32}}, "quantization_args .* is not supported"),
+        ({"rope_scaling_factor": 32}, "rope_scaling_factor 32 has no meaning without"),
+        ({"head_dim": 16}, "head_dim 16 with n_heads 2 does not give dim 16"),
+        ({"hidden_dim": 48}, "hidden_dim 48 is 32 in the weights"),
+    ],
+)
+def test_params_that_change_the_function_are_refused(tmp_path, params, said):
+    path = folder(tmp_path, **params)
+    with pytest.raises(ValueError, match=said):
+        read_config(path, MetaWeights(path))
+
+
+def test_a_guessed_window_is_said(tmp_path):
+    path = folder(tmp_path)
+    weights = MetaWeights(path)
+    read_config(path, weights)
+    assert "--max-position-embeddings" in weights.warnings[-1]
+    told = MetaWeights(path)
+    assert read_config(path, told, 2048).max_position_embeddings == 2048 and not told.warnings
+    # The released params.json of LLaMA 65B and of Llama 2 70B.
+    llama = {"dim": 8192, "n_heads": 64, "n_layers": 80, "norm_eps": 1e-5}
+    assert meta_params.guessed_window(llama) == 2048
+    assert meta_params.guessed_window(llama | {"n_kv_heads": 8}) == 4096

@@ -89,6 +89,22 @@ def test_pieces(tmp_path, rows):
     assert not torch.cat(pieces[1::2]).any()
 
 
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        *(torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz),
+        *(torch.float8_e8m0fnu, torch.complex64, torch.uint16, torch.uint32, torch.uint64),
+        *(torch.float64, torch.int8, torch.uint8, torch.int16, torch.int32),
+    ],
+)
+def test_every_dtype_of_the_library_is_known(tmp_path, dtype):
+    content = torch.arange(24, dtype=torch.uint8).view(dtype)
+    safetensors.torch.save_file({"a": content}, tmp_path / "x")
+    (found,) = read(read_safetensors(tmp_path / "x")).values()
+    assert found.dtype == dtype
+    assert torch.equal(found.view(torch.uint8), content.view(torch.uint8))
+
+
 def header(content: bytes) -> bytes:
     return struct.pack("<Q", len(content)) + content
 
@@ -104,7 +120,12 @@ def entry(begin, end, dtype="F32", shape=(2,)):
         (struct.pack("<Q", 1 << 40) + b"{}", "header does not fit"),
         (header(b"{nonsense"), "header unreadable"),
         (header(b"[1]"), "header unreadable"),
-        (header(json.dumps({"a": entry(0, 8, "F4")}).encode()) + bytes(8), "header unreadable"),
+        (header(json.dumps({"a": entry(0, 8, "F3")}).encode()) + bytes(8), "header unreadable"),
+        (
+            header(json.dumps({"a": entry(0, 1, "F4")}).encode()) + bytes(1),
+            "a is stored as F4, and",
+        ),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "run git lfs pull"),
         (
             header(json.dumps({"a": entry(0, 8)}).encode()) + bytes(7),
             "damaged or cut off: .* bytes",

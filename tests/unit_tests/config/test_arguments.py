@@ -6,7 +6,7 @@ import json
 import pytest
 
 from pose_megatron.config.arguments import parse
-from pose_megatron.config.flags import LR_DECAY_STYLES
+from pose_megatron.config.flags import LR_DECAY_STYLES, ModelFlags
 from pose_megatron.config.layout import lay_out
 from pose_megatron.config.megatron_flags import REFUSED
 from pose_megatron.config.model import resolve_model
@@ -631,3 +631,44 @@ def test_flags_of_a_fresh_mixture_of_experts():
         resolve_model(parse([*RUN, *SHAPE, *VOCAB, "--moe-router-topk", "2"]).model, 64, None, None)
     with pytest.raises(ValueError, match="--num-experts 8 contradicts the checkpoint, .* has 4"):
         resolve_model(parse([*RUN, "--num-experts", "8"]).model, 64, plain, None)
+
+
+def extended_again(before, window, **flags):
+    """The scaling of a model with `before` and `window`, extended once more."""
+    model = dataclasses.replace(LOADED, rope_scaling=before, max_position_embeddings=window)
+    return resolve_model(ModelFlags(**flags), 4096, model, None).rope_scaling
+
+
+@pytest.mark.parametrize(
+    "method, window, target, factor",
+    [  # T over the window before any extension
+        ("yarn", 32768, 131072, 4.0),  # Qwen2.5's card leaves the window as it was
+        ("yarn", 131072, 262144, 8.0),
+        ("linear", 131072, 262144, 8.0),
+        ("llama3", 32768, 262144, 8.0),
+    ],
+)
+def test_the_factor_is_over_the_window_before_any_extension(method, window, target, factor):
+    scaling = extended_again(
+        RopeScaling(method, 4.0, 32768), window, rope_scaling=method, max_position_embeddings=target
+    )
+    assert (scaling.factor, scaling.original_max_position_embeddings) == (factor, 32768)
+
+
+def test_a_window_that_was_left_as_it_was_is_multiplied_before_another_method():
+    before, asked = RopeScaling("yarn", 4.0, 32768), {"rope_scaling": "linear"}
+    scaling = extended_again(before, 32768, max_position_embeddings=262144, **asked)
+    assert (scaling.factor, scaling.over) == (2.0, before)
+    with pytest.raises(ValueError, match="reaches 131072 positions already"):
+        extended_again(before, 32768, max_position_embeddings=65536, **asked)
+
+
+def test_an_ambiguous_window_is_asked_for():
+    asked = {"rope_scaling": "linear", "max_position_embeddings": 32768}
+    before = RopeScaling("linear", 4.0)  # as config.json says it
+    with pytest.raises(ValueError, match="give --original-max-position-embeddings"):
+        extended_again(before, 4096, **asked)
+    told = extended_again(before, 4096, original_max_position_embeddings=4096, **asked)
+    assert told.factor == 8.0
+    with pytest.raises(ValueError, match="say with --rope-scaling-factor"):
+        extended_again(RopeScaling("yarn", 4.0, 4096), 8192, **asked | {"rope_scaling": "yarn"})

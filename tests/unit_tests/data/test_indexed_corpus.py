@@ -40,10 +40,10 @@ def overwrite(prefix: str, at: int, content: bytes) -> None:
         (HEADER + 12 + 8, struct.pack("<q", 62), "its documents do not adjoin"),
         (HEADER + 12, struct.pack("<q", -8), "its documents do not adjoin"),
         (HEADER + 12 + 24 + 24, struct.pack("<q", 2), "its tables disagree"),
-        (0, b"MMIDIDY", "bad header"),
-        (9, struct.pack("<Q", 2), "bad version"),
-        (17, b"\x63", "99 is not a valid DType"),
-        (18, struct.pack("<Q", 2**40), "smaller than requested"),
+        (0, b"MMIDIDY", "not an index of megatron-core"),
+        (9, struct.pack("<Q", 2), "unknown version"),
+        (17, b"\x63", "unknown version"),
+        (18, struct.pack("<Q", 2**40), "are due"),
     ],
 )
 def test_each_way_an_index_is_corrupt_is_an_error(corpus, at, content, message):

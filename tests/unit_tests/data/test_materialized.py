@@ -1,5 +1,6 @@
 """materialized.py: what is written is what was drawn, for us and for stock megatron-core."""
 
+import json
 import os
 import resource
 import signal
@@ -147,6 +148,29 @@ def test_damaged_and_foreign_files_are_named(written, make_corpus):
     Path(f"{prefix}.json").unlink()
     with pytest.raises(ValueError, match=r"\.json is missing, so the files were never finished"):
         read(prefix)
+
+
+@pytest.mark.parametrize("value", [-1, 2048, 1 << 30])
+@pytest.mark.parametrize("positions_only", [True, False])
+def test_a_position_out_of_range_names_the_sample(written, value, positions_only):
+    path = Path(f"{written[0]}_positions.bin")
+    positions = np.fromfile(path, np.int32)
+    positions[3 * 64 + 5] = value
+    positions.tofile(path)
+    stored = read(written[0], positions_only=positions_only)
+    assert stored[2]["position_ids"].max() < 2048
+    with pytest.raises(ValueError, match=f"position {value} in sample 3 is outside .* of 2048"):
+        stored[3]
+
+
+@pytest.mark.parametrize("name", ["window", "target", "samples", "positions", "law"])
+@pytest.mark.parametrize("value", ["64", -1, True, [1], None, float("nan")])
+def test_a_header_of_wrong_types_is_named(written, name, value):
+    path = Path(f"{written[0]}.json")
+    if (name, value) != ("law", "64"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+        with pytest.raises(ValueError, match="is not what tools/materialize_positions"):
+            read(written[0])
 
 
 def test_killed_while_writing_it_is_not_whole_and_a_rerun_completes(written):

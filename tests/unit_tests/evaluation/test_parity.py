@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import re
 
 import pytest
@@ -9,10 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
+from pose_megatron.checkpoints.convert import convert
 from pose_megatron.checkpoints.huggingface import config_json, rope_check
 from pose_megatron.checkpoints.megatron.directory import find
 from pose_megatron.checkpoints.megatron.torch_dist import open_weights
 from pose_megatron.evaluation import parity
+from pose_megatron.models import rotary
 from pose_megatron.rope.scaling import RopeScaling
 from tests.whole_models import hf_to_megatron, write_weights
 
@@ -53,8 +56,8 @@ def llama(tmp_path_factory):
 def both(llama, tmp_path):
     """Both sides of the model, extended as `scaling` says."""
 
-    def make(scaling=SCALINGS[0], dtype=torch.float32, hf_dtype=torch.float32):
-        window = 128 if scaling.method == "dynamic" else 1024
+    def make(scaling=SCALINGS[0], dtype=torch.float32, hf_dtype=torch.float32, window=1024):
+        window = 128 if scaling.method == "dynamic" else window
         model = dataclasses.replace(
             config_json.read_config(llama), rope_scaling=scaling, max_position_embeddings=window
         )
@@ -81,10 +84,12 @@ def test_every_rope_agrees_near_0_and_near_the_end(both, scaling, capsys):
     found, hf = both(scaling)
     errors = rope_check.rope_errors(hf, found.model)
     assert errors["inv_freq"] < 1e-6 and errors["attention_factor"] < 1e-12
-    plain, ends, exact = parity.check(found, hf, tokens=64)
+    said = []
+    plain, ends, exact = parity.check(found, hf, tokens=64, say=said.append)
+    assert len(said) == 4 and said[0] == "loading both models"
     assert plain.error < 1e-4 and ends.error < 5e-3 and exact.error < 1e-4
     assert "1,023" in ends.where
-    assert capsys.readouterr().out.count("(bound") == 3
+    assert capsys.readouterr().out.count("(bound") == 2
 
 
 def test_the_window_is_the_new_one_wherever_it_is_written(both, llama, tmp_path):
@@ -130,8 +135,76 @@ def test_yarn_as_longrope_is_the_same_model(both):
 def test_another_precision_is_rounded_away(both, dtype, hf_dtype):
     found, hf = both(SCALINGS[2], dtype, hf_dtype)
     assert set(open_weights(found.path).dtypes.values()) == {dtype}
-    assert config_json.stored_dtype(hf) == hf_dtype
-    parity.check(found, hf, tokens=64)
+    config = json.loads((hf / "config.json").read_text())
+    for said in (hf_dtype, torch.float32, torch.bfloat16):  # the files count, not what it says
+        config |= dict.fromkeys(("dtype", "torch_dtype"), str(said).removeprefix("torch."))
+        (hf / "config.json").write_text(json.dumps(config))
+        parity.check(found, hf, tokens=64)
+
+
+def test_tensors_of_several_precisions(both):
+    _, hf = both()
+    tensors = load_file(hf / "model.safetensors")
+    for name in tensors:
+        if "norm" not in name and "v_proj" not in name:
+            tensors[name] = tensors[name].bfloat16()
+    save_file(tensors, hf / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="stored as bfloat16 and float32; say with --dtype"):
+        convert(hf, hf.parent / "kept", loader="hf", saver="megatron", quiet=True)
+    convert(hf, hf.parent / "m", loader="hf", saver="megatron", dtype=torch.float32, quiet=True)
+    parity.check(find(hf.parent / "m"), hf, tokens=64)
+
+
+LONG = [
+    RopeScaling(),
+    RopeScaling("yarn", 256.0, 4096),
+    RopeScaling("yarn_revised", 256.0, 4096),
+]
+
+
+@pytest.mark.parametrize("scaling", LONG, ids=str)
+@pytest.mark.parametrize("window", [524288, 1048576])
+def test_float32_angles_of_transformers_refuse_no_window(both, scaling, window):
+    found, hf = both(scaling, window=window)
+    _, rounded, exact = parity.check(found, hf, tokens=64)
+    assert rounded.error > 1e-3 and exact.error < 1e-5  # what a fixed bound would go by
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"factor": 255.0},
+        {"rope_theta": 10001.0},
+        {"attention_factor": 1.01 * (0.1 * math.log(256) + 1)},
+        {"beta_fast": 16.0},
+        {"original_max_position_embeddings": 8192},
+    ],
+    ids=str,
+)
+def test_a_broken_rope_of_a_million_positions_is_seen(both, broken):
+    found, hf = both(LONG[1], window=1048576)
+    config = json.loads((hf / "config.json").read_text())
+    rope = config["rope_parameters"] | broken
+    config |= {"rope_scaling": None, "rope_theta": rope["rope_theta"], "rope_parameters": rope}
+    (hf / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="another rope than yarn x256 .* is off by"):
+        parity.check(found, hf, tokens=64)
+
+
+@pytest.mark.parametrize("pair", [0, 5])
+def test_one_frequency_off_is_seen_in_our_model_too(both, pair, monkeypatch):
+    """Not only in transformers': the angles that our layers compute are held to exact ones."""
+    found, hf = both(LONG[1], window=1048576)
+    true = rotary.inverse_frequencies
+
+    def one_off(*args, **how):
+        wrong = true(*args, **how).clone()
+        wrong[pair] *= 1.001
+        return wrong
+
+    monkeypatch.setattr(rotary, "inverse_frequencies", one_off)
+    with pytest.raises(ValueError, match="logits at .*: error"):
+        parity.check(found, hf, tokens=64)
 
 
 def test_a_narrow_ramp_enlarges_roundings_and_is_no_other_rope(llama, tmp_path):
@@ -167,7 +240,7 @@ def test_another_rope_is_seen(both):
     (hf / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="reads another rope"):
         rope_check.rope_errors(hf, found.model)
-    with pytest.raises(ValueError, match=f"{hf} is not the model of .*logits at .*: error"):
+    with pytest.raises(ValueError, match=f"{hf}: transformers computes another rope than yarn_re"):
         parity.check(found, hf, tokens=64)
 
 
@@ -180,3 +253,12 @@ def test_another_weight_is_seen(both, capsys):
     with pytest.raises(ValueError, match="logits at plain positions: error"):
         parity.check(found, hf, tokens=64)
     assert re.search(r"plain positions: error [1-9]\.\de(-01|\+0)", capsys.readouterr().out)
+
+
+def test_a_sliding_window_of_transformers_is_seen(both):
+    found, hf = both()
+    config = json.loads((hf / "config.json").read_text())
+    config |= {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
+    (hf / "config.json").write_text(json.dumps(config | {"sliding_window": 16}))
+    with pytest.raises(ValueError, match="logits at plain positions"):
+        parity.check(found, hf)

@@ -1,6 +1,7 @@
 """The .bin and .idx byte for byte as stock megatron-core writes them, and read back by it."""
 
 import dataclasses
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,13 @@ from pose_megatron.preprocessing.indexed_writer import (
     publish,
     token_dtype,
 )
+
+
+def patch(path, at, value, form):
+    content = bytearray(path.read_bytes())
+    struct.pack_into(form, content, at, value)
+    path.write_bytes(content)
+
 
 DOCUMENTS = st.lists(st.lists(st.integers(0, 65499), max_size=5), min_size=1, max_size=12)
 
@@ -117,7 +125,7 @@ def test_documents_of_several_sequences_are_joined_too(tmp_path):
         (lambda b, i: b.unlink(), r"a\.bin: no such file"),
         (
             lambda b, i: b.write_bytes(b.read_bytes()[:-2]),
-            r"a\.bin: has 8 bytes, and a\.idx counts 5 tokens of 2 bytes",
+            r"a\.bin has 8 bytes, its index describes 10: truncated",
         ),
         (lambda b, i: i.write_bytes(i.read_bytes()[:-8]), r"a\.idx: has .* bytes where .* are due"),
         (lambda b, i: i.write_bytes(b"MMID"), r"a\.idx: not an index of megatron-core"),
@@ -126,6 +134,11 @@ def test_documents_of_several_sequences_are_joined_too(tmp_path):
             r"a\.idx: index of an unknown version",
         ),
         (lambda b, i: i.write_bytes(i.read_bytes() + bytes(2)), r"a\.idx: a multimodal index"),
+        (lambda b, i: patch(i, 34, -3, "<i"), "a document has a negative length"),
+        (lambda b, i: patch(i, 42, 1 << 40, "<q"), "its documents do not adjoin"),
+        (lambda b, i: patch(i, 58, 1, "<q"), "its tables disagree"),
+        (lambda b, i: patch(i, 66, 9, "<q"), "its documents are not in order"),
+        (lambda b, i: patch(i, 17, 7, "B"), "its values are float32, not token ids"),
         (lambda b, i: stock(b.with_suffix(""), [[1, 2]], np.int32), "ids are uint16, in .* int32"),
     ],
 )

@@ -7,12 +7,13 @@ import os
 import signal
 import sys
 import sysconfig
+import zlib
 from pathlib import Path
 
 import pytest
 import sentencepiece
 
-from pose_megatron.preprocessing import fast_tokenizer, readers, resume
+from pose_megatron.preprocessing import fast_tokenizer, indexed_writer, readers, resume
 from pose_megatron.preprocessing import preprocess as preprocess_module
 from pose_megatron.preprocessing.encoding import Encoder
 from pose_megatron.preprocessing.preprocess import PreprocessingJob, preprocess
@@ -115,6 +116,10 @@ def test_killed_anywhere_the_same_command_ends_with_the_same_bytes(
     summary = counts(preprocess(again))
     assert outputs(again) == whole
     assert not Path(f"{again.output_prefix}.partial").exists()
+    folder = Path(again.output_prefix).parent
+    assert len(summary["crc32"]) == 4
+    for name, crc in summary["crc32"].items():
+        assert crc == f"{zlib.crc32((folder / name).read_bytes()):08x}"
     for key, output in summary["outputs"].items():
         assert output.pop("prefix") != expected["outputs"][key].pop("prefix")
     assert summary == expected
@@ -245,3 +250,40 @@ def test_a_killed_worker_is_said(job, monkeypatch):
     with pytest.raises(ValueError, match="--workers 2: a worker was killed, most likely for mem"):
         preprocess(dataclasses.replace(job, workers=2))
     assert not list(Path(job.output_prefix).parent.iterdir())
+
+
+@pytest.mark.parametrize(
+    "part, name, value",
+    [
+        ("state", "lines", "3"),
+        ("state", "bytes", -1),
+        ("state", "seconds", float("nan")),
+        ("state", "cursor", {"file": 0.5, "offset": 0}),
+        ("state", "sizes", {"text": {"tokens": True}}),
+        ("state", "file_lines", [1]),
+        ("state", "histogram", []),
+    ],
+)
+def test_a_state_of_wrong_types_is_named(half, part, name, value):
+    job, _ = half
+    path = Path(f"{job.output_prefix}.partial/state.json")
+    stored = json.loads(path.read_text())
+    stored[part][name] = value
+    path.write_text(json.dumps(stored))
+    with pytest.raises(ValueError, match=r"state\.json is damaged"):
+        preprocess(job)
+
+
+def test_one_flipped_bit_of_token_files_is_seen(job):
+    preprocess(job)
+    prefix = f"{job.output_prefix}_text_document"
+    assert indexed_writer.check_digests(prefix)
+    for suffix in (".bin", ".idx"):
+        path = Path(prefix + suffix)
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])
+        with pytest.raises(ValueError, match=f"text_document{suffix} is damaged: its CRC-32"):
+            indexed_writer.check_digests(prefix)
+        path.write_bytes(whole)
+    Path(f"{job.output_prefix}_summary.json").unlink()
+    assert not indexed_writer.check_digests(prefix)

@@ -4,6 +4,8 @@ import gzip
 import io
 import itertools
 import json
+import os
+import resource
 import sysconfig
 from pathlib import Path
 
@@ -245,3 +247,66 @@ def test_parquet_rows_without_a_text_are_counted(tmp_path):
     path.write_bytes(whole[:4] + bytes(60) + whole[64:])
     with pytest.raises(ValueError, match=r"c\.parquet: broken Parquet file"):
         list(texts([path], ["text"], "stop"))
+
+
+@pytest.mark.parametrize("name", ["c.jsonl", "c.jsonl.gz", "c.jsonl.zst", "c.parquet"])
+@pytest.mark.parametrize("size", [20, 70, 10_000])
+def test_texts_beyond_the_limit_are_counted_wherever_they_are_cut(
+    tmp_path, monkeypatch, name, size
+):
+    monkeypatch.setattr(readers, "PART_BYTES", size)
+    longest, path = 300, tmp_path / name
+    lengths = [5, 288, 290, 5, 4000, 5, 289, 900]  # {"text": ""} takes 12 bytes
+    rows = [{"text": "x" * n} for n in lengths]
+    if name.endswith(".parquet"):
+        longest = 288
+        parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    else:
+        path.write_bytes(_compress(name, b"\n".join(json.dumps(row).encode() for row in rows)))
+    for start in [Cursor(), *(part.end for part in parts([path], 1, longest=longest))][:-1]:
+        batches = [
+            batch
+            for part in parts([path], 1, start, longest=longest)
+            for batch in part.batches(["text"])
+        ]
+        kept = [len(text) for batch in batches for text in batch.texts["text"]]
+        reasons = [error.reason for batch in batches for _, error in batch.skipped]
+        expected = [n for n in lengths if n <= 288]
+        assert kept == expected[len(expected) - len(kept) :]
+        if start == Cursor():
+            assert kept == expected and reasons == ["too long"] * 4
+            numbers, line = [], 0
+            for batch in batches:
+                numbers += [line + number for number, _ in batch.skipped]
+                line += batch.newlines
+            assert numbers == [3, 5, 7, 8]
+
+
+@pytest.mark.parametrize("name", ["c.jsonl.gz", "c.jsonl.zst"])
+def test_a_line_without_end_takes_little_memory_and_time(tmp_path, name):
+    path = tmp_path / name
+    with gzip.open(path, "wb", 1) if name[-1] == "z" else zstandard.open(path, "wb") as file:
+        for _ in range(300):
+            file.write(b"x" * 1_000_000)
+    if not (child := os.fork()):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        try:
+            list(texts([path], ["text"], "stop", 10_000_000))
+        except ValueError as error:
+            grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+            os._exit(7 if "too long" in str(error) and grown < 100_000 else 1)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+
+
+def test_long_parquet_rows_take_little_more_than_their_page(tmp_path):
+    path = tmp_path / "c.parquet"
+    rows = pyarrow.table({"text": [f"{i}" + "x" * 250_000 for i in range(800)]})  # 200 MB
+    parquet.write_table(rows, path, write_batch_size=4, data_page_size=1 << 20)
+    del rows
+    if not (child := os.fork()):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        count = sum(1 for _ in texts([path], ["text"], "stop"))
+        grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+        os._exit(7 if count == 800 and grown < 100_000 else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7

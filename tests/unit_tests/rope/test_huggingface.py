@@ -326,7 +326,7 @@ LIST = {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}
             "mscale / mscale_all_dim says attention_factor 1.0, another spelling 1.5",
         ),
         ({"rope_scaling": {"type": "yarn", "rope_type": "linear", "factor": 8.0}}, "rope_type"),
-        ({"rope_scaling": {**YARN_4K, "finetuned": True}}, "finetuned"),
+        ({"rope_scaling": {**YARN_4K, "attn_factor": 0.8}}, "vLLM multiplies .* by it, transf"),
         (
             {"rope_scaling": {**YARN_4K, "low_freq_factor": 1.0}},
             "'yarn' does not know low_freq_factor",
@@ -386,6 +386,13 @@ def test_options_in_hugging_faces_words(tmp_path):
         options(str(tmp_path / "rope.json"))
 
 
+@pytest.mark.parametrize(
+    "harmless", [{"finetuned": True}, {"finetuned": False}, {"attn_factor": 1}]
+)
+def test_keys_of_yarn_that_change_nothing(harmless):
+    assert from_hf({"rope_scaling": {**YARN_4K, **harmless}}) == from_hf({"rope_scaling": YARN_4K})
+
+
 def test_readers_are_told_what_differs():
     assert "--rope-as-longrope" in notes(RopeScaling("yarn", 4.0, 4096), 16384)[0]
     cooler = RopeScaling("yarn", 4.0, 4096, attention_factor=1.0)
@@ -397,8 +404,11 @@ def test_readers_are_told_what_differs():
         (RopeScaling("yarn_revised", 4.0, 4096), False),
         (RopeScaling("linear", 4.0, 4096, over=LLAMA31), False),
     ):
-        (only,) = notes(scaling, 16384, as_longrope)
-        assert "longrope" in only and "--max-model-len 16384" in only
+        vllm, llama_cpp = notes(scaling, 16384, as_longrope)
+        assert "longrope" in vllm and "--max-model-len 16384" in vllm
+        assert "llama.cpp" in llama_cpp and "plain rope" in llama_cpp
+    assert "takes 8192" in notes(RopeScaling("llama3", 4.0, 4096), 16384)[1]
+    assert len(notes(LLAMA31, 131072)) == 1
     assert notes(RopeScaling(), 4096, True) == notes(RopeScaling("ntk", 4.0), 16384) == []
-    assert "two lists" in notes(RopeScaling("longrope", 16.0, 2048, **LISTS), 32768)[1]
+    assert "two lists" in notes(RopeScaling("longrope", 16.0, 2048, **LISTS), 32768)[2]
     assert "dynamic" in notes(RopeScaling("dynamic", 4.0, 2048), 2048)[0]
