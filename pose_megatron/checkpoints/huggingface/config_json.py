@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from pose_megatron.checkpoints.companions import held
 from pose_megatron.errors import ConfigError
 from pose_megatron.models.families import FAMILIES, REFUSED, family_named
 from pose_megatron.models.families.family import Family
@@ -185,7 +186,10 @@ def find_sidecars(source: Path) -> dict[str, Path]:
         for file in own
         if file.suffix == ".model" or len(files) == 1
     }
-    return found | {file.name: file for file in files if file not in own}
+    found |= {file.name: file for file in files if file not in own}
+    if source.is_dir():
+        held(source, found.values())
+    return found
 
 
 def write_config(
