@@ -19,7 +19,7 @@ def held(folder: Path, files: Iterable[Path]) -> list[Path]:
     for file in found:
         if not {home, inside}.intersection(file.resolve().parents):
             raise ConfigError(
-                f"{file} is a link to {file.resolve()}, outside of its folder, and is not followed: "
-                "put the file itself there"
+                f"{file} is a link to {file.resolve()}, outside of its folder, "
+                "and is not followed: put the file itself there"
             )
     return found

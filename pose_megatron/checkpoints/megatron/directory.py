@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from pose_megatron.checkpoints import checksums
+from pose_megatron.checkpoints.companions import held
 from pose_megatron.checkpoints.megatron import args as megatron_args
 from pose_megatron.checkpoints.megatron.common_state import read_common_state
 from pose_megatron.checkpoints.megatron.hybrid_layout import is_hybrid
@@ -72,7 +73,7 @@ class Checkpoint:
     @property
     def tokenizer_files(self) -> list[Path]:
         folder = self.root / "tokenizer"
-        return sorted(p for p in folder.iterdir()) if folder.is_dir() else []
+        return held(folder, sorted(folder.iterdir())) if folder.is_dir() else []
 
 
 def exists(root: str | Path) -> bool:
