@@ -19,6 +19,9 @@ import torch
 import trainers
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
+from pose_megatron.checkpoints.checksums import checksums
+from pose_megatron.checkpoints.megatron.directory import find
+from pose_megatron.training.checkpointing import load
 from pose_megatron.training.trainer import save
 
 WORDS = """
@@ -71,6 +74,8 @@ def work(args: argparse.Namespace) -> None:
                 "background_cost",
                 "torch_load",
                 "resume",
+                "load",
+                "load_with_checksums",
             )
         }
         seconds_of_step = statistics.median(timed(run.step) for _ in range(10))
@@ -85,6 +90,13 @@ def work(args: argparse.Namespace) -> None:
         for _ in range(args.repeats):
             fresh = timed(lambda: trainers.Run(words))
             measures["resume"].append(timed(lambda: trainers.Run(resumed)) - fresh)
+        found = find(folder / "checkpoints")
+        trainer = run.trainer
+        into = trainer.stages, trainer.optimizer, trainer.scheduler
+        for _ in range(args.repeats):
+            for name, on in (("load", False), ("load_with_checksums", True)):
+                with checksums(on):
+                    measures[name].append(timed(lambda: load(found, *into)))
         size = (folder / "plain.pt").stat().st_size
         shutil.rmtree(folder / "checkpoints")
     trainers.report(
@@ -132,7 +144,7 @@ def print_table(row: dict) -> None:
         f"{row['bytes'] / 1e6:.0f} MB of weights and optimizer state, steps of "
         f"{row['seconds_of_step']:.3f} s; {trainers.machine()['device']}\n"
     )
-    print("| | seconds | times torch.save / torch.load |\n|---|---:|---:|")
+    print("| | seconds | times torch.save, torch.load or load |\n|---|---:|---:|")
     for name, label, base in (
         ("torch_save", "torch.save, with fsync", "torch_save"),
         ("save", "save", "torch_save"),
@@ -144,6 +156,8 @@ def print_table(row: dict) -> None:
         ),
         ("torch_load", "torch.load", "torch_load"),
         ("resume", "resume, beyond a fresh start", "torch_load"),
+        ("load", "load, without checksums", "load"),
+        ("load_with_checksums", "load, with checksums", "load"),
     ):
         print(f"| {label} | {row[name]:.3f} | {row[name] / row[base]:.2f} |")
 

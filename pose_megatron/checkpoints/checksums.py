@@ -27,14 +27,18 @@ _enabled = True
 
 
 @contextlib.contextmanager
-def checksums(enabled: bool) -> Iterator[None]:
+def checksums(on: bool) -> Iterator[None]:
     """Whether they are checked while it lasts, in all threads."""
     global _enabled
-    before, _enabled = _enabled, enabled
+    before, _enabled = _enabled, on
     try:
         yield
     finally:
         _enabled = before
+
+
+def enabled() -> bool:
+    return _enabled
 
 
 @dataclass

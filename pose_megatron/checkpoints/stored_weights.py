@@ -31,6 +31,15 @@ class StoredWeights(Mapping[str, Tensor]):
             DamagedCheckpoint: a file is cut off or damaged.
         """
 
+    def verify(self) -> None:
+        """Reads everything that is stored, the weights and what else has a checksum.
+
+        Raises:
+            DamagedCheckpoint: a file is cut off or damaged.
+        """
+        for name in self:
+            self[name]
+
     def __getitem__(self, name: str) -> Tensor:
         tensor = torch.empty(self.shapes[name], dtype=self.dtypes[name])
         self.read(name, [tensor])

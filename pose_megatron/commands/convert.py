@@ -114,6 +114,12 @@ def parser() -> argparse.ArgumentParser:
         "always checked]",
     )
     p.add_argument(
+        "--checksums",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="compare files of torch.save with the CRC-32 that they hold [yes]",
+    )
+    p.add_argument(
         "--json", type=Path, metavar="FILE", help="write tensors, bytes, seconds, rope errors there"
     )
     return p
@@ -136,22 +142,24 @@ def run(args: argparse.Namespace) -> None:
     loader, saver = _format(args.loader, args), _format(args.saver, args)
     import torch
 
+    from pose_megatron.checkpoints.checksums import checksums
     from pose_megatron.checkpoints.convert import convert
 
     logits_errors: dict[str, float] = {}
-    result = convert(
-        args.load_dir,
-        args.save_dir,
-        loader=loader,
-        saver=saver,
-        dtype=None if args.dtype == "keep" else getattr(torch, args.dtype),
-        tokenizer=args.tokenizer_model,
-        overwrite=args.overwrite,
-        verify=args.verify is not False,
-        strict=args.strict,
-        as_llama=args.as_llama,
-        check=None if args.verify is False else _logits_check(args, logits_errors),
-    )
+    with checksums(args.checksums):
+        result = convert(
+            args.load_dir,
+            args.save_dir,
+            loader=loader,
+            saver=saver,
+            dtype=None if args.dtype == "keep" else getattr(torch, args.dtype),
+            tokenizer=args.tokenizer_model,
+            overwrite=args.overwrite,
+            verify=args.verify is not False,
+            strict=args.strict,
+            as_llama=args.as_llama,
+            check=None if args.verify is False else _logits_check(args, logits_errors),
+        )
     if rank() == 0:
         if args.json:
             summary = dataclasses.asdict(result) | {"logits_errors": logits_errors}

@@ -42,6 +42,12 @@ def parse() -> argparse.Namespace:
         action="store_true",
         help="with --diff: read every tensor and give the largest absolute difference",
     )
+    p.add_argument(
+        "--verify",
+        action="store_true",
+        help="read everything, and compare it with the checksums that torch.save left "
+        "(safetensors have none)",
+    )
     p.add_argument("--json", action="store_true", help="print JSON instead")
     args = p.parse_args()
     if args.diff and len(args.checkpoints) != 2:
@@ -60,6 +66,9 @@ def main() -> None:
     from pose_megatron.checkpoints.summary import compare, summarise
 
     summaries = [summarise(path, args.iteration) for path in args.checkpoints]
+    if args.verify:
+        for summary in summaries:
+            summary.reader.weights.verify()
     if not args.diff:
         if args.json:
             found = [summary.to_dict() for summary in summaries]

@@ -304,6 +304,9 @@ class CheckpointFlags:
     load_fallback: bool = flag(
         False, "if the latest checkpoint in --load is damaged, take the one before"
     )
+    checksums: bool = flag(
+        False, "compare what is loaded with the CRC-32 that the checkpoint holds"
+    )
     finetune: bool = flag(False, "take only the weights from --load and start at step 0")
     pretrained_checkpoint: str | None = flag(
         None,

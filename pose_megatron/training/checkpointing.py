@@ -43,6 +43,7 @@ from pose_megatron.training.hybrid_layout import retarget_to_hybrid_layout
 from pose_megatron.training.optimizer import init_optimizer_state, parts
 
 # megatron-core has no error of its own for damaged files, and torch's is no Exception.
+_OURS = f"{DamagedCheckpoint.__name__}: "
 ANY_FAILURE = (Exception, CheckpointException)
 
 
@@ -240,7 +241,7 @@ def load(checkpoint: Checkpoint, stages: list, optimizer=None, scheduler=None) -
         raise
     except ANY_FAILURE as error:
         raise DamagedCheckpoint(
-            f"checkpoint {checkpoint.path} cannot be loaded: {gist(error)}"
+            f"checkpoint {checkpoint.path} cannot be loaded: {gist(error).removeprefix(_OURS)}"
         ) from error
     for stage, name in zip(stages, models, strict=True):
         missing, _ = stage.load_state_dict(state[name], strict=False)

@@ -12,6 +12,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from pose_megatron.checkpoints.checksums import checksums
 from pose_megatron.checkpoints.megatron.directory import Checkpoint
 from pose_megatron.config.flags import Arguments, CheckpointFlags
 from pose_megatron.config.layout import Layout
@@ -180,7 +181,8 @@ def _load(flags: CheckpointFlags, loaded: Checkpoint, *into) -> Checkpoint:
     """
     while True:
         try:
-            checkpointing.load(loaded, *into)
+            with checksums(flags.checksums):
+                checkpointing.load(loaded, *into)
             return loaded
         except DamagedCheckpoint as error:
             loaded = fall_back(flags, error, loaded.iteration)

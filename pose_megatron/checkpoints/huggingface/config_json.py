@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from pose_megatron.checkpoints.sidecars import held
 from pose_megatron.errors import ConfigError
 from pose_megatron.models.families import FAMILIES, REFUSED, family_named
 from pose_megatron.models.families.family import Family
@@ -194,6 +195,8 @@ def find_sidecars(source: Path) -> dict[str, Path]:
     configs = [found[name] for name in ("config.json", "tokenizer_config.json") if name in found]
     if any("auto_map" in read_json(config) for config in configs):
         found |= {file.name: file for file in files if file.suffix == ".py"}
+    if source.is_dir():
+        held(source, found.values())
     return found
 
 

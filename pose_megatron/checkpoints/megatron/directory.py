@@ -28,6 +28,7 @@ from pose_megatron.checkpoints.megatron.hybrid_layout import is_hybrid
 from pose_megatron.checkpoints.megatron.legacy import LegacyWeights, is_legacy
 from pose_megatron.checkpoints.megatron.run_config import read_run_config
 from pose_megatron.checkpoints.megatron.torch_dist_metadata import read_index
+from pose_megatron.checkpoints.sidecars import held
 from pose_megatron.errors import ConfigError, DamagedCheckpoint, gist
 from pose_megatron.models.shape import ModelConfig
 from pose_megatron.runtime.atomic_files import fsync, write_atomically
@@ -73,7 +74,7 @@ class Checkpoint:
     @property
     def tokenizer_files(self) -> list[Path]:
         folder = self.root / "tokenizer"
-        return sorted(p for p in folder.iterdir()) if folder.is_dir() else []
+        return held(folder, sorted(folder.iterdir())) if folder.is_dir() else []
 
 
 def exists(root: str | Path) -> bool:

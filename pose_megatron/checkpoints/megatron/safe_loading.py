@@ -2,15 +2,18 @@
 
 torch's reader takes .metadata through a plain pickle.load, and objects among the tensors through
 torch.load(weights_only=False); both run whatever code a file names. megatron-core calls that reader
-inside and takes no other, so while `safe_loading` lasts these two methods of torch's classes are
+inside and takes no other, so while `safe_loading` lasts these methods of torch's classes are
 replaced: .metadata is read as everywhere here (torch_dist_metadata.py), objects through torch's own
-allow-list, to which megatron-core adds the classes of a common state.
+allow-list, to which megatron-core adds the classes of a common state. Checksums (checksums.py) are
+compared on the way.
 """
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
@@ -18,7 +21,8 @@ from torch.distributed.checkpoint import metadata as dcp
 from torch.distributed.checkpoint._nested_dict import set_element
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
-from pose_megatron.checkpoints.megatron.torch_dist_metadata import Index, read_metadata
+from pose_megatron.checkpoints.checksums import check, enabled
+from pose_megatron.checkpoints.megatron.torch_dist_metadata import Index, Part, read_metadata
 from pose_megatron.errors import DamagedCheckpoint, gist
 
 _TRUSTING = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"  # which would have torch.load unpickle anything
@@ -30,11 +34,13 @@ def safe_loading() -> Iterator[None]:
     before = [(kind, name, getattr(kind, name)) for kind, name, _ in _REPLACED]
     trusting = os.environ.pop(_TRUSTING, None)
     load_safely()
+    FileSystemReader.read_data = _read_data  # type: ignore[method-assign]
     try:
         yield
     finally:
         for kind, name, method in before:
             setattr(kind, name, method)
+        FileSystemReader.read_data = _theirs  # type: ignore[method-assign]
         if trusting is not None:
             os.environ[_TRUSTING] = trusting
 
@@ -70,6 +76,28 @@ def _load_bytes(self, read_item, value) -> None:
         self.state_dict[name] = found
 
 
+def _read_data(self, plan, planner):
+    """In place of FileSystemReader's: checksums are compared meanwhile, in a thread."""
+    if not enabled():
+        return _theirs(self, plan, planner)
+    with ThreadPoolExecutor(1) as pool:
+        checked = pool.submit(_check, Path(self.path), self.storage_data, plan.items)
+        try:
+            return _theirs(self, plan, planner)
+        finally:
+            checked.result()  # says more of damage than what torch made of it
+
+
+def _check(path: Path, places: Mapping, items: Iterable) -> None:
+    """Holds what a rank reads to its checksums; several items may lie in one archive."""
+    for where in {item.storage_index for item in items}:
+        place = places[where]
+        with open(path / place.relative_path, "rb") as file:
+            part: Any = Part(file, place.offset, place.length)
+            check(part, f"{where.fqn} in {place.relative_path}")
+
+
+_theirs = FileSystemReader.read_data
 _REPLACED = [
     (FileSystemReader, "read_metadata", _read_metadata),
     (DefaultLoadPlanner, "load_bytes", _load_bytes),

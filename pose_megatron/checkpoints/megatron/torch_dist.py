@@ -153,6 +153,21 @@ class TorchDistWeights(StoredWeights):
         if filled != out.numel():
             raise DamagedCheckpoint(f"checkpoint {self.path}: {name} is stored only in part")
 
+    def verify(self) -> None:
+        super().verify()
+        index = read_index(self.path)  # with the optimizer's state, and the random generators'
+        places = {
+            (chunk.file, chunk.offset, chunk.length): chunk.key
+            for tensor in index.tensors.values()
+            for chunk in tensor.chunks
+        }
+        places |= {place: key for key, place in index.objects.items()}
+        for (name, offset, length), key in places.items():
+            if (name, offset) not in self._checked:
+                with open(self.path / name, "rb") as file:
+                    part: Any = Part(file, offset, length)
+                    checksums.check(part, f"checkpoint {self.path}: {key} in {name}")
+
     def _locate(self, name: str, chunk: ChunkLocation) -> Stored:
         with open(self.path / chunk.file, "rb") as file:
             try:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pose_megatron.checkpoints.huggingface import config_json
+from pose_megatron.checkpoints.huggingface.config_json import find_sidecars
 from pose_megatron.checkpoints.summary import compare, summarise
 from pose_megatron.config.arguments import parse
 from pose_megatron.config.layout import lay_out
@@ -294,3 +295,19 @@ def test_ropes_are_compared_by_what_they_do(hf, tmp_path):
     assert differences(max_position_embeddings=1024) == {
         "config": {"max_position_embeddings": [512, 1024]}
     }
+
+
+def test_a_link_out_of_a_tokenizers_folder_is_not_followed(tmp_path):
+    secret = tmp_path / "secret"
+    secret.write_text("key")
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    (folder / "merges.txt").symlink_to(secret)
+    with pytest.raises(ValueError, match=r"merges.txt is a link to .*secret"):
+        find_sidecars(folder)
+    cache = tmp_path / "models--a--b"  # as huggingface_hub lays it out
+    (cache / "blobs").mkdir(parents=True)
+    (cache / "blobs" / "0a").write_text("a b")
+    (cache / "snapshots" / "1b").mkdir(parents=True)
+    (cache / "snapshots" / "1b" / "merges.txt").symlink_to("../../blobs/0a")
+    assert find_sidecars(cache / "snapshots" / "1b")["merges.txt"].read_text() == "a b"

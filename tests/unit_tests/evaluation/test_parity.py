@@ -255,8 +255,11 @@ def test_another_weight_is_seen(both, capsys):
     assert re.search(r"plain positions: error [1-9]\.\de(-01|\+0)", capsys.readouterr().out)
 
 
-def test_a_sliding_window_of_transformers_is_seen(both):
+def test_a_sliding_window_of_transformers_is_seen(both, monkeypatch):
+    """Also one that nothing in our reading of config.json would refuse."""
     found, hf = both()
+    opened = parity.HuggingFace().open(hf)
+    monkeypatch.setattr(parity.HuggingFace, "open", lambda self, folder: opened)
     config = json.loads((hf / "config.json").read_text())
     config |= {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
     (hf / "config.json").write_text(json.dumps(config | {"sliding_window": 16}))
