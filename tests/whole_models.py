@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import tokenizers
 import torch
 from torch import Tensor
 
@@ -17,6 +18,8 @@ from pose_megatron.checkpoints.megatron.directory import find
 from pose_megatron.checkpoints.megatron.torch_dist import DistcpWriter, begin, finish, weights_of
 from pose_megatron.errors import ConfigError
 from pose_megatron.models.shape import ModelConfig
+
+TOKENIZER = tokenizers.Tokenizer(tokenizers.models.BPE()).to_str()  # a tokenizer.json
 
 
 def hf_to_megatron(tensors: Mapping[str, Tensor], **sizes) -> dict[str, Tensor]:

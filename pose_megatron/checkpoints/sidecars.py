@@ -1,9 +1,12 @@
 """Files that go along with a checkpoint, such as a tokenizer's."""
 
-from collections.abc import Iterable
+import base64
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from pose_megatron.errors import ConfigError
+from pose_megatron.errors import ConfigError, gist
+from pose_megatron.runtime.json_files import read_json
+from pose_megatron.runtime.lfs_pointers import refuse_lfs_pointer
 
 
 def held(folder: Path, files: Iterable[Path]) -> list[Path]:
@@ -23,3 +26,59 @@ def held(folder: Path, files: Iterable[Path]) -> list[Path]:
                 "and is not followed: put the file itself there"
             )
     return found
+
+
+def check_sidecars(files: Mapping[str, Path]) -> None:
+    """Opens each file before it is copied: a broken one would be found by those who get the copy.
+
+    Args:
+        files: by their names in the folder.
+
+    Raises:
+        ConfigError: a file is not what its name says.
+    """
+    for name, path in files.items():
+        refuse_lfs_pointer(path, ConfigError)
+        try:
+            _open(name, path)
+        except Exception as error:  # tokenizers raises plain Exception
+            raise ConfigError(
+                f"{path} cannot be read ({gist(error)}): replace it, or take it away"
+            ) from None
+
+
+def _open(name: str, path: Path) -> None:
+    if name == "tokenizer.json":
+        from tokenizers import Tokenizer
+
+        Tokenizer.from_file(str(path))
+    elif name == "tokenizer.model":
+        _open_model(path)
+    elif path.suffix == ".json":
+        read_json(path)
+    else:
+        path.read_text(encoding="utf-8")
+
+
+def _open_model(path: Path) -> None:
+    """SentencePiece's, or tiktoken's as of LLaMA 3: on each line a token in base64 and its rank."""
+    from sentencepiece import SentencePieceProcessor
+
+    try:
+        pieces = SentencePieceProcessor(model_file=str(path)).get_piece_size()
+    except RuntimeError:
+        pieces = 0
+    if pieces:
+        return
+    lines = path.read_bytes().splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            token, rank = line.split()
+            base64.b64decode(token, validate=True)
+            int(rank)
+        except ValueError:
+            raise ValueError(
+                f"it is no SentencePiece model, and its line {number} none of tiktoken's"
+            ) from None
+    if not lines:
+        raise ValueError("it is empty")

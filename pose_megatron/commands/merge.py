@@ -65,7 +65,7 @@ def main() -> None:
     folder = Path(output).parent
     if output in prefixes:
         raise ConfigError(f"--output-prefix {output} is one of the shards: choose another")
-    for suffix in (".bin", ".idx"):
+    for suffix in (".bin", ".idx", "_summary.json"):
         if (path := Path(output + suffix)).exists() and not flags.overwrite:
             raise ConfigError(
                 f"--output-prefix {output}: {path} exists; choose another prefix, or "

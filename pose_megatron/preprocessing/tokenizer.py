@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from pose_megatron.errors import ConfigError
 from pose_megatron.runtime.json_files import read_json
@@ -188,12 +189,12 @@ class HuggingFaceTokenizer(Tokenizer):
         names = _json(self._path.with_name("special_tokens_map.json")) | config
         # True: "</s>" written in a text is text, not the end of it
         self._tokenizer.encode_special_tokens = bool(config.get("split_special_tokens"))
-        for token_id, token in config.get("added_tokens_decoder", {}).items():
-            if self._tokenizer.token_to_id(token["content"]) != int(token_id):
+        for token_id, token in self._added(config.get("added_tokens_decoder")):
+            if self._tokenizer.token_to_id(token) != token_id:
                 raise ConfigError(
-                    f"--tokenizer-model {self._path}: lacks token {token['content']!r} with id "
-                    f"{token_id}, which tokenizer_config.json adds; load the folder with "
-                    "transformers' AutoTokenizer and save_pretrained it to bring the two together"
+                    f"--tokenizer-model {self._path}: lacks token {token!r} with id {token_id}, "
+                    "which tokenizer_config.json adds; load the folder with transformers' "
+                    "AutoTokenizer and save_pretrained it to bring the two together"
                 )
         self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
         self.bos, self.pad, self._eos = (
@@ -217,10 +218,25 @@ class HuggingFaceTokenizer(Tokenizer):
         form = json.loads(self._tokenizer.to_str())
         return _without_special(form) if self._tokenizer.encode_special_tokens else form
 
-    def _id(self, token: str | dict | None) -> int | None:
-        if isinstance(token, dict):  # an AddedToken, written out
-            token = token.get("content")
-        return None if token is None else self._tokenizer.token_to_id(token)
+    def _added(self, decoder: Any) -> list[tuple[int, str]]:
+        """Ids and tokens that tokenizer_config.json adds."""
+        try:
+            return [(int(i), _content(token)) for i, token in dict(decoder or {}).items()]
+        except (TypeError, ValueError):
+            raise ConfigError(
+                f"--tokenizer-model {self._path}: added_tokens_decoder in tokenizer_config.json "
+                "does not give each token's id and content"
+            ) from None
+
+    def _id(self, token: object) -> int | None:
+        if token is None:
+            return None
+        try:
+            return self._tokenizer.token_to_id(_content(token))
+        except TypeError:
+            raise ConfigError(
+                f"--tokenizer-model {self._path}: tokenizer_config.json has {token!r} for a token"
+            ) from None
 
 
 def replace_surrogates(text: str) -> str:
@@ -232,6 +248,14 @@ def replace_surrogates(text: str) -> str:
     except UnicodeEncodeError:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text
+
+
+def _content(token: object) -> str:
+    """Of a token that is written as it is, or as transformers' AddedToken."""
+    content = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(content, str):
+        raise TypeError(f"{token!r} is no token")
+    return content
 
 
 def _without_special(form: dict) -> dict:

@@ -2,7 +2,9 @@
 
 import datetime
 import os
+import random
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -23,7 +25,8 @@ def initialize(
     """Joins the ranks that torchrun started, or sets up a single one.
 
     Args:
-        seed: for megatron-core's random generators.
+        seed: for all random generators. Python's and numpy's decide nothing, but are saved with a
+            run, and two equal runs save the same.
         timeout_minutes: how long a collective may take.
 
     Raises:
@@ -55,6 +58,8 @@ def initialize(
         distributed_timeout_minutes=timeout_minutes,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
 
 
 def device() -> torch.device:

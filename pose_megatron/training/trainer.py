@@ -14,6 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from pose_megatron.checkpoints.checksums import checksums
 from pose_megatron.checkpoints.megatron.directory import Checkpoint
+from pose_megatron.checkpoints.sidecars import check_sidecars
 from pose_megatron.config.flags import Arguments, CheckpointFlags
 from pose_megatron.config.layout import Layout
 from pose_megatron.data.batch import batches
@@ -122,6 +123,7 @@ def setup(run: Run, layout: Layout) -> Trainer:
         files = run.tokenizer.files
     else:
         files = loaded.tokenizer_files if loaded else []
+        check_sidecars({file.name: file for file in files})  # now, and not when they are saved
     trainer = Trainer(args, config, layout, stages, models, optimizer, scheduler, files)
     if loaded and run.resume:
         loaded = _load(args.checkpoint, loaded, stages, optimizer, scheduler)

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalL
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from pose_megatron.commands import convert
+from tests.whole_models import TOKENIZER
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOL = ROOT / "tools" / "checkpoint" / "convert.py"
@@ -41,7 +42,7 @@ def save_llama(folder, dtype=torch.float32, shard="5GB", **more):
     )
     LlamaForCausalLM(config).to(dtype).save_pretrained(folder, max_shard_size=shard)
     (folder / "tokenizer_config.json").write_text('{"model_max_length": 128}')
-    (folder / "tokenizer.json").write_text("{}")
+    (folder / "tokenizer.json").write_text(TOKENIZER)
 
 
 @pytest.fixture(scope="module")

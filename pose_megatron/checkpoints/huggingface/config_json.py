@@ -23,7 +23,6 @@ from pose_megatron.models.shape import ModelConfig
 from pose_megatron.preprocessing.tokenizer import FOLDER_FILES
 from pose_megatron.rope.huggingface import from_hf, rotary_percent, to_hf
 from pose_megatron.runtime.json_files import naming, read_json, write_json
-from pose_megatron.runtime.lfs_pointers import refuse_lfs_pointer
 
 CHAT_TEMPLATES = "additional_chat_templates"  # transformers' folder of further templates
 # config.json is among them for its ids of special tokens.
@@ -237,7 +236,6 @@ def write_config(
             "whole heads"
         )
     for name in sidecars.keys() - {"config.json"}:
-        refuse_lfs_pointer(sidecars[name], ConfigError)
         (folder / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(sidecars[name], folder / name)
     window = model.max_position_embeddings

@@ -19,6 +19,7 @@ from pose_megatron.checkpoints import convert as converting
 from pose_megatron.checkpoints.huggingface.format import HuggingFace
 from pose_megatron.errors import ConfigError, DamagedCheckpoint
 from pose_megatron.models.shape import ModelConfig
+from tests.whole_models import TOKENIZER
 
 ROOT = Path(__file__).resolve().parents[3]
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -120,7 +121,7 @@ def test_files_that_go_along(tmp_path):
     (hf / "tokenization_own.py").write_text("raise SystemExit('executed')")
     own = {"AutoTokenizer": ["tokenization_own.Own", None]}
     edit(hf / "tokenizer_config.json", tokenizer_class="TokenizersBackend", auto_map=own)
-    (hf / "tokenizer.json").write_text("{}")
+    (hf / "tokenizer.json").write_text(TOKENIZER)
     convert(hf, tmp_path / "megatron", saver="megatron")
     convert(tmp_path / "megatron", tmp_path / "out", loader="megatron")
     out = tmp_path / "out"

@@ -19,7 +19,7 @@ from pose_megatron.config.sampler import build_sampler
 from pose_megatron.rope.scaling import RopeScaling, inverse_frequencies
 from pose_megatron.training.run import Run
 from pose_megatron.training.trainer import save, setup
-from tests.whole_models import hf_to_megatron, write_weights
+from tests.whole_models import TOKENIZER, hf_to_megatron, write_weights
 
 pytestmark = pytest.mark.usefixtures("world")
 LLAMA3 = {
@@ -63,7 +63,7 @@ def llama():
 def hf(llama, tmp_path_factory):
     folder = tmp_path_factory.mktemp("hf")
     llama.to(torch.bfloat16).save_pretrained(folder, max_shard_size="50KB")
-    (folder / "tokenizer.json").write_text("{}")
+    (folder / "tokenizer.json").write_text(TOKENIZER)
     return folder
 
 

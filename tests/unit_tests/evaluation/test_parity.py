@@ -17,7 +17,7 @@ from pose_megatron.checkpoints.megatron.torch_dist import open_weights
 from pose_megatron.evaluation import parity
 from pose_megatron.models import rotary
 from pose_megatron.rope.scaling import RopeScaling
-from tests.whole_models import hf_to_megatron, write_weights
+from tests.whole_models import TOKENIZER, hf_to_megatron, write_weights
 
 pytestmark = pytest.mark.usefixtures("world")
 LISTS = {"short_factor": [1.0] * 8, "long_factor": [1.0 + i for i in range(8)]}
@@ -97,7 +97,7 @@ def test_the_window_is_the_new_one_wherever_it_is_written(both, llama, tmp_path)
     source, export = tmp_path / "source", tmp_path / "export"
     source.mkdir()
     (source / "config.json").write_text((llama / "config.json").read_text())
-    (source / "tokenizer.json").write_text("{}")
+    (source / "tokenizer.json").write_text(TOKENIZER)
     (source / "tokenizer_config.json").write_text('{"model_max_length": 128, "legacy": true}')
     for length, written in ((128, 1024), (77, 77)):  # the window before, and another limit
         (source / "generation_config.json").write_text(

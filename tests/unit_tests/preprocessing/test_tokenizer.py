@@ -169,6 +169,17 @@ def test_bad_tokenizer_config(tmp_path, hf_folder):
     config.write_text('{"added_tokens_decoder": {"1234": {"content": "<new>"}}}')
     with pytest.raises(ValueError, match="lacks token '<new>' with id 1234"):
         build_tokenizer("HuggingFaceTokenizer", tmp_path)
+    for wrong in ([], "words", {"x": "<new>"}, {"1": 2}, {"1": {"id": 1}}, [[1, 2, 3]]):
+        config.write_text(json.dumps({"added_tokens_decoder": wrong, "eos_token": "<eos>"}))
+        if wrong:
+            with pytest.raises(ValueError, match=r"added_tokens_decoder in tokenizer_config\.json"):
+                build_tokenizer("HuggingFaceTokenizer", tmp_path)
+        else:
+            build_tokenizer("HuggingFaceTokenizer", tmp_path)
+    for wrong in (3, ["<eos>"], {"id": 1}, True):
+        config.write_text(json.dumps({"eos_token": wrong}))
+        with pytest.raises(ValueError, match=r"tokenizer_config\.json has .* for a token"):
+            build_tokenizer("HuggingFaceTokenizer", tmp_path)
     config.write_text("{")
     with pytest.raises(ValueError, match=r"tokenizer_config\.json is not JSON"):
         build_tokenizer("HuggingFaceTokenizer", tmp_path)
