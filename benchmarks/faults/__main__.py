@@ -156,8 +156,14 @@ def run_hostile(room: Room, large: bool, only: str | None) -> None:
                 room.marker.rmdir()
                 how = "executed"
             elif how == "accepted":
-                how = "no effect" if case.harmless else "unseen"
+                how = "no effect" if case.harmless or _passes_over(program) else "unseen"
             room.count(case.kind, how, case.name, program, ended)
+
+
+def _passes_over(program: str) -> bool:
+    """Whether a program may end well beside something hostile that it does not read."""
+    describes = program.startswith("inspect") and not {"--verify", "--diff"} & {*program.split()}
+    return describes or "--load-fallback" in program
 
 
 def _unseen(damage: damages.Damage, program: str) -> str:

@@ -251,6 +251,7 @@ def tensor(hf, name, value):
 
 
 UP = "model.layers.2.mlp.up_proj.weight"
+MISTRAL = {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}  # slides by default
 BAD = {
     "unknown architecture": (lambda f: edit(f, architectures=["GPT2LMHeadModel"]), "GPT2LMHeadMod"),
     "no architecture": (lambda f: edit(f, architectures=None), "architecture None"),
@@ -258,7 +259,7 @@ BAD = {
     "mlp bias": (lambda f: edit(f, mlp_bias=True), "mlp_bias True"),
     "activation": (lambda f: edit(f, hidden_act="gelu"), "hidden_act 'gelu'"),
     "quantized": (lambda f: edit(f, quantization_config={"bits": 4}), "quantization_config"),
-    "sliding window": (lambda f: edit(f, architectures=["MistralForCausalLM"]), "sliding_window"),
+    "sliding window": (lambda f: edit(f, **MISTRAL), "sliding_window"),
     "rope": (lambda f: edit(f, rope_scaling={"type": "dynamic", "factor": 2.0}), "rope_type"),
     "no sizes": (lambda f: edit(f, hidden_size=None), "hidden_size"),
     "no config": (lambda f: (f / "config.json").unlink(), "config.json is missing"),

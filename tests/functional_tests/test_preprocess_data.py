@@ -202,7 +202,8 @@ def test_shards_joined_are_the_corpus_preprocessed_at_once(tmp_path, byte_level)
     result = call("merge_datasets.py", "--input", shards[0], f"{shards[1]}.idx", *flags)
     assert result.returncode == 0 and "16 documents" in result.stdout, result.stderr
     assert files(tmp_path / "new" / "joined") == expected
-    assert len(list((tmp_path / "new").iterdir())) == 2
+    names = {f"joined{end}" for end in (".bin", ".idx", "_summary.json")}
+    assert {path.name for path in (tmp_path / "new").iterdir()} == names
     (tmp_path / "none").mkdir()
     for inputs, prefix, message in (
         (shards, flags[1], "joined.bin exists; choose another prefix, or replace it with --over"),
