@@ -132,13 +132,15 @@ class Damage:
 
 
 def draw(clean: Path, count: int, seed: int) -> Iterator[Damage]:
-    """Damages, so that each target, file and kind has its turn; half of them are single bits."""
+    """Damages, so that each target, file and kind has its turn; half of them are single bits, and
+    every second one of a JSON file is another value in it."""
     choose = random.Random(seed)
     for index in range(count):
         target = TARGETS[index % len(TARGETS)]
         file = choose.choice(sorted(path for path in clean.glob(target.files) if path.is_file()))
-        kinds = [kind for kind in _KINDS if kind not in ("value", "bit") or file.suffix == ".json"]
-        kind = "bit" if choose.random() < 0.5 else choose.choice(kinds)
+        kind = "value" if file.suffix == ".json" else "bit"
+        if choose.random() < 0.5:
+            kind = choose.choice([kind for kind in _KINDS if kind != "value"])
         yield Damage(target, str(file.relative_to(clean)), kind, choose.randrange(1 << 30))
 
 

@@ -272,6 +272,8 @@ def _index(metadata: Any) -> Index:
         tensors[key] = StoredTensor(tensor.size, tensor.properties.dtype, [])
         shapes |= {(key, chunk.offsets): chunk.sizes for chunk in tensor.chunks}
     for where, info in metadata.storage_data.items():
+        if Path(info.relative_path).name != info.relative_path:
+            raise ValueError(f"{info.relative_path} is no file of its folder")
         if where.fqn not in tensors:
             objects[where.fqn] = (info.relative_path, info.offset, info.length)
         elif (shape := shapes.get((where.fqn, where.offset))) is not None:

@@ -2,7 +2,9 @@
 
 import json
 import math
+import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,9 +18,12 @@ from pose_megatron.runtime.json_files import naming, read_json
 # Windows that params.json leaves unsaid, by (rope_theta, norm_eps).
 _WINDOWS = {(1e4, 1e-6): 2048, (1e4, 1e-5): 4096, (1e6, 1e-5): 16384, (5e5, 1e-5): 8192}
 _OF_SCALED = {"rope_scaling_factor", "rope_high_freq_factor"}
-_KNOWN = _OF_SCALED | {
-    *("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size"),
-    *("multiple_of", "ffn_dim_multiplier", "norm_eps", "rope_theta", "use_scaled_rope"),
+_SIZES = ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim")
+_NUMBERS = _OF_SCALED | {"norm_eps", "rope_theta"}
+_KNOWN = {
+    *_SIZES,
+    *_NUMBERS,
+    *("vocab_size", "multiple_of", "ffn_dim_multiplier", "use_scaled_rope"),
     *("max_seq_len", "max_batch_size"),  # of the program that runs it
 }
 _SCALED = {  # what `use_scaled_rope` means in Meta's code
@@ -38,19 +43,25 @@ def read_params(folder: Path) -> dict:
         ConfigError: it is not that of a LLaMA.
     """
     path = folder / "params.json"
-    params = read_json(path, DamagedCheckpoint)
+    said = read_json(path, DamagedCheckpoint)
+    params = {name: value for name, value in said.items() if value is not None}
     for name in ("dim", "n_layers", "n_heads", "norm_eps"):
         if name not in params:
             raise ConfigError(f"{path} is not the params.json of a LLaMA: it has no {name}")
     with naming(path):
-        for name in ("dim", "n_layers", "n_heads"):
-            check_size(name, params[name])
-        if params.get("head_dim") is not None:
-            check_size("head_dim", params["head_dim"])
+        for name in _SIZES:
+            if name in params:
+                check_size(name, params[name])
+        for name in _NUMBERS & params.keys():
+            _check_number(name, params[name])
+        if not isinstance(params.get("use_scaled_rope", False), bool):
+            raise ConfigError(f"use_scaled_rope {params['use_scaled_rope']!r} is not true or false")
         if params["n_layers"] > MOST_LAYERS:  # tensors are looked up layer by layer
             raise ConfigError(f"n_layers {params['n_layers']} is more than {MOST_LAYERS:,}")
+        if params["dim"] % params["n_heads"]:
+            raise ConfigError(f"n_heads {params['n_heads']} does not divide dim {params['dim']}")
     for name, value in params.items():
-        if name not in _KNOWN and value not in (None, False):
+        if name not in _KNOWN and value is not False:
             raise ConfigError(
                 f"{path}: {name} {value!r} is not supported, and may change what the model "
                 "computes: convert such a model from its Hugging Face folder"
@@ -65,9 +76,13 @@ def read_params(folder: Path) -> dict:
             f"{path}: head_dim {heads} with n_heads {params['n_heads']} does not give dim "
             f"{params['dim']}, which is all that is supported"
         )
-    if not isinstance(params["norm_eps"], int | float):
-        raise ConfigError(f"{path}: norm_eps must be a number, not {params['norm_eps']!r}")
     return params
+
+
+def _check_number(name: str, value: Any) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (number and 0 < value <= sys.float_info.max):
+        raise ConfigError(f"{name} must be a positive number, not {value!r}")
 
 
 def read_config(
@@ -112,6 +127,9 @@ def read_config(
     if params.get("hidden_dim") not in (None, ffn):
         raise ConfigError(f"{where}: hidden_dim {params['hidden_dim']} is {ffn} in the weights")
     embedding, head = "model.embed_tokens.weight", "lm_head.weight"
+    rows = weights.shapes[embedding][0]
+    if params.get("vocab_size") not in (None, -1, rows):  # -1 in LLaMA 1 and 2: the tokenizer's
+        raise ConfigError(f"{where}: vocab_size {params['vocab_size']} is {rows} in the weights")
     tied = weights.shapes[embedding] == weights.shapes[head] and torch.equal(
         weights[embedding], weights[head]
     )
@@ -122,7 +140,7 @@ def read_config(
         num_attention_heads=heads,
         num_query_groups=params.get("n_kv_heads") or heads,
         kv_channels=width // heads,
-        vocab_size=weights.shapes[embedding][0],
+        vocab_size=rows,
         max_position_embeddings=window,
         make_vocab_size_divisible_by=make_vocab_size_divisible_by,
         untie_embeddings_and_output_weights=not tied,

@@ -168,6 +168,15 @@ def test_the_checklist_is_read(tmp_path):
         ({"rope_scaling_factor": 32}, "rope_scaling_factor 32 has no meaning without"),
         ({"head_dim": 16}, "head_dim 16 with n_heads 2 does not give dim 16"),
         ({"hidden_dim": 48}, "hidden_dim 48 is 32 in the weights"),
+        ({"vocab_size": 10**15}, "vocab_size 10{15} is 20 in the weights"),
+        ({"n_heads": 10**9}, "n_heads 10{9} does not divide dim 16"),
+        ({"n_heads": 3}, "n_heads 3 does not divide dim 16"),
+        ({"n_kv_heads": "two"}, "n_kv_heads must be a whole number, not 'two'"),
+        ({"norm_eps": True}, "norm_eps must be a positive number, not True"),
+        ({"norm_eps": float("nan")}, "norm_eps must be a positive number, not nan"),
+        ({"rope_theta": "1e6"}, "rope_theta must be a positive number, not '1e6'"),
+        ({"rope_theta": 10**400}, "rope_theta must be a positive number"),
+        ({"use_scaled_rope": "no"}, "use_scaled_rope 'no' is not true or false"),
     ],
 )
 def test_params_that_change_the_function_are_refused(tmp_path, params, said):

@@ -135,6 +135,19 @@ def test_no_program_runs_it(hostile, clean, program):
     assert not marker.exists()
 
 
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_files_of_another_folder_are_not_read(clean, tmp_path, program):
+    root = shutil.copytree(clean / "run", tmp_path / "run")
+    path = root / "iter_0000002"
+    metadata = FileSystemReader(path).read_metadata()
+    for info in metadata.storage_data.values():
+        info.relative_path = str(clean / "run" / "iter_0000002" / info.relative_path)
+    (path / ".metadata").write_bytes(pickle.dumps(metadata))
+    FileSystemReader(path).read_metadata()  # torch takes it
+    with pytest.raises(ValueError, match=r"is no file of its folder"):
+        PROGRAMS[program](root, clean / "hf")
+
+
 def test_the_checkpoint_before_is_taken_with_load_fallback(hostile, capsys):
     root, _, marker = hostile
     start("--load", root, "--load-fallback")
