@@ -1,12 +1,11 @@
 """One of each kind of folder and file that the tools read, all of one small model and one text."""
 
 import json
-import subprocess
-import sys
 import sysconfig
 from pathlib import Path
 
 import torch
+from attempt import attempt
 from safetensors.torch import load_file
 
 from pose_megatron.checkpoints.megatron.common_state import read_common_state
@@ -23,7 +22,7 @@ TRAINING = """
 
 
 def make(root: Path) -> Path:
-    """Makes everything in a folder, with our own programs, and returns its path.
+    """Makes everything in a folder, with our own programs as users run them; returns its path.
 
     corpus.jsonl                             text
     tokenizer/                               SentencePiece's, 512 tokens
@@ -38,7 +37,9 @@ def make(root: Path) -> Path:
     where = {"clean": root}
 
     def ours(words: str) -> None:
-        _program("pose_megatron.commands", words.format(**where).split())
+        ended = attempt(words.format(**where).split())
+        if ended.how != "accepted":
+            raise RuntimeError(f"{words}: {ended.how}, {ended.said}")
 
     ours(
         "train-tokenizer --input {clean}/corpus.jsonl --vocab-size 512 "
@@ -48,11 +49,7 @@ def make(root: Path) -> Path:
         "preprocess --input {clean}/corpus.jsonl --append-eod --output-prefix {clean}/corpus "
         "--tokenizer-type SentencePieceTokenizer --tokenizer-model {clean}/tokenizer"
     )
-    training = (SHAPE + TRAINING).format(**where).split()
-    _program(
-        "pose_megatron.pretrain",
-        [*training, "--train-iters", "2", "--save-interval", "1", "--save", str(root / "run")],
-    )
+    ours(f"pretrain {SHAPE} {TRAINING} --train-iters 2 --save-interval 1 --save {{clean}}/run")
     ours(f"materialize --output {{clean}}/samples --samples 8 --train-iters 4 {SHAPE} {TRAINING}")
     ours("convert --loader megatron --saver hf --load-dir {clean}/run --save-dir {clean}/hf")
     _write_bin(root / "hf", root / "bin")
@@ -61,16 +58,6 @@ def make(root: Path) -> Path:
     ours("convert --loader hf --saver megatron --load-dir {clean}/plain --save-dir {clean}/release")
     _write_legacy(root / "release", root / "legacy")
     return root
-
-
-def _program(module: str, words: list[str]) -> None:
-    subprocess.run(
-        [sys.executable, "-m", module, *words],
-        check=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
 
 
 def _write_text(path: Path) -> None:

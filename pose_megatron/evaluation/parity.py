@@ -25,8 +25,7 @@ from pose_megatron.checkpoints.megatron.directory import Checkpoint
 from pose_megatron.checkpoints.megatron.torch_dist import weights_of
 from pose_megatron.errors import ConfigError
 from pose_megatron.evaluation.logits import load_logits, round_to
-from pose_megatron.models.shape import ModelConfig
-from pose_megatron.rope.scaling import attention_factor, inverse_frequencies
+from pose_megatron.rope.scaling import inverse_frequencies
 from pose_megatron.runtime.distributed import device
 from pose_megatron.runtime.json_files import naming
 
@@ -128,8 +127,9 @@ def logits_differences(
     inv_freq = inverse_frequencies(
         model.rotary_dim, model.rotary_base, scaling, target if scaling.depends_on_length else None
     )
-    with naming(folder):
-        _check_rope(theirs, model, inv_freq)
+    if (rotary := _rotary(theirs)) is not None:
+        with naming(folder):
+            rope_check.compare(model, rotary.inv_freq, rotary.attention_scaling, target)
     _use_exact_angles(theirs, inv_freq, target)
     say(f"computing at {far} with exact angles")
     exact = Difference(f"{far}, exact angles", difference(our_logits, expected(ends)), 1e-4)
@@ -157,24 +157,6 @@ def _both(found: Checkpoint, folder: Path) -> tuple[Callable[..., Tensor], torch
     mappings = [mapping for mapping in reader.mappings if mapping.name in stored]
     round_to({part: stored[m.name] for m in mappings for part in m.parts}, theirs)
     return load_logits(found, rounded_to=reader.dtypes), theirs
-
-
-def _check_rope(theirs: Any, model: ModelConfig, inv_freq: Tensor) -> None:
-    """Holds what transformers' rotary module rotates by to the model's; GPT-J has a table."""
-    if (rotary := _rotary(theirs)) is None:
-        return
-    held, factor = rotary.inv_freq.double().cpu(), attention_factor(model.rope_scaling)
-    same = held.shape == inv_freq.shape
-    errors = {
-        "inv_freq": ((held - inv_freq).abs() / inv_freq).max().item() if same else float("inf"),
-        "attention_factor": abs(rotary.attention_scaling - factor) / factor,
-    }
-    for name, bound in rope_check.bounds(model.rope_scaling).items():
-        if not errors[name] <= bound:
-            raise ConfigError(
-                f"transformers computes another rope than {model.rope_scaling}: {name} is off by "
-                f"{errors[name]:.1e} (bound {bound:.0e})"
-            )
 
 
 def _rotary(theirs: Any) -> Any:

@@ -162,11 +162,10 @@ class Interpolation(ABC):
         """What users of other programs must know about the export, a sentence each."""
         return longrope_notes(window) if self.hf_type == "longrope" else []
 
-    @property
-    def float32_error(self) -> float:
-        """The most that this method's arithmetic in float32, in transformers, adds to a frequency's
-        relative error."""
-        return 0.0
+    def float32_error(self, pairs: Pairs) -> Tensor:
+        """The most that this method's arithmetic in float32, in transformers, adds to each
+        frequency's relative error: float64 [rotary_dim / 2]."""
+        return torch.zeros_like(pairs.frequencies)
 
     def to_megatron(self, pairs: Pairs) -> dict[str, Any]:
         """Megatron-LM arguments that give these frequencies; empty where it has none."""
@@ -209,3 +208,17 @@ def is_number(value: object) -> bool:
 def check_attention_factor(value: float | None) -> None:
     if value is not None and not value > 0:
         raise ConfigError(f"rope scaling attention_factor {value} must be > 0")
+
+
+def ramp_error(ramp: Tensor, error: float, factor: float) -> Tensor:
+    """How far an error of the ramp m_i moves m_i + (1 - m_i)/s, relative to itself.
+
+    Only pairs on the ramp have it: elsewhere m_i is 0 or 1, whatever the error.
+
+    Args:
+        ramp: m_i before it is held within [0, 1].
+        factor: s.
+    """
+    kept = ramp.clamp(0, 1)
+    there = (ramp > -error) & (ramp < 1 + error)
+    return there * error * (1 - 1 / factor) / (kept + (1 - kept) / factor)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pose_megatron.errors import ConfigError
-from pose_megatron.rope.interpolation import Interpolation, Pairs
+from pose_megatron.rope.interpolation import Interpolation, Pairs, ramp_error
 from pose_megatron.rope.longrope import LongRope
 from pose_megatron.rope.yarn import Yarn, YarnRevised
 
@@ -127,8 +127,7 @@ class Llama3(Interpolation):
             )
 
     def stretch(self, pairs: Pairs, length: int | None = None) -> Tensor:
-        low, high = self.low_freq_factor, self.high_freq_factor
-        kept = ((pairs.turns(self.window) - low) / (high - low)).clamp(0, 1)
+        kept = self._ramp(pairs).clamp(0, 1)
         return 1 / (kept + (1 - kept) / self.factor)
 
     def to_hf(self, pairs: Pairs, window: int) -> dict[str, Any]:
@@ -151,17 +150,20 @@ class Llama3(Interpolation):
             )
         return said
 
-    @property
-    def float32_error(self) -> float:
+    def float32_error(self, pairs: Pairs) -> Tensor:
         """transformers counts the turns in float32: they are off by up to 8e-7 of themselves, from
         the exponent's rounding (2^-25 ln b = 5e-7 for b = 10^7) and five others (6e-8 each).
 
         On the ramp there are at most high_freq_factor turns, and k_i is off by their error over
-        high_freq_factor - low_freq_factor. An error e of k_i changes k_i + (1 - k_i)/s by at most
-        (s - 1) e of itself.
+        high_freq_factor - low_freq_factor.
         """
         low, high = self.low_freq_factor, self.high_freq_factor
-        return (self.factor - 1) * 8e-7 * high / (high - low)
+        return ramp_error(self._ramp(pairs), 8e-7 * high / (high - low), self.factor)
+
+    def _ramp(self, pairs: Pairs) -> Tensor:
+        """k_i before it is held within [0, 1]."""
+        low, high = self.low_freq_factor, self.high_freq_factor
+        return (pairs.turns(self.window) - low) / (high - low)
 
     def to_megatron(self, pairs: Pairs) -> dict[str, Any]:
         if self != Llama3(self.factor, 8192):  # the only window and ramp that Megatron-LM has

@@ -8,7 +8,12 @@ import torch
 from torch import Tensor
 
 from pose_megatron.errors import ConfigError
-from pose_megatron.rope.interpolation import Interpolation, Pairs, check_attention_factor
+from pose_megatron.rope.interpolation import (
+    Interpolation,
+    Pairs,
+    check_attention_factor,
+    ramp_error,
+)
 from pose_megatron.rope.longrope import LongRope
 
 _ROUNDING = 2.0**-24  # float32 rounds to nearest: by at most this share of a number
@@ -54,9 +59,13 @@ class _NtkByParts(Interpolation):
 
     def kept(self, pairs: Pairs) -> Tensor:
         """m_i: float64 [rotary_dim / 2]."""
+        return self.ramp(pairs).clamp(0, 1)
+
+    def ramp(self, pairs: Pairs) -> Tensor:
+        """m_i before it is held within [0, 1]."""
         if not pairs.plain:
             slow, fast = math.log(self.beta_slow), math.log(self.beta_fast)
-            return ((pairs.turns(self.window).log() - slow) / (fast - slow)).clamp(0, 1)
+            return (pairs.turns(self.window).log() - slow) / (fast - slow)
         dim = pairs.rotary_dim
 
         def pair_turning(times: float) -> float:  # solves L b^(-2i/d) = 2 pi times for i
@@ -68,8 +77,7 @@ class _NtkByParts(Interpolation):
         first, last = max(first, 0), min(last, dim - 1)  # d - 1, not d/2 - 1: YaRN's own clamp
         if first == last:
             last += 0.001
-        ramp = (torch.arange(dim // 2, dtype=torch.float64) - first) / (last - first)
-        return 1 - ramp.clamp(0, 1)
+        return 1 - (torch.arange(dim // 2, dtype=torch.float64) - first) / (last - first)
 
     def _ramp(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self._RAMP}
@@ -139,22 +147,20 @@ class Yarn(_NtkByParts):
             )
         return said
 
-    @property
-    def float32_error(self) -> float:
+    def float32_error(self, pairs: Pairs) -> Tensor:
         """transformers computes r_i = 1 - m_i = (i - first) / (last - first) in float32.
 
         With `truncate` both ends are whole numbers, so only the quotient is rounded. Without it,
         both differences are rounded too, and before them `first`, whose rounding moves r_i by up to
         first / (last - first) roundings. For any b and d that ratio is
         ln(L / (2 pi beta_fast)) / ln(beta_fast / beta_slow), or below 1 where an end is clamped
-        and a pair lies on the ramp. An error e in m_i changes m_i + (1 - m_i)/s by at most
-        (s - 1) e of itself (where m_i is near 0).
+        and a pair lies on the ramp.
         """
         roundings = 1.0
         if not self.truncate:
             turns = self.window / (2 * math.pi * self.beta_fast)
             roundings = 3 + max(math.log(turns) / math.log(self.beta_fast / self.beta_slow), 1.0)
-        return (self.factor - 1) * roundings * _ROUNDING
+        return ramp_error(self.ramp(pairs), roundings * _ROUNDING, self.factor)
 
 
 @dataclass(frozen=True)

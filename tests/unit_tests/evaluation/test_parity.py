@@ -226,6 +226,26 @@ def test_a_narrow_ramp_enlarges_roundings_and_is_no_other_rope(llama, tmp_path):
         rope_check.rope_errors(tmp_path, dataclasses.replace(model, rope_scaling=other))
 
 
+@pytest.mark.parametrize("method", ["yarn", "llama3"])
+def test_a_base_a_little_off_is_seen_however_large_the_factor(llama, tmp_path, method):
+    """Pairs on the ramp may be off by up to 5e-4 then; the others tell."""
+    scaling = RopeScaling(method, 8192.0, 128)
+    model = dataclasses.replace(
+        config_json.read_config(llama),
+        kv_channels=128,
+        rope_scaling=scaling,
+        max_position_embeddings=8192 * 128,
+    )
+    config_json.write_config(tmp_path, model, torch.float32, {})
+    rope_check.rope_errors(tmp_path, model)
+    said = (tmp_path / "config.json").read_text()
+    (tmp_path / "config.json").write_text(
+        said.replace('"rope_theta": 10000.0', '"rope_theta": 10001.0')
+    )
+    with pytest.raises(ValueError, match="reads another rope"):
+        rope_check.rope_errors(tmp_path, model)
+
+
 def test_another_rope_is_seen(both):
     """yarn where yarn_revised was trained."""
     found, hf = both(SCALINGS[3])
@@ -240,7 +260,9 @@ def test_another_rope_is_seen(both):
     (hf / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="reads another rope"):
         rope_check.rope_errors(hf, found.model)
-    with pytest.raises(ValueError, match=f"{hf}: transformers computes another rope than yarn_re"):
+    with pytest.raises(
+        ValueError, match=f"{hf}: transformers reads another rope than yarn_revised"
+    ):
         parity.check(found, hf, tokens=64)
 
 
