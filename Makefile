@@ -1,6 +1,7 @@
 # make quickstart   the whole job on a laptop: text in, PoSE training, a longer window out
 # make test         all tests          make unit   the ones that take seconds
 # make bench        the benchmarks, half an hour; OUT=folder for the figures
+# make faults       damaged and hostile files, 5 minutes; DAMAGES=360 LARGE=--large for more
 # make lint         ruff and mypy      make clean  removes the environments and quickstart/
 # Each sets up .venv when it is missing, with Python 3.11 to 3.13: make PYTHON=python3.12 ...
 # Python 3.11 gets megatron-core 0.16.1, 3.12 and 3.13 get the current one (constraints.txt).
@@ -20,7 +21,7 @@ PIP := pip --disable-pip-version-check
 export OMP_NUM_THREADS ?= 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: quickstart test unit test-current test-current-on-3.11 bench lint clean
+.PHONY: quickstart test unit test-current test-current-on-3.11 bench faults lint clean
 
 quickstart: $(BIN)/.ready
 	bash examples/quickstart.sh
@@ -66,6 +67,11 @@ bench: $(BIN)/.ready
 	mkdir -p $(OUT)
 	set -e; for name in $(BENCHMARKS); do \
 	    echo "== $$name"; python benchmarks/$$name.py --output $(OUT)/$$name.json; done
+
+DAMAGES ?= 54
+faults: $(BIN)/.ready
+	mkdir -p $(OUT)
+	python benchmarks/faults --damages $(DAMAGES) $(LARGE) --output $(OUT)/faults.json
 
 lint: $(BIN)/.ready
 	ruff format --check .

@@ -2,15 +2,18 @@
 
 import functools
 import gzip
+import itertools
 import json
 import os
 import pickle
+import random
 import shutil
 import struct
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow
@@ -23,6 +26,13 @@ from torch.distributed.checkpoint import FileSystemReader
 
 Put = Callable[[Path], None]  # takes a copy of make()'s folder
 EVALUATE = "--load {in}/run --context-lengths 32 --data-path {clean}/corpus_text_document"
+TOKENIZE = (
+    "preprocess --input {clean}/corpus.jsonl --output-prefix {out}/again --append-eod "
+    "--tokenizer-type HuggingFaceTokenizer --tokenizer-model {in}/tokenizer"
+)
+SAMPLES = (
+    f"pretrain {SHAPE} {TRAINING} --train-iters 2 --save {{out}} --materialized {{in}}/samples"
+)
 LOADERS = (
     f"{CONVERT} --loader megatron --saver hf --load-dir {{in}}/run",
     f"{CONVERT} --loader megatron --saver hf --load-dir {{in}}/run --no-verify",
@@ -75,6 +85,7 @@ def cases(clean: Path, marker: Path, large: bool) -> Iterator[Case]:
     yield from _code_of_folders(marker)
     yield from _headers()
     yield from _configs()
+    yield from _wrong_types(clean, None if large else 40)
     yield from _texts(10 if large else 1)
 
 
@@ -163,10 +174,7 @@ def _pickles(marker: Path) -> Iterator[Case]:
 def _code_of_folders(marker: Path) -> Iterator[Case]:
     kind = "code beside weights"
     code = f"import os\nos.mkdir({str(marker)!r})\nclass Thing:\n    pass\n"
-    tokenize = (
-        "preprocess --input {clean}/corpus.jsonl --output-prefix {out}/again "
-        "--tokenizer-type HuggingFaceTokenizer --tokenizer-model {in}/hf"
-    )
+    tokenize = TOKENIZE.replace("{in}/tokenizer", "{in}/hf")
 
     def auto_map(folder: Path) -> None:
         for file in ("config.json", "tokenizer_config.json"):
@@ -257,15 +265,7 @@ def _headers() -> Iterator[Case]:
             found[:] = values
             found.tofile(file)
 
-        yield Case(
-            kind,
-            f"samples: positions {name}",
-            positions,
-            (
-                f"pretrain {SHAPE} {TRAINING} --train-iters 2 --save {{out}} "
-                "--materialized {in}/samples",
-            ),
-        )
+        yield Case(kind, f"samples: positions {name}", positions, (SAMPLES,))
     for loader, place in (
         ("megatron", "legacy/iter_0000002/mp_rank_00/model_optim_rng.pt"),
         ("meta", "meta/consolidated.00.pth"),
@@ -373,7 +373,7 @@ def _configs() -> Iterator[Case]:
         "meta/params.json": from_("meta"),
         "run/iter_0000002/metadata.json": LOADERS[:2],
         "run/tokenizer/tokenizer_config.json": LOADERS[:2],
-        "samples.json": (f"{TRAIN} --materialized {{in}}/samples",),
+        "samples.json": (SAMPLES,),
         "corpus_summary.json": ("inspect {in}/corpus_text_document",),
     }.items():
         for name, content in {
@@ -418,6 +418,45 @@ def _configs() -> Iterator[Case]:
             (folder / place).write_text("model: " + "[" * 50_000, encoding="utf-8")
 
         yield Case(kind, f"{place}: nested 50,000 deep", deep, (words,))
+
+
+def _wrong_types(clean: Path, count: int | None) -> Iterator[Case]:
+    """Values of other types than are meant, one at a time, in every place of a JSON file; `count`
+    of them, or all."""
+    found = []
+    for place, program in {
+        "hf/config.json": from_("hf")[0],
+        "hf/tokenizer_config.json": TOKENIZE.replace("{in}/tokenizer", "{in}/hf"),
+        "meta/params.json": from_("meta")[0],
+        "samples.json": SAMPLES,
+        "run/iter_0000002/metadata.json": LOADERS[1],
+        "corpus_summary.json": "inspect {in}/corpus_text_document",
+    }.items():
+        content = json.loads((clean / place).read_text(encoding="utf-8"))
+        for path in _paths(content):
+            for value in (None, True, -1, 2.5, 10**30, float("nan"), "word", [], [[]], {"a": 1}):
+                found.append((place, program, path, value))
+    if count is not None:
+        found = random.Random(0).sample(found, count)
+    for place, program, path, value in found:
+
+        def put(folder: Path, place=place, path=path, value=value) -> None:
+            content = json.loads((folder / place).read_text(encoding="utf-8"))
+            holder = functools.reduce(lambda inner, key: inner[key], path[:-1], content)
+            holder[path[-1]] = value
+            (folder / place).write_text(json.dumps(content), encoding="utf-8")
+
+        name = f"{place}: {'.'.join(map(str, path))} = {value!r}"
+        yield Case("wrong types", name, put, (program,), harmless=True)
+
+
+def _paths(content: Any) -> Iterator[tuple]:
+    """Of every value inside, the keys that lead to it; of long lists and objects some."""
+    items = content.items() if isinstance(content, dict) else enumerate(content)
+    for key, value in itertools.islice(items, 40):
+        yield (key,)
+        if isinstance(value, dict | list):
+            yield from ((key, *rest) for rest in _paths(value))
 
 
 def _without_args(folder: Path) -> None:

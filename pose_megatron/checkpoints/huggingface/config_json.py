@@ -51,8 +51,7 @@ def read_config(folder: Path, make_vocab_size_divisible_by: int = 128) -> ModelC
         percent = 1.0
         if family.rotary_dim_key:
             percent = _percent(_whole(config, family.rotary_dim_key), sizes["kv_channels"])
-        normalizes = family.normalizes_key is None or config.get(family.normalizes_key, False)
-        epsilon_key, epsilon = family.epsilon
+        normalizes = family.normalizes_key is None or _flag(config, family.normalizes_key)
         return ModelConfig(
             num_layers=sizes["num_layers"],
             hidden_size=sizes["hidden_size"],
@@ -63,8 +62,8 @@ def read_config(folder: Path, make_vocab_size_divisible_by: int = 128) -> ModelC
             vocab_size=sizes["vocab_size"],
             max_position_embeddings=sizes["max_position_embeddings"],
             make_vocab_size_divisible_by=make_vocab_size_divisible_by,
-            untie_embeddings_and_output_weights=not config.get("tie_word_embeddings", False),
-            norm_epsilon=float(config.get(epsilon_key, epsilon)),
+            untie_embeddings_and_output_weights=not _flag(config, "tie_word_embeddings"),
+            norm_epsilon=_number(config, *family.epsilon),
             rotary_base=base,
             rotary_percent=percent,
             rope_scaling=scaling,
@@ -79,11 +78,11 @@ def read_config(folder: Path, make_vocab_size_divisible_by: int = 128) -> ModelC
 
 
 def _family_of(config: Mapping[str, Any]) -> Family:
-    architecture, kind = (config.get("architectures") or [None])[0], config.get("model_type")
+    architecture, kind = next(iter(_words(config, "architectures")), None), config.get("model_type")
     by_architecture = {family.architecture: family for family in FAMILIES.values()}
     if architecture not in by_architecture:
         of_kind = f" of model_type {kind}" if architecture is None else ""
-        reason = f": {REFUSED[kind]}" if kind in REFUSED else ""
+        reason = f": {REFUSED[str(kind)]}" if str(kind) in REFUSED else ""
         raise ConfigError(
             f"config.json: architecture {architecture}{of_kind} is not supported{reason}; "
             f"supported are {', '.join(by_architecture)}"
@@ -115,7 +114,7 @@ def _check_only(family: Family, config: Mapping[str, Any]) -> None:
     for name, only in {**family.only, "quantization_config": None}.items():
         if (value := config.get(name, only)) != only:
             raise ConfigError(f"config.json: {name} {value!r} is not supported, only {only!r} is")
-    if other := set(config.get("layer_types") or ()) - {"full_attention"}:
+    if other := set(_words(config, "layer_types")) - {"full_attention"}:
         raise ConfigError(f"config.json: layer_types {min(other)!r} is not supported")
 
 
@@ -133,8 +132,28 @@ def _read_sizes(family: Family, config: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _whole(config: Mapping[str, Any], name: str) -> int:
-    if not isinstance(value := config.get(name), int):
+    if type(value := config.get(name)) is not int:
         raise ConfigError(f"config.json: {name} must be a whole number, not {value!r}")
+    return value
+
+
+def _number(config: Mapping[str, Any], name: str, default: float) -> float:
+    value = config.get(name, default)
+    if type(value) not in (int, float) or not -1e300 < value < 1e300:
+        raise ConfigError(f"config.json: {name} must be a number, not {value!r}"[:200])
+    return float(value)
+
+
+def _flag(config: Mapping[str, Any], name: str) -> bool:
+    if type(value := config.get(name, False)) is not bool:
+        raise ConfigError(f"config.json: {name} must be true or false, not {value!r}")
+    return value
+
+
+def _words(config: Mapping[str, Any], name: str) -> list[str]:
+    value = config.get(name) or []
+    if not (isinstance(value, list) and all(isinstance(word, str) for word in value)):
+        raise ConfigError(f"config.json: {name} must be a list of names, not {value!r}")
     return value
 
 
