@@ -11,6 +11,7 @@ that UNSEEN in damages.py gives.
 import argparse
 import fnmatch
 import hashlib
+import itertools
 import json
 import shutil
 import sys
@@ -24,7 +25,8 @@ from pose_megatron.runtime.startup import prepare_megatron
 prepare_megatron()
 
 import damages
-import hostile
+import hostile_code
+import hostile_files
 import material
 from attempt import MEBIBYTES, SECONDS, Ended, attempt
 
@@ -144,7 +146,8 @@ def run_damages(room: Room, count: int, seed: int) -> None:
 
 
 def run_hostile(room: Room, large: bool, only: str | None) -> None:
-    for case in hostile.cases(room.clean, room.marker, large):
+    cases = (hostile_code.code(room.marker), hostile_files.files(room.clean, large))
+    for case in itertools.chain(*cases):
         if only and only not in case.name:
             continue
         folder = room.fresh_copy()

@@ -8,13 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from material import SHAPE, TRAINING
-
-RESUME = f"pretrain {SHAPE} {TRAINING} --train-iters 3 --load {{in}}/run --save {{out}}"
-TRAIN = f"pretrain {SHAPE} {TRAINING} --train-iters 2 --save {{out}}".replace(
-    "{clean}/corpus", "{in}/corpus"
-)
-CONVERT = "convert --save-dir {out}"
+from programs import INSPECT_TOKENS, MERGE, RESUME, SAMPLES, TOKENIZE, TRAIN, convert
 
 
 @dataclass(frozen=True)
@@ -36,70 +30,29 @@ TARGETS = [
     Target(
         "a run's checkpoint",
         "run/iter_0000002/[!_]*",  # all but the tensors
-        (
-            f"{CONVERT} --loader megatron --saver hf --load-dir {{in}}/run",
-            "inspect --verify {in}/run",
-            RESUME,
-        ),
+        (convert("run", "megatron"), "inspect --verify {in}/run", RESUME),
     ),
     Target(
         "its tensors",
         "run/iter_0000002/__*.distcp",
         (
-            f"{CONVERT} --loader megatron --saver hf --load-dir {{in}}/run",
+            convert("run", "megatron"),
             "inspect --verify {in}/run",
             f"{RESUME} --checksums",
             RESUME,
         ),
     ),
-    Target(
-        "a Hugging Face folder",
-        "hf/*",
-        (f"{CONVERT} --loader hf --saver megatron --load-dir {{in}}/hf", "inspect {in}/hf"),
-    ),
-    Target(
-        "pytorch_model.bin",
-        "bin/*.bin",
-        (f"{CONVERT} --loader hf --saver megatron --load-dir {{in}}/bin",),
-    ),
-    Target(
-        "a Meta folder",
-        "meta/*",
-        (
-            f"{CONVERT} --loader meta --saver hf --load-dir {{in}}/meta",
-            "inspect --verify {in}/meta",
-        ),
-    ),
-    Target(
-        "a legacy checkpoint",
-        "legacy/*/*/*.pt",
-        (f"{CONVERT} --loader megatron --saver hf --load-dir {{in}}/legacy",),
-    ),
-    Target(
-        "token files",
-        "corpus_*",
-        (
-            "inspect {in}/corpus_text_document",
-            "merge --input {in}/corpus_text_document --output-prefix {out}/merged",
-            TRAIN,
-        ),
-    ),
+    Target("a Hugging Face folder", "hf/*", (convert("hf", "hf"), "inspect {in}/hf")),
+    Target("pytorch_model.bin", "bin/*.bin", (convert("bin", "hf"),)),
+    Target("a Meta folder", "meta/*", (convert("meta", "meta"), "inspect --verify {in}/meta")),
+    Target("a legacy checkpoint", "legacy/*/*/*.pt", (convert("legacy", "megatron"),)),
+    Target("token files", "corpus_*", (INSPECT_TOKENS, MERGE, TRAIN)),
     Target(
         "materialised samples",
         "samples*",
-        (
-            "inspect {in}/samples_tokens {in}/samples_labels {in}/samples_positions",
-            f"{TRAIN} --materialized {{in}}/samples".replace("{in}/corpus", "{clean}/corpus"),
-        ),
+        ("inspect {in}/samples_tokens {in}/samples_labels {in}/samples_positions", SAMPLES),
     ),
-    Target(
-        "a tokenizer",
-        "tokenizer/*",
-        (
-            "preprocess --input {clean}/corpus.jsonl --output-prefix {out}/again --append-eod "
-            "--tokenizer-type HuggingFaceTokenizer --tokenizer-model {in}/tokenizer",
-        ),
-    ),
+    Target("a tokenizer", "tokenizer/*", (TOKENIZE,)),
 ]
 
 # Damage that no program can see, or that one is not asked to: (pattern of "KIND PATH", words of the
