@@ -27,7 +27,7 @@ def payloads(marker: Path) -> dict[str, object]:
         "os.mkdir": _Calls(os.mkdir, path),
         "eval": _Calls(eval, f"__import__('os').mkdir({path!r})"),
         "subprocess.run": _Calls(subprocess.run, ["mkdir", path]),
-        "a pickle inside torch's storage": _Calls(torch.storage._load_readersbytes, inner),
+        "a pickle inside torch's storage": _Calls(torch.storage._load_from_bytes, inner),
         "functools.reduce": _Calls(functools.reduce, os.makedirs, [path, 0o777]),
     }
 
