@@ -303,7 +303,7 @@ def _texts(gigabytes: int) -> Iterator[Case]:
     def rows(folder: Path) -> None:
         """Long rows, each stored once: a dictionary's."""
         text = "word " * 200_000  # 1 MB
-        column = pyarrow.DictionaryArray.readersarrays(
+        column = pyarrow.DictionaryArray.from_arrays(
             pyarrow.array(np.zeros(1000 * gigabytes, np.int32)), pyarrow.array([text])
         )
         parquet.write_table(pyarrow.table({"text": column}), folder / "rows.parquet")
