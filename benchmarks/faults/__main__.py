@@ -148,7 +148,7 @@ def run_damages(room: Room, count: int, seed: int) -> None:
 def run_hostile(room: Room, large: bool, only: str | None) -> None:
     cases = (hostile_code.code(room.marker), hostile_files.files(room.clean, large))
     for case in itertools.chain(*cases):
-        if only and only not in case.name:
+        if only and only not in f"{case.kind}: {case.name}":
             continue
         folder = room.fresh_copy()
         case.put(folder)
