@@ -44,7 +44,7 @@ def cached(
     try:
         names = read_json(entry / "entry.json")["arrays"]
         return {name: _load(entry / f"{name}.npy") for name in names}
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
         raise ConfigError(
             f"--data-cache-path {folder}: {entry} is damaged ({error}); delete that folder"
         ) from None

@@ -5,6 +5,7 @@ value under its own name, and whatever else its program has to say.
 """
 
 import json
+import operator
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -31,13 +32,14 @@ def read(files: list[str], metric: str) -> dict[str, dict[int, dict]]:
     for file in files:
         if not Path(file).is_file():
             raise ConfigError(f"{file}: no such file")
-        for number, line in enumerate(Path(file).read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in enumerate(Path(file).read_bytes().splitlines(), 1):
             try:
                 row = json.loads(line)
                 if row["metric"] == metric:
                     row[metric] = float(row[metric])
-                    table.setdefault(row["name"], {})[row["context_length"]] = row
-            except (ValueError, KeyError, TypeError) as error:
+                    length = operator.index(row["context_length"])
+                    table.setdefault(str(row["name"]), {})[length] = row
+            except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
                 raise ConfigError(f"{file}:{number}: not a result ({error!r})") from None
     if not table:
         raise ConfigError(f"{', '.join(files)}: no results of metric '{metric}'")

@@ -147,9 +147,10 @@ def options(text: str) -> dict:
     try:
         content = text if text.lstrip().startswith("{") else Path(text).read_text(encoding="utf-8")
         keys = json.loads(content)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(
-            f"--rope-scaling-config {text} is neither a JSON object nor a file with one: {error}"
+            f"--rope-scaling-config {text[:100]} is neither a JSON object nor a file with one: "
+            f"{error}"
         ) from None
     if not isinstance(keys, dict):
         raise ConfigError(f"--rope-scaling-config {text} is not a JSON object")

@@ -6,7 +6,6 @@ which would take longer than converting a small model.
 """
 
 import io
-import json
 import pickle
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 
 from pose_megatron.errors import ConfigError, DamagedCheckpoint, gist
+from pose_megatron.runtime.json_files import read_json
 
 
 @dataclass(frozen=True)
@@ -229,10 +229,8 @@ def read_index(path: Path) -> Index:
         DamagedCheckpoint: metadata.json or .metadata is damaged.
     """
     try:
-        backend = json.loads((path / "metadata.json").read_text(encoding="utf-8")).get(
-            "sharded_backend"
-        )
-    except Exception as error:  # damaged bytes raise errors of many classes
+        backend = read_json(path / "metadata.json").get("sharded_backend")
+    except ConfigError as error:
         raise _damaged(path / "metadata.json", error) from None
     if backend != "torch_dist":
         raise ConfigError(

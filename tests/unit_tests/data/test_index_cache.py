@@ -69,7 +69,7 @@ def test_a_failure_while_building_leaves_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("damage", ["cut", "gone", "foreign"])
+@pytest.mark.parametrize("damage", ["cut", "gone", "foreign", "type"])
 def test_a_damaged_entry_is_named(tmp_path, damage):
     cached(str(tmp_path), {"seed": 1}, lambda: table(1))
     (entry,) = tmp_path.iterdir()
@@ -79,7 +79,8 @@ def test_a_damaged_entry_is_named(tmp_path, damage):
     elif damage == "gone":
         file.unlink()
     else:
-        (entry / "entry.json").write_text("not json")
+        said = "not json" if damage == "foreign" else '{"arrays": 5}'
+        (entry / "entry.json").write_text(said)
     with pytest.raises(ValueError, match=f"--data-cache-path .*{entry.name} is damaged .*delete"):
         cached(str(tmp_path), {"seed": 1}, refuse)
 
