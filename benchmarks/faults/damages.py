@@ -50,7 +50,7 @@ TARGETS = [
     Target(
         "materialised samples",
         "samples*",
-        ("inspect {in}/samples_tokens {in}/samples_labels {in}/samples_positions", SAMPLES),
+        ("inspect {in}/samples", SAMPLES),
     ),
     Target("a tokenizer", "tokenizer/*", (TOKENIZE,)),
 ]

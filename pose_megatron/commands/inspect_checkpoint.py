@@ -1,15 +1,24 @@
-"""Says what a checkpoint is (Hugging Face's, Meta's or Megatron's) without loading its tensors."""
+"""Says what a checkpoint is (Hugging Face's, Meta's or Megatron's) without loading its tensors.
+
+Of token files it says the counts, reads all of them, and compares them with the digests that
+preprocess, merge and materialize left beside them.
+"""
 
 import argparse
+import glob
 import json
 import sys
 from pathlib import Path
 
+from pose_megatron.errors import ConfigError
 from pose_megatron.runtime.cli import command
 
 EXAMPLES = """examples:
   # shape, parameters, dtype, rope and training progress
   python tools/checkpoint/checkpoint_inspector.py checkpoints/llama-2-7b-pose-128k
+
+  # whether a corpus, or the samples of materialize, are as they were written
+  pose-megatron inspect data/books_text_document books_pose
 
   # what an export changed; exit code 1 if anything differs
   python tools/checkpoint/checkpoint_inspector.py --diff --values checkpoints/pose models/pose
@@ -27,7 +36,7 @@ def parse() -> argparse.Namespace:
         nargs="+",
         type=Path,
         metavar="FOLDER",
-        help="a checkpoint, or one iteration of it; or the prefix of token files",
+        help="a checkpoint, or one iteration of it; or the prefix of token files or samples",
     )
     p.add_argument(
         "--iteration", type=int, help="the one of a Megatron checkpoint to look at [the latest]"
@@ -60,9 +69,15 @@ def parse() -> argparse.Namespace:
 @command
 def main() -> None:
     args = parse()
-    if all(Path(f"{path}.idx").is_file() for path in args.checkpoints):
-        inspect_token_files(args.checkpoints)
+    prefixes = [token_files(path) for path in args.checkpoints]
+    if all(prefixes) and not args.diff:
+        inspect_token_files([name for names in prefixes for name in names], args.json)
         return
+    if any(prefixes):
+        raise ConfigError(
+            f"{next(names[0] for names in prefixes if names)}.idx: token files are not compared, "
+            "and are inspected apart from checkpoints"
+        )
     from pose_megatron.checkpoints.summary import compare, summarise
 
     summaries = [summarise(path, args.iteration) for path in args.checkpoints]
@@ -85,17 +100,35 @@ def main() -> None:
     sys.exit(1 if differences else 0)
 
 
-def inspect_token_files(prefixes: list[Path]) -> None:
+def token_files(path: Path) -> list[str]:
+    """Prefixes of the token files that a path stands for: those of its name, with or without .bin
+    or .idx, or all that preprocess or materialize made of it; none if it is a folder."""
+    prefix = str(path).removesuffix(".bin").removesuffix(".idx")
+    if path.is_dir() or Path(f"{prefix}.idx").is_file():
+        return [] if path.is_dir() else [prefix]
+    found = path.parent.glob(f"{glob.escape(Path(prefix).name)}_*.idx")
+    return sorted(str(file.with_suffix("")) for file in found)
+
+
+def inspect_token_files(prefixes: list[str], as_json: bool) -> None:
     """Counts of token files, and whether they are what was written."""
     from pose_megatron.preprocessing.indexed_writer import IndexedReader, check_digests
 
-    for prefix in map(str, prefixes):
+    rows = []
+    for prefix in prefixes:
         reader = IndexedReader(prefix)
         reader.check_tokens()
-        known = "as written" if check_digests(prefix) else "no digests beside them"
+        counts = {"documents": reader.size.documents, "tokens": reader.size.tokens}
+        kind = {"prefix": prefix, "dtype": str(reader.dtype)}
+        rows.append(kind | counts | {"as_written": check_digests(prefix) or None})
+    if as_json:
+        print(json.dumps(rows[0] if len(rows) == 1 else rows, indent=2))
+        return
+    for row in rows:
+        known = "as written" if row["as_written"] else "no digests beside them"
         print(
-            f"{prefix}.bin/.idx: {reader.size.documents:,} documents, {reader.size.tokens:,} "
-            f"tokens, {reader.dtype}; {known}"
+            f"{row['prefix']}.bin/.idx: {row['documents']:,} documents, {row['tokens']:,} tokens, "
+            f"{row['dtype']}; {known}"
         )
 
 

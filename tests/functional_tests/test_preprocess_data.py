@@ -168,6 +168,26 @@ def test_two_workers_write_megatrons_files_from_any_kind_of_file(tmp_path, token
     ]
 
 
+def inspect_token_files(joined, preprocessed):
+    """Their counts, and whether a bit has changed since they were written."""
+    inspect = "checkpoint/checkpoint_inspector.py"
+    result = call(inspect, joined, preprocessed)  # the latter is --output-prefix, without the key
+    assert result.stdout.count("; as written\n") == 2, result.stderr
+    assert f"{joined}.bin/.idx: 16 documents, " in result.stdout
+    assert f"{preprocessed}_text_document.bin/.idx: " in result.stdout
+    file = Path(f"{joined}.bin")
+    content = file.read_bytes()
+    file.write_bytes(bytes([content[0] ^ 1]) + content[1:])
+    result = call(inspect, joined)
+    assert result.returncode == 1 and f"{file} is damaged: its CRC-32 is" in result.stderr
+    Path(f"{joined}_summary.json").unlink()
+    result = call(inspect, "--json", f"{joined}.idx")
+    assert json.loads(result.stdout)["as_written"] is None
+    result = call(inspect, "--diff", joined, preprocessed)
+    assert result.returncode == 1 and "token files are not compared" in result.stderr
+    file.write_bytes(content)
+
+
 def test_shards_joined_are_the_corpus_preprocessed_at_once(tmp_path, byte_level):
     """With a Hugging Face tokenizer; either library, and transformers', give the same bytes."""
     from transformers import AutoTokenizer
@@ -204,6 +224,7 @@ def test_shards_joined_are_the_corpus_preprocessed_at_once(tmp_path, byte_level)
     assert files(tmp_path / "new" / "joined") == expected
     names = {f"joined{end}" for end in (".bin", ".idx", "_summary.json")}
     assert {path.name for path in (tmp_path / "new").iterdir()} == names
+    inspect_token_files(tmp_path / "new" / "joined", tmp_path / "shards" / "a")
     (tmp_path / "none").mkdir()
     for inputs, prefix, message in (
         (shards, flags[1], "joined.bin exists; choose another prefix, or replace it with --over"),

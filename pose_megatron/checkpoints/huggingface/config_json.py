@@ -132,7 +132,9 @@ def _read_sizes(family: Family, config: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _whole(config: Mapping[str, Any], name: str) -> int:
-    if type(value := config.get(name)) is not int:
+    if (value := config.get(name)) is None:
+        raise ConfigError(f"config.json does not say {name}: write it there")
+    if type(value) is not int:
         raise ConfigError(f"config.json: {name} must be a whole number, not {value!r}")
     return value
 
