@@ -17,8 +17,10 @@ import shutil
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+from tqdm import tqdm
 
 from pose_megatron.runtime.startup import prepare_megatron
 
@@ -133,7 +135,7 @@ COLUMNS = ("refused", "no effect", *BAD)
 
 
 def run_damages(room: Room, count: int, seed: int) -> None:
-    for damage in damages.draw(room.clean, count, seed):
+    for damage in _with_progress("damaged", damages.draw(room.clean, count, seed)):
         for program in damage.target.programs:
             right = room.right(program)
             folder = room.fresh_copy()
@@ -145,11 +147,10 @@ def run_damages(room: Room, count: int, seed: int) -> None:
             room.count(damage.target.name, how, str(damage), program, ended)
 
 
-def run_hostile(room: Room, large: bool, only: str | None) -> None:
+def run_hostile(room: Room, large: bool, only: str) -> None:
     cases = (hostile_code.code(room.marker), hostile_files.files(room.clean, large))
-    for case in itertools.chain(*cases):
-        if only and only not in f"{case.kind}: {case.name}":
-            continue
+    chosen = (case for case in itertools.chain(*cases) if only in f"{case.kind}: {case.name}")
+    for case in _with_progress("hostile", chosen):
         folder = room.fresh_copy()
         case.put(folder)
         for program in case.programs:
@@ -161,6 +162,12 @@ def run_hostile(room: Room, large: bool, only: str | None) -> None:
             elif how == "accepted":
                 how = "no effect" if case.harmless or _passes_over(program) else "unseen"
             room.count(case.kind, how, case.name, program, ended)
+
+
+def _with_progress(what: str, items: Iterable) -> Iterator:
+    """The items; done, rate and time left go to stderr, also without a terminal."""
+    found, seconds = list(items), 0.1 if sys.stderr.isatty() else 30
+    return iter(tqdm(found, desc=what, mininterval=seconds))
 
 
 def _passes_over(program: str) -> bool:
