@@ -310,7 +310,7 @@ def _texts(gigabytes: int) -> Iterator[Case]:
 
     yield Case(
         kind,
-        f"rows.parquet: 1000 rows of 1 MB",
+        "rows.parquet: 1000 rows of 1 MB",
         rows,
         (tokenize("rows.parquet"),),
         harmless=True,
