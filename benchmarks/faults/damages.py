@@ -61,7 +61,11 @@ UNSEEN = [
     ("missing */*", "", "a folder without that file is whole, too"),
     ("* *.safetensors", "", "safetensors has no checksums"),
     ("other *.distcp", "", "a whole file of another iteration is as it was written"),
-    ("* *.distcp", "pretrain", "--checksums is a flag in training: it lengthens a load by a fifth"),
+    (
+        "* *.distcp",
+        "pretrain",
+        "--checksums is a flag in training: it costs more than 5 % of a load",
+    ),
     ("* corpus*", "pretrain", "training reads of a corpus what it draws; inspect reads all of it"),
     ("* samples*", "pretrain", "training reads samples one by one; inspect reads all of them"),
     ("* */tokenizer*", "", "another valid tokenizer: its files have no checksums"),
