@@ -59,7 +59,7 @@ FOREIGN = {
         "--distributed-backend",
         "--moe-token-dispatcher-type",
     },
-    "benchmarks": {"--output"},
+    "benchmarks": {"--output", "--damages", "--large", "--only"},
 }
 
 # Megatron's own --help fails in 0.19.2: a % in one of its texts.
