@@ -1,7 +1,10 @@
 """Megatron's own trainer with PoSE, in one call."""
 
+import datetime
 import inspect
+import os
 
+import torch.distributed as dist
 from megatron.core.enums import ModelType
 from megatron.training import pretrain
 from megatron.training.argument_utils import (
@@ -16,6 +19,7 @@ from pose_megatron.megatron.batch import train_valid_test_datasets_provider
 from pose_megatron.megatron.flags import add_pose_args
 from pose_megatron.megatron.model import with_pose
 from pose_megatron.megatron.step import forward_step
+from pose_megatron.runtime.attempts import meet
 from pose_megatron.runtime.megatron_core import INSTALL, megatron_core_version
 
 _KNOWN = ["cfg_container", "train_valid_test_dataset_provider", "model_type", "forward_step_func"]
@@ -44,4 +48,13 @@ def run() -> None:
         train_valid_test_datasets_provider,
         ModelType.encoder_or_decoder,
         forward_step,
+        store=_store(args.distributed_timeout_minutes),
     )
+
+
+def _store(timeout_minutes: int) -> dist.Store | None:
+    """Where the ranks that torchrun started meet; None leaves that to Megatron."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    store, _, _ = meet(datetime.timedelta(minutes=timeout_minutes))
+    return store

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from pose_megatron.runtime.attempts import join
 from pose_megatron.runtime.processes import end_with_parent
 from pose_megatron.runtime.ranks import rank, world_size
 
@@ -46,7 +47,7 @@ def initialize(
     if dist.is_initialized():  # by a checkpoint reader, with a single rank
         pass
     elif "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
+        join(backend, timeout)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     parallel_state.initialize_model_parallel(
@@ -72,7 +73,7 @@ class CpuGroup:
     def __init__(self):
         self.rank, self.size = rank(), world_size()
         if self.size > 1:
-            dist.init_process_group("gloo")
+            join("gloo")
 
     def broadcast(self, value):
         """Rank 0's value, on every rank; the ranks wait for each other."""
