@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from typing import NoReturn
 
 from pose_megatron.runtime.ranks import rank, world_size
 
@@ -87,6 +88,14 @@ def _exit_code(main: Callable[[], None]) -> int:
             print_error(_sentence(error))
         return 1
     return 0
+
+
+def refuse(error: Exception) -> NoReturn:
+    """Ends a program that cannot start; of the ranks, one says why."""
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(1))
+    if _speaks():
+        print_error(error)
+    sys.exit(1)
 
 
 def _process_group():

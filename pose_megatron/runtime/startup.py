@@ -2,13 +2,11 @@
 
 import logging
 import os
-import sys
 import warnings
 
 from pose_megatron.errors import ConfigError
-from pose_megatron.runtime.cli import print_error
+from pose_megatron.runtime.cli import refuse
 from pose_megatron.runtime.megatron_core import megatron_core_version
-from pose_megatron.runtime.ranks import rank
 
 # Warnings of megatron-core and torch at every start, about optional packages and about names and
 # calls that only they, or we, can change.
@@ -47,9 +45,7 @@ def prepare_megatron() -> None:
     try:
         megatron_core_version()
     except ConfigError as error:
-        if rank() == 0:
-            print_error(error)
-        sys.exit(1)
+        refuse(error)
     cpu.install()
 
 
