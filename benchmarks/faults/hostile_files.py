@@ -177,6 +177,7 @@ def _configs() -> Iterator[Case]:
         "hf/config.json": readers("hf", "hf"),
         "hf/tokenizer_config.json": readers("hf", "hf")[:2],
         "hf/tokenizer.json": readers("hf", "hf")[:2],
+        "shards/model.safetensors.index.json": readers("shards", "hf"),
         "meta/params.json": readers("meta", "meta"),
         "run/iter_0000002/metadata.json": RUN_READERS[:2],
         "run/tokenizer/tokenizer_config.json": RUN_READERS[:2],
@@ -234,6 +235,7 @@ def _wrong_types(clean: Path, count: int | None) -> Iterator[Case]:
     for place, program in {
         "hf/config.json": convert("hf", "hf"),
         "hf/tokenizer_config.json": TOKENIZE.replace("{in}/tokenizer", "{in}/hf"),
+        "shards/model.safetensors.index.json": convert("shards", "hf"),
         "meta/params.json": convert("meta", "meta"),
         "samples.json": SAMPLES,
         "run/iter_0000002/metadata.json": RUN_READERS[1],

@@ -29,8 +29,8 @@ def make(root: Path) -> Path:
     corpus_text_document.bin/.idx            token files, and corpus_summary.json
     samples_*                                materialised samples
     run/                                     a Megatron checkpoint of two iterations
-    hf/, bin/, meta/, legacy/                its weights: safetensors, pytorch_model.bin, Meta's
-                                             format, Megatron-LM's old layout
+    hf/, shards/, bin/, meta/, legacy/       its weights: safetensors, in one file and in several,
+                                             pytorch_model.bin, Meta's format, Megatron-LM's old one
     """
     root.mkdir(parents=True)
     _write_text(root / "corpus.jsonl")
@@ -52,6 +52,10 @@ def make(root: Path) -> Path:
     ours(f"pretrain {SHAPE} {TRAINING} --train-iters 2 --save-interval 1 --save {{clean}}/run")
     ours(f"materialize --output {{clean}}/samples --samples 8 --train-iters 4 {SHAPE} {TRAINING}")
     ours("convert --loader megatron --saver hf --load-dir {clean}/run --save-dir {clean}/hf")
+    ours(
+        "convert --loader megatron --saver hf --load-dir {clean}/run --save-dir {clean}/shards "
+        "--max-shard-size 50KB"
+    )
     _write_bin(root / "hf", root / "bin")
     _write_plain(root / "hf", root / "plain")  # neither of these formats has yarn
     ours("convert --loader hf --saver meta --load-dir {clean}/plain --save-dir {clean}/meta")

@@ -101,6 +101,11 @@ def test_an_index_that_does_not_fit_its_shards(run, hf, tmp_path, capsys):
     with pytest.raises(ValueError, match=f"shard {wrong} lacks {NORM}"):
         run(*words(hf, tmp_path / "out"))
 
+    for wrong in (3, None, ["a.safetensors"], {"a": 1}):
+        write_index(hf, index | {"weight_map": index["weight_map"] | {NORM: wrong}})
+        with pytest.raises(ValueError, match=r"index\.json: weight_map names no file but"):
+            run(*words(hf, tmp_path / "out"))
+
     write_index(hf, index)
     save_file(stored(hf), hf / "b.safetensors")
     with pytest.raises(ValueError, match="which another shard has too"):

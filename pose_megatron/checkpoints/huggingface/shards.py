@@ -121,6 +121,8 @@ def _read_index(path: Path) -> tuple[dict[str, str], int | None]:
     weight_map, metadata = content.get("weight_map"), content.get("metadata")
     if not isinstance(weight_map, dict):
         raise DamagedCheckpoint(f"{path} has no weight_map")
+    if wrong := [shard for shard in weight_map.values() if not isinstance(shard, str)]:
+        raise DamagedCheckpoint(f"{path}: weight_map names no file but {wrong[0]!r}"[:200])
     return weight_map, metadata.get("total_size") if isinstance(metadata, dict) else None
 
 
@@ -128,7 +130,7 @@ def _downloaded_hash(folder: Path, file: str) -> str | None:
     """huggingface_hub's note of a downloaded file: commit, etag, time. A large file's etag is its
     sha256."""
     note = folder / ".cache" / "huggingface" / "download" / f"{file}.metadata"
-    lines = note.read_text(encoding="utf-8").split() if note.is_file() else []
+    lines = note.read_text(encoding="utf-8", errors="replace").split() if note.is_file() else []
     found = [line for line in lines if re.fullmatch("[0-9a-f]{64}", line)]
     return found[0] if found else None
 
