@@ -23,7 +23,7 @@ from pose_megatron.checkpoints.megatron.hybrid_layout import gpt_args
 from pose_megatron.checkpoints.megatron.settings import ONLY, ONLY_OF_EXPERTS, check_settings
 from pose_megatron.errors import ConfigError
 from pose_megatron.models.families import family_named, family_of
-from pose_megatron.models.shape import ModelConfig
+from pose_megatron.models.shape import ModelConfig, check_size
 from pose_megatron.rope.interpolation import Pairs
 from pose_megatron.rope.scaling import RopeScaling, attention_factor
 
@@ -151,6 +151,7 @@ def from_args(args: dict, embedding_rows: int, all_are_the_models: bool = False)
         if args.get(name) is None
     ]:
         raise ConfigError(f"{missing[0]} is missing")
+    _check_types(args)
     heads = args["num_attention_heads"]
     channels = args.get("kv_channels") or args["hidden_size"] // heads
     has_experts = args.get("num_experts") is not None
@@ -190,6 +191,30 @@ def from_args(args: dict, embedding_rows: int, all_are_the_models: bool = False)
             ),
         }
     )
+
+
+_SIZES = (
+    *("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "kv_channels"),
+    *("seq_length", "max_position_embeddings", "vocab_size", "make_vocab_size_divisible_by"),
+    *("num_experts", "moe_ffn_hidden_size", "moe_router_topk", "tensor_model_parallel_size"),
+)
+_NUMBERS = (
+    *("norm_epsilon", "layernorm_epsilon", "rotary_base", "rotary_percent"),
+    *("rope_scaling_factor", "rotary_seq_len_interpolation_factor", "yarn_rotary_scaling_factor"),
+    *("rotary_scaling_factor", "yarn_original_max_position_embeddings", "yarn_beta_fast"),
+    *("yarn_beta_slow", "yarn_mscale", "yarn_mscale_all_dim"),
+)
+
+
+def _check_types(args: dict) -> None:
+    """That what is counted with are numbers; None stands for a default."""
+    for name in _SIZES:
+        if args.get(name) is not None:
+            check_size(name, args[name])
+    for name in _NUMBERS:
+        value = args.get(name)
+        if value is not None and type(value) not in (int, float):
+            raise ConfigError(f"{name} must be a number, not {value!r}"[:200])
 
 
 def from_record(record: dict, args: dict) -> ModelConfig:

@@ -327,6 +327,20 @@ def test_their_yarn_is_stock_megatron_cores(more):
     )
 
 
+@pytest.mark.parametrize("wrong", ["word", -1, 0, 2.5, True, [], [4], {"a": 1}, 10**30])
+def test_their_sizes_are_whole_numbers(wrong):
+    for name in ("num_layers", "kv_channels", "make_vocab_size_divisible_by", "seq_length"):
+        with pytest.raises(ValueError, match=name):
+            megatron_args.from_args(vars(their_args(**{name: wrong})), 256)
+
+
+@pytest.mark.parametrize("name", ["norm_epsilon", "rotary_base", "rotary_percent"])
+def test_their_numbers_are_numbers(name):
+    for wrong in ("word", [1.0], {}, True):
+        with pytest.raises(ValueError, match=f"{name} must be a number"):
+            megatron_args.from_args(vars(their_args(**{name: wrong})), 256)
+
+
 @pytest.mark.parametrize(
     "args, rows, padded_by",
     [
