@@ -142,7 +142,8 @@ HARMLESS = frozenset(
     use_transformer_engine_op_fuser v_head_dim variable_seq_lengths vocab_extra_ids vocab_file
     wgrad_deferral_limit window_attn_skip_freq wrap_with_ddp beta_fast beta_slow mscale
     mscale_all_dim original_max_position_embeddings moe_aux_loss_coeff moe_z_loss_coeff
-    moe_enable_deepep moe_enable_routing_replay moe_extended_tp moe_grad_scale_func
+    experimental_attention_variant_loss_scale_func moe_paged_stash moe_enable_deepep
+    moe_enable_routing_replay moe_extended_tp moe_grad_scale_func
     moe_grouped_gemm moe_layer_recompute moe_router_bias_update_rate moe_router_dtype
     moe_router_fusion moe_router_load_balancing_type moe_router_padding_for_fp8
     moe_router_padding_for_quantization moe_router_quantile_balancing_ema
