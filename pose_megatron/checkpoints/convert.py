@@ -29,10 +29,10 @@ from pose_megatron.checkpoints.formats import (
     format_class,
     marks,
 )
-from pose_megatron.checkpoints.huggingface import config_json, rope_check
+from pose_megatron.checkpoints.huggingface import rope_check
 from pose_megatron.checkpoints.mapping import ParamMapping
 from pose_megatron.checkpoints.report import Advance, Problems, Report
-from pose_megatron.checkpoints.sidecars import check_sidecars
+from pose_megatron.checkpoints.sidecars import check_sidecars, find_sidecars
 from pose_megatron.checkpoints.transfer import differing, read_ahead, total_bytes
 from pose_megatron.errors import ConfigError, DamagedCheckpoint
 from pose_megatron.models.shape import ModelConfig
@@ -171,7 +171,7 @@ def _contents(
     if dtype is None:
         reader.check_kept_dtypes()
     dtypes = dict.fromkeys(reader.dtypes, dtype) if dtype else reader.dtypes
-    sidecars = config_json.find_sidecars(tokenizer) if tokenizer else reader.sidecars
+    sidecars = find_sidecars(tokenizer) if tokenizer else reader.sidecars
     check_sidecars(sidecars)
     return Contents(reader.model, reader.mappings, dtypes, sidecars)
 

@@ -19,6 +19,7 @@ from pose_megatron.checkpoints.mapping import (
     param_mappings,
     scatter,
 )
+from pose_megatron.checkpoints.sidecars import find_sidecars
 from pose_megatron.checkpoints.stored_weights import StoredWeights
 from pose_megatron.errors import ConfigError
 from pose_megatron.models.shape import ModelConfig
@@ -32,7 +33,7 @@ class PartsReader(CheckpointReader):
 
     def __init__(self, path: Path, layout: str, model: ModelConfig, weights: StoredWeights):
         self.path, self.layout, self.model, self.weights = path, layout, model, weights
-        self.sidecars: Mapping[str, Path] = config_json.find_sidecars(path)
+        self.sidecars: Mapping[str, Path] = find_sidecars(path)
         self.progress: Mapping[str, Any] = {}
 
     @cached_property

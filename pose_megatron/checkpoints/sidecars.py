@@ -5,8 +5,38 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from pose_megatron.errors import ConfigError, gist
+from pose_megatron.preprocessing.tokenizer import FOLDER_FILES
 from pose_megatron.runtime.json_files import read_json
 from pose_megatron.runtime.lfs_pointers import refuse_lfs_pointer
+
+CHAT_TEMPLATES = "additional_chat_templates"  # transformers' folder of further templates
+# config.json is among them for its ids of special tokens.
+SIDECARS = (*FOLDER_FILES, "chat_template.json", "generation_config.json", "config.json")
+
+
+def find_sidecars(source: Path) -> dict[str, Path]:
+    """Files of the tokenizer and other SIDECARS, by their names in a Hugging Face folder.
+
+    Args:
+        source: a folder, or the tokenizer's file. A .model, and a file that is alone, may have any
+            name.
+    """
+    files = sorted(path for path in [source, *source.glob("*")] if path.is_file())
+    own = [file for file in files if file.name not in SIDECARS]
+    found = {
+        f"tokenizer{file.suffix}": file
+        for file in own
+        if file.suffix == ".model" or len(files) == 1
+    }
+    found |= {file.name: file for file in files if file not in own}
+    templates = source / CHAT_TEMPLATES
+    found |= {f"{CHAT_TEMPLATES}/{file.name}": file for file in sorted(templates.glob("*.jinja"))}
+    configs = [found[name] for name in ("config.json", "tokenizer_config.json") if name in found]
+    if any("auto_map" in read_json(config) for config in configs):
+        found |= {file.name: file for file in files if file.suffix == ".py"}
+    if source.is_dir():
+        held(source, found.values())
+    return found
 
 
 def held(folder: Path, files: Iterable[Path]) -> list[Path]:

@@ -344,7 +344,7 @@ def test_wrong_tensors_in_a_megatron_checkpoint(run, megatron, tmp_path):
 @pytest.mark.parametrize("name", ["code.model", "words.json"])
 def test_tokenizer_under_a_name_of_its_own(name, tmp_path):
     """As preprocessing and training keep it in a checkpoint when it is given as a file."""
-    from pose_megatron.checkpoints.huggingface.config_json import find_sidecars
+    from pose_megatron.checkpoints.sidecars import find_sidecars
 
     (tmp_path / name).touch()
     expected = {f"tokenizer{Path(name).suffix}": tmp_path / name}

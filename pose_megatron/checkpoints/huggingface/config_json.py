@@ -1,7 +1,7 @@
 """A model in a Hugging Face folder, read and written without transformers' model classes.
 
     config.json          <-> ModelConfig, in the spelling of its family (models/families)
-    tokenizer.*, ...     SIDECARS: files beside the weights, which are copied
+    tokenizer.*, ...     sidecars.py's, which are copied
     model*.safetensors   weights: shards.py
 
 rope_check.py compares the rope that transformers reads from config.json.
@@ -15,18 +15,12 @@ from typing import Any
 
 import torch
 
-from pose_megatron.checkpoints.sidecars import held
 from pose_megatron.errors import ConfigError
 from pose_megatron.models.families import FAMILIES, REFUSED, family_named
 from pose_megatron.models.families.family import Family
 from pose_megatron.models.shape import ModelConfig
-from pose_megatron.preprocessing.tokenizer import FOLDER_FILES
 from pose_megatron.rope.huggingface import from_hf, rotary_percent, to_hf
 from pose_megatron.runtime.json_files import naming, read_json, write_json
-
-CHAT_TEMPLATES = "additional_chat_templates"  # transformers' folder of further templates
-# config.json is among them for its ids of special tokens.
-SIDECARS = (*FOLDER_FILES, "chat_template.json", "generation_config.json", "config.json")
 
 
 def read_config(folder: Path, make_vocab_size_divisible_by: int = 128) -> ModelConfig:
@@ -195,31 +189,6 @@ def _family(model: ModelConfig) -> Family:
     return family_named(model.family)
 
 
-def find_sidecars(source: Path) -> dict[str, Path]:
-    """Files of the tokenizer and other SIDECARS, by their names in a Hugging Face folder.
-
-    Args:
-        source: a folder, or the tokenizer's file. A .model, and a file that is alone, may have any
-            name.
-    """
-    files = [source] if source.is_file() else sorted(source.glob("*"))
-    own = [file for file in files if file.name not in SIDECARS]
-    found = {
-        f"tokenizer{file.suffix}": file
-        for file in own
-        if file.suffix == ".model" or len(files) == 1
-    }
-    found |= {file.name: file for file in files if file not in own}
-    templates = source / CHAT_TEMPLATES
-    found |= {f"{CHAT_TEMPLATES}/{file.name}": file for file in sorted(templates.glob("*.jinja"))}
-    configs = [found[name] for name in ("config.json", "tokenizer_config.json") if name in found]
-    if any("auto_map" in read_json(config) for config in configs):
-        found |= {file.name: file for file in files if file.suffix == ".py"}
-    if source.is_dir():
-        held(source, found.values())
-    return found
-
-
 def _with_its_code(auto_map: Any, sidecars: Mapping[str, Path]) -> dict[str, Any]:
     """The key auto_map if the files that it names are copied along: transformers refuses to load a
     folder where one is missing. Nothing here runs them."""
@@ -244,7 +213,7 @@ def write_config(
 
     Args:
         dtype: of the weights.
-        sidecars: files to copy, as from `find_sidecars`.
+        sidecars: files to copy, as from `sidecars.find_sidecars`.
         rope_as_longrope: write yarn as longrope, which states the same frequencies in full.
 
     Raises:

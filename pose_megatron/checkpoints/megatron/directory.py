@@ -28,7 +28,7 @@ from pose_megatron.checkpoints.megatron.hybrid_layout import is_hybrid
 from pose_megatron.checkpoints.megatron.legacy import LegacyWeights, is_legacy
 from pose_megatron.checkpoints.megatron.run_config import read_run_config
 from pose_megatron.checkpoints.megatron.torch_dist_metadata import read_index
-from pose_megatron.checkpoints.sidecars import held
+from pose_megatron.checkpoints.sidecars import CHAT_TEMPLATES, held
 from pose_megatron.errors import ConfigError, DamagedCheckpoint, gist
 from pose_megatron.models.shape import ModelConfig
 from pose_megatron.runtime.atomic_files import fsync, write_atomically
@@ -74,7 +74,8 @@ class Checkpoint:
     @property
     def tokenizer_files(self) -> list[Path]:
         folder = self.root / "tokenizer"
-        return held(folder, sorted(folder.iterdir())) if folder.is_dir() else []
+        found = [*folder.glob("*"), *folder.glob(f"{CHAT_TEMPLATES}/*")]
+        return held(folder, sorted(path for path in found if path.is_file()))
 
 
 def exists(root: str | Path) -> bool:
@@ -179,8 +180,8 @@ def copy_tokenizer(root: Path, files: Iterable[Path]) -> None:
     """Keeps a tokenizer's files in the checkpoint, for export."""
     for file in map(Path, files):
         folder = root / "tokenizer"
-        if file.parent.name == "additional_chat_templates":  # of transformers
-            folder /= file.parent.name
+        if file.parent.name == CHAT_TEMPLATES:
+            folder /= CHAT_TEMPLATES
         folder.mkdir(parents=True, exist_ok=True)
         if file.parent.resolve() != folder.resolve():
             shutil.copy2(file, folder / file.name)

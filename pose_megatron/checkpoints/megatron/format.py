@@ -32,6 +32,7 @@ from pose_megatron.checkpoints.megatron.directory import (
 )
 from pose_megatron.checkpoints.megatron.stock_flags import notes
 from pose_megatron.checkpoints.megatron.torch_dist_metadata import ChunkLocation
+from pose_megatron.checkpoints.sidecars import find_sidecars
 from pose_megatron.checkpoints.tensor_files import size
 from pose_megatron.errors import ConfigError
 from pose_megatron.runtime.json_files import naming
@@ -97,7 +98,7 @@ class MegatronReader(CheckpointReader):
         self.layout = "megatron legacy" if checkpoint.is_legacy else "megatron"
         if getattr(self.weights, "is_hybrid", False):
             self.layout = "megatron hybrid"
-        self.sidecars: Mapping[str, Path] = config_json.find_sidecars(checkpoint.root / "tokenizer")
+        self.sidecars: Mapping[str, Path] = find_sidecars(checkpoint.root / "tokenizer")
         self.progress: Mapping[str, Any] = _progress(checkpoint)
 
     @cached_property

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pose_megatron.checkpoints.huggingface import config_json
-from pose_megatron.checkpoints.huggingface.config_json import find_sidecars
+from pose_megatron.checkpoints.sidecars import find_sidecars
 from pose_megatron.checkpoints.summary import compare, summarise
 from pose_megatron.config.arguments import parse
 from pose_megatron.config.layout import lay_out

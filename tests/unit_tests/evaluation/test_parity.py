@@ -14,6 +14,7 @@ from pose_megatron.checkpoints.convert import convert
 from pose_megatron.checkpoints.huggingface import config_json, rope_check
 from pose_megatron.checkpoints.megatron.directory import find
 from pose_megatron.checkpoints.megatron.torch_dist import open_weights
+from pose_megatron.checkpoints.sidecars import find_sidecars
 from pose_megatron.evaluation import parity
 from pose_megatron.models import rotary
 from pose_megatron.rope.scaling import RopeScaling
@@ -105,7 +106,7 @@ def test_the_window_is_the_new_one_wherever_it_is_written(both, llama, tmp_path)
         )
         (export / str(length)).mkdir(parents=True)
         config_json.write_config(
-            export / str(length), found.model, torch.float32, config_json.find_sidecars(source)
+            export / str(length), found.model, torch.float32, find_sidecars(source)
         )
         generation = GenerationConfig.from_pretrained(export / str(length))
         assert (generation.max_length, generation.temperature) == (written, 0.6)

@@ -255,6 +255,19 @@ def test_tokenizer_files_travel_with_the_weights(tmp_path):
     assert found.tokenizer_files[0].read_text() == "{}"
 
 
+def test_chat_templates_travel_through_a_run(tmp_path):
+    """As transformers keeps them: in a folder of their own."""
+    template = tmp_path / "additional_chat_templates" / "rag.jinja"
+    template.parent.mkdir()
+    template.write_text("{{ 'é' }}", encoding="utf-8")
+    whole_models.write_weights(tmp_path / "in", random_weights(MODEL), MODEL, [template])
+    words = "--finetune", "--load", str(tmp_path / "in"), "--save", str(tmp_path / "out")
+    save(stepped(trainer_of(MODEL, *words, loaded=directory.find(tmp_path / "in"))))
+    (kept,) = directory.find(tmp_path / "out").tokenizer_files
+    assert kept == tmp_path / "out" / "tokenizer" / "additional_chat_templates" / "rag.jinja"
+    assert kept.read_bytes() == template.read_bytes()
+
+
 # What a killed run leaves, and damage.
 
 
