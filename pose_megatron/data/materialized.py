@@ -19,11 +19,17 @@ import torch
 
 from pose_megatron.data.indexed_corpus import IndexedCorpus
 from pose_megatron.errors import ConfigError, flag_name
-from pose_megatron.preprocessing.indexed_writer import IndexedWriter, digests, publish, token_dtype
+from pose_megatron.preprocessing.indexed_writer import (
+    PARTS_OF_SAMPLES,
+    IndexedWriter,
+    digests,
+    publish,
+    token_dtype,
+)
 from pose_megatron.runtime.atomic_files import write_atomically
 from pose_megatron.runtime.json_files import read_json
 
-PARTS = {"tokens": "tokens", "labels": "labels", "positions": "position_ids"}
+PARTS = dict(zip(PARTS_OF_SAMPLES, ("tokens", "labels", "position_ids"), strict=True))
 ONE = np.array([1])  # each sample is a document of one sequence
 
 

@@ -36,6 +36,11 @@ CODES = {
     7: np.float32,
     8: np.uint16,
 }
+PARTS_OF_SAMPLES = (
+    "tokens",
+    "labels",
+    "positions",
+)  # a pair each, PREFIX_PART; see materialized.py
 BLOCK = 1 << 20  # sequences, or bytes, in memory at a time
 
 
@@ -318,12 +323,11 @@ def check_digests(prefix: str) -> bool:
     Raises:
         ConfigError: a file is not what was written; or the summary is damaged.
     """
-    folder, name = Path(prefix).parent, Path(prefix).name
-    words = name.split("_")
-    stems = ["_".join(words[:n]) for n in range(len(words), 0, -1)]
-    for path in (folder / f"{stem}{end}" for stem in stems for end in ("_summary.json", ".json")):
-        known = read_json(path).get("crc32") if path.is_file() else None
-        if not isinstance(known, dict) or f"{name}.bin" not in known:
+    for path in _summaries(Path(prefix)):
+        known = read_json(path).get("crc32", {}) if path.is_file() else {}
+        if not isinstance(known, dict):
+            raise ConfigError(f"{path} is damaged: crc32 is {known!r}; make it again"[:300])
+        if f"{Path(prefix).name}.bin" not in known:
             continue
         for suffix in (".bin", ".idx"):
             file = Path(prefix + suffix)
@@ -336,6 +340,17 @@ def check_digests(prefix: str) -> bool:
                 )
         return True
     return False
+
+
+def _summaries(prefix: Path) -> list[Path]:
+    """Where preprocess, merge and materialize write of a pair what they know. Another JSON file may
+    be the corpus itself."""
+    words = prefix.name.split("_")
+    stems = ["_".join(words[:n]) for n in range(len(words), 0, -1)]
+    found = [prefix.with_name(f"{stem}_summary.json") for stem in stems]
+    if len(words) > 1 and words[-1] in PARTS_OF_SAMPLES:
+        found.append(prefix.with_name(f"{stems[1]}.json"))
+    return found
 
 
 def _map(path: Path, dtype: str, offset: int, count: int) -> np.ndarray:

@@ -285,5 +285,11 @@ def test_one_flipped_bit_of_token_files_is_seen(job):
         with pytest.raises(ValueError, match=f"text_document{suffix} is damaged: its CRC-32"):
             indexed_writer.check_digests(prefix)
         path.write_bytes(whole)
-    Path(f"{job.output_prefix}_summary.json").unlink()
+    summary = Path(f"{job.output_prefix}_summary.json")
+    summary.write_text('{"crc32": 5}')
+    with pytest.raises(ValueError, match=r"_summary\.json is damaged: crc32 is 5"):
+        indexed_writer.check_digests(prefix)
+    summary.unlink()
+    assert not indexed_writer.check_digests(prefix)
+    Path(f"{job.output_prefix}.json").write_text('{"text": "a"}\n{"text": "b"}\n')  # a corpus
     assert not indexed_writer.check_digests(prefix)
