@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from pose_megatron.errors import ConfigError, flag_name
 from pose_megatron.models.families import family_named
@@ -17,6 +18,7 @@ _NUMBERS = ("norm_epsilon", "rotary_base", "rotary_percent")
 # What a config may ask for before its weights are looked at: tensors are listed layer by layer,
 # expert by expert. The largest published models have some 130 layers and 25,000 experts in all.
 LARGEST_SIZE = 2**31 - 1
+LARGEST_NUMBER = 1e300  # below what a float holds, as whole numbers in JSON need not be
 MOST_LAYERS = 10_000
 MOST_EXPERTS = 200_000
 MOST_CHANNELS = 1 << 16  # of a head: its frequencies are computed at once
@@ -71,9 +73,7 @@ class ModelConfig:
         for name in _SIZES:
             check_size(flag_name(name), getattr(self, name))
         for name in _NUMBERS:
-            value = getattr(self, name)
-            if type(value) not in (int, float) or not 0 <= value < math.inf:
-                raise ConfigError(f"{flag_name(name)} must be a number, not {value!r}")
+            check_number(flag_name(name), getattr(self, name), least=0)
         for name, most in (("num_layers", MOST_LAYERS), ("kv_channels", MOST_CHANNELS)):
             if (value := getattr(self, name)) > most:
                 raise ConfigError(f"{flag_name(name)} {value} is more than {most:,}")
@@ -203,3 +203,15 @@ def check_size(name: str, value: object) -> None:
         raise ConfigError(f"{name} must be at least 1, not {value}")
     if value > LARGEST_SIZE:
         raise ConfigError(f"{name} {value} is more than {LARGEST_SIZE:,}")
+
+
+def check_number(
+    name: str, value: Any, least: float = -LARGEST_NUMBER, what: str = "a number"
+) -> None:
+    """A number from a file must be in [least, LARGEST_NUMBER], and neither true nor false.
+
+    Raises:
+        ConfigError: it is not; the sentence is `name` must be `what`.
+    """
+    if type(value) not in (int, float) or not least <= value <= LARGEST_NUMBER:
+        raise ConfigError(f"{name} must be {what}, not {value!r}"[:200])

@@ -40,7 +40,7 @@ PARTS_OF_SAMPLES = (
     "tokens",
     "labels",
     "positions",
-)  # a pair each, PREFIX_PART; see materialized.py
+)  # a pair of files each: materialized.py
 BLOCK = 1 << 20  # sequences, or bytes, in memory at a time
 
 

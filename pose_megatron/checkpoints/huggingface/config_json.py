@@ -18,7 +18,7 @@ import torch
 from pose_megatron.errors import ConfigError
 from pose_megatron.models.families import FAMILIES, REFUSED, family_named
 from pose_megatron.models.families.family import Family
-from pose_megatron.models.shape import ModelConfig
+from pose_megatron.models.shape import ModelConfig, check_number
 from pose_megatron.rope.huggingface import from_hf, rotary_percent, to_hf
 from pose_megatron.runtime.json_files import naming, read_json, write_json
 
@@ -134,9 +134,7 @@ def _whole(config: Mapping[str, Any], name: str) -> int:
 
 
 def _number(config: Mapping[str, Any], name: str, default: float) -> float:
-    value = config.get(name, default)
-    if type(value) not in (int, float) or not -1e300 < value < 1e300:
-        raise ConfigError(f"config.json: {name} must be a number, not {value!r}"[:200])
+    check_number(f"config.json: {name}", value := config.get(name, default))
     return float(value)
 
 

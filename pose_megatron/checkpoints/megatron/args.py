@@ -23,7 +23,7 @@ from pose_megatron.checkpoints.megatron.hybrid_layout import gpt_args
 from pose_megatron.checkpoints.megatron.settings import ONLY, ONLY_OF_EXPERTS, check_settings
 from pose_megatron.errors import ConfigError
 from pose_megatron.models.families import family_named, family_of
-from pose_megatron.models.shape import ModelConfig, check_size
+from pose_megatron.models.shape import ModelConfig, check_number, check_size
 from pose_megatron.rope.interpolation import Pairs
 from pose_megatron.rope.scaling import RopeScaling, attention_factor
 
@@ -212,9 +212,8 @@ def _check_types(args: dict) -> None:
         if args.get(name) is not None:
             check_size(name, args[name])
     for name in _NUMBERS:
-        value = args.get(name)
-        if value is not None and type(value) not in (int, float):
-            raise ConfigError(f"{name} must be a number, not {value!r}"[:200])
+        if args.get(name) is not None:
+            check_number(name, args[name])
 
 
 def from_record(record: dict, args: dict) -> ModelConfig:

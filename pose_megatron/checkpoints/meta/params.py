@@ -2,16 +2,14 @@
 
 import json
 import math
-import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from pose_megatron.checkpoints.stored_weights import StoredWeights
 from pose_megatron.errors import ConfigError, DamagedCheckpoint
 from pose_megatron.models.families import family_named
-from pose_megatron.models.shape import MOST_LAYERS, ModelConfig, check_size
+from pose_megatron.models.shape import MOST_LAYERS, ModelConfig, check_number, check_size
 from pose_megatron.rope.huggingface import from_hf, to_hf
 from pose_megatron.runtime.json_files import naming, read_json
 
@@ -53,7 +51,7 @@ def read_params(folder: Path) -> dict:
             if name in params:
                 check_size(name, params[name])
         for name in _NUMBERS & params.keys():
-            _check_number(name, params[name])
+            check_number(name, params[name], math.ulp(0.0), "a positive number")
         if not isinstance(params.get("use_scaled_rope", False), bool):
             raise ConfigError(f"use_scaled_rope {params['use_scaled_rope']!r} is not true or false")
         if params["n_layers"] > MOST_LAYERS:  # tensors are looked up layer by layer
@@ -77,12 +75,6 @@ def read_params(folder: Path) -> dict:
             f"{params['dim']}, which is all that is supported"
         )
     return params
-
-
-def _check_number(name: str, value: Any) -> None:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not (number and 0 < value <= sys.float_info.max):
-        raise ConfigError(f"{name} must be a positive number, not {value!r}")
 
 
 def read_config(
