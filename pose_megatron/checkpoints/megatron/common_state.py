@@ -31,7 +31,18 @@ def read_common_state(path: Path) -> dict:
         ConfigError: the checkpoint is not in the torch_dist format.
         DamagedCheckpoint: there is none, or it is damaged.
     """
-    name, content = _content(path)
+    return read_plain(path, *_content(path))
+
+
+def read_plain(path: Path, name: str, content: bytes) -> dict:
+    """What torch.save wrote of plain values into an iteration's folder.
+
+    Args:
+        name: of its place, for messages.
+
+    Raises:
+        DamagedCheckpoint: it is damaged, or holds more than plain values.
+    """
     try:
         checksums.check(io.BytesIO(content), name)
         return _unpickle(content)

@@ -11,7 +11,6 @@ seconds, as long as the common state is our own: programs that only look into a 
 once.
 """
 
-import io
 import re
 import shutil
 from collections.abc import Iterable
@@ -19,17 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from pose_megatron.checkpoints import checksums
 from pose_megatron.checkpoints.megatron import args as megatron_args
-from pose_megatron.checkpoints.megatron.common_state import read_common_state
+from pose_megatron.checkpoints.megatron.common_state import read_common_state, read_plain
 from pose_megatron.checkpoints.megatron.hybrid_layout import is_hybrid
 from pose_megatron.checkpoints.megatron.legacy import LegacyWeights, is_legacy
 from pose_megatron.checkpoints.megatron.run_config import read_run_config
 from pose_megatron.checkpoints.megatron.torch_dist_metadata import read_index
 from pose_megatron.checkpoints.sidecars import CHAT_TEMPLATES, held
-from pose_megatron.errors import ConfigError, DamagedCheckpoint, gist
+from pose_megatron.errors import ConfigError, DamagedCheckpoint
 from pose_megatron.models.shape import ModelConfig
 from pose_megatron.runtime.atomic_files import fsync, write_atomically
 
@@ -233,15 +229,7 @@ def model_and_common(path: Path) -> tuple[ModelConfig, dict]:
         raise ConfigError(f"checkpoint {path}: {error}") from None
     # Megatron-Bridge keeps its progress in a file of its own.
     state = path / "train_state.pt"
-    progress: dict = {}
-    if state.is_file():
-        try:
-            checksums.check(io.BytesIO(state.read_bytes()), state.name)
-            progress = torch.load(state, map_location="cpu", weights_only=True)
-        except Exception as error:  # damaged bytes raise errors of many classes
-            raise DamagedCheckpoint(
-                f"checkpoint {path}: {state.name} cannot be read ({gist(error)})"
-            ) from None
+    progress = read_plain(path, state.name, state.read_bytes()) if state.is_file() else {}
     consumed = int(progress.get("consumed_train_samples", 0))
     args = megatron_args.to_args(model, int(progress.get("step", 0)), consumed, **run)
     return model, common | {"args": args}
