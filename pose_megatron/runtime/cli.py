@@ -91,11 +91,12 @@ def _exit_code(main: Callable[[], None]) -> int:
 
 
 def refuse(error: Exception) -> NoReturn:
-    """Ends a program that cannot start; of the ranks, one says why."""
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(1))
-    if _speaks():
-        print_error(error)
-    sys.exit(1)
+    """Ends a program before its `main`, as `command` would."""
+
+    def fail() -> NoReturn:
+        raise error
+
+    sys.exit(_exit_code(fail))
 
 
 def _process_group():
