@@ -103,9 +103,11 @@ def main() -> None:
 def token_files(path: Path) -> list[str]:
     """Prefixes of the token files that a path stands for: those of its name, with or without .bin
     or .idx, or all that preprocess or materialize made of it; none if it is a folder."""
+    if path.is_dir():
+        return []
     prefix = str(path).removesuffix(".bin").removesuffix(".idx")
-    if path.is_dir() or Path(f"{prefix}.idx").is_file():
-        return [] if path.is_dir() else [prefix]
+    if Path(f"{prefix}.idx").is_file():
+        return [prefix]
     found = path.parent.glob(f"{glob.escape(Path(prefix).name)}_*.idx")
     return sorted(str(file.with_suffix("")) for file in found)
 
