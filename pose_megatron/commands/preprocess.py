@@ -14,6 +14,7 @@ command continues from it.
 import argparse
 import os
 
+from pose_megatron.commands.corpus_flags import add_corpus_flags
 from pose_megatron.preprocessing.tokenizer import TOKENIZER_TYPES
 from pose_megatron.runtime.cli import command, positive
 
@@ -30,33 +31,12 @@ def parse() -> argparse.Namespace:
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    p.add_argument(
-        "--input",
-        nargs="+",
-        required=True,
-        help="files or patterns: .jsonl or .json, plain or with .gz or .zst; .parquet",
-    )
-    p.add_argument(
-        "--json-keys", nargs="+", default=["text"], help="keys, or Parquet columns, of the texts"
-    )
+    add_corpus_flags(p)
     p.add_argument("--output-prefix", required=True, help="the folder is created")
     p.add_argument("--tokenizer-type", required=True, choices=TOKENIZER_TYPES)
     p.add_argument("--tokenizer-model", required=True, help="tokenizer file or folder")
     p.add_argument("--append-eod", action="store_true", help="end each document with the eos token")
     p.add_argument("--workers", type=positive, default=1, help="processes that tokenize")
-    p.add_argument(
-        "--max-document-mb",
-        type=positive,
-        default=256,
-        help="longest line or text; a longer one holds no document: it is bounded as memory is, a "
-        "few times this per process [%(default)s]",
-    )
-    p.add_argument(
-        "--on-error",
-        choices=("stop", "skip"),
-        default="stop",
-        help="at a line without a document: stop, or count it and continue",
-    )
     p.add_argument(
         "--tokenizer-library",
         choices=("auto", "own"),

@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+from pose_megatron.commands.corpus_flags import add_corpus_flags
 from pose_megatron.errors import ConfigError
 from pose_megatron.preprocessing import readers, tokenizer_training
 from pose_megatron.runtime.cli import command, positive
@@ -29,13 +30,7 @@ def parse() -> argparse.Namespace:
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    p.add_argument(
-        "--input",
-        nargs="+",
-        required=True,
-        help="files or patterns: .jsonl or .json, plain or with .gz or .zst; .parquet",
-    )
-    p.add_argument("--json-keys", nargs="+", default=["text"], help="keys of the texts")
+    add_corpus_flags(p)
     p.add_argument("--output-dir", type=Path, required=True, help="folder, created if missing")
     p.add_argument(
         "--vocab-size",
@@ -57,16 +52,6 @@ def parse() -> argparse.Namespace:
     )
     # a constant: the model file names it, and should be the same on every machine
     p.add_argument("--threads", type=positive, default=2, help="default: %(default)s")
-    p.add_argument(
-        "--max-document-mb",
-        type=positive,
-        default=256,
-        help="longest line or text; a longer one holds no document: it is bounded as memory is, a "
-        "few times this per process [%(default)s]",
-    )
-    p.add_argument(
-        "--on-error", choices=("stop", "skip"), default="stop", help="at a line without a document"
-    )
     p.add_argument("--overwrite", action="store_true", help="replace an existing tokenizer")
     return p.parse_args()
 
