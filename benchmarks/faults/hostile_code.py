@@ -4,14 +4,14 @@ import contextlib
 import functools
 import os
 import pickle
+import re
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from hostile import Case, edit
+from hostile import ITERATION, Case, edit, edited_metadata, without_args
 from programs import RUN_READERS, TOKENIZE, TRAIN, readers
-from torch.distributed.checkpoint import FileSystemReader
 
 
 def code(marker: Path) -> Iterator[Case]:
@@ -49,30 +49,27 @@ def _pickles(marker: Path) -> Iterator[Case]:
         marker.rmdir()  # fails where the payload does nothing: then nothing would be shown
 
         def in_metadata(folder: Path, payload=payload) -> None:
-            path = folder / "run" / "iter_0000002"
-            metadata = FileSystemReader(path).read_metadata()
-            metadata.planner_data = payload
-            (path / ".metadata").write_bytes(pickle.dumps(metadata))
+            with edited_metadata(folder) as metadata:
+                metadata.planner_data = payload
 
         yield Case(kind, f"{name} in .metadata", in_metadata, RUN_READERS)
 
         def in_common(folder: Path, payload=payload) -> None:
-            file = folder / "run" / "iter_0000002" / "common.pt"
+            file = folder / ITERATION / "common.pt"
             torch.save(torch.load(file, weights_only=False) | {"more": payload}, file)
 
         yield Case(kind, f"{name} in common.pt", in_common, RUN_READERS)
 
         def in_object(folder: Path, payload=payload) -> None:
             """Among the tensors, in every object that is none."""
-            path = folder / "run" / "iter_0000002"
-            metadata = FileSystemReader(path).read_metadata()
-            for where, info in metadata.storage_data.items():
-                if where.fqn.startswith(("rng_state", "common_state")) or "_extra_" in where.fqn:
-                    with open(path / info.relative_path, "ab") as out:
-                        info.offset = out.tell()
-                        torch.save([payload], out)
-                        info.length = out.tell() - info.offset
-            (path / ".metadata").write_bytes(pickle.dumps(metadata))
+            names = re.compile("rng_state|common_state|.*_extra_")
+            with edited_metadata(folder) as metadata:
+                for where, info in metadata.storage_data.items():
+                    if names.match(where.fqn):
+                        with open(folder / ITERATION / info.relative_path, "ab") as out:
+                            info.offset = out.tell()
+                            torch.save([payload], out)
+                            info.length = out.tell() - info.offset
 
         yield Case(kind, f"{name} among the tensors", in_object, RUN_READERS, harmless=True)
         for place, programs in {
@@ -119,12 +116,9 @@ def _code_of_folders(marker: Path) -> Iterator[Case]:
     yield Case(kind, "a chat template", template, (*readers("hf", "hf"), tokenize), harmless=True)
 
     def run_config(folder: Path) -> None:
-        path = folder / "run" / "iter_0000002"
-        common = torch.load(path / "common.pt", weights_only=False)
-        del common["args"], common["pose_megatron"]
-        torch.save(common, path / "common.pt")
+        without_args(folder)
         line = f"model: !!python/object/apply:os.mkdir [{str(marker)!r}]\n"
-        (path / "run_config.yaml").write_text(line, encoding="utf-8")
+        (folder / ITERATION / "run_config.yaml").write_text(line, encoding="utf-8")
 
     yield Case(kind, "run_config.yaml", run_config, RUN_READERS)
 

@@ -4,7 +4,6 @@ import functools
 import gzip
 import itertools
 import json
-import pickle
 import random
 import shutil
 import struct
@@ -16,7 +15,7 @@ import numpy as np
 import pyarrow
 import torch
 import zstandard
-from hostile import Case, edit
+from hostile import ITERATION, Case, edit, edited_metadata, without_args
 from programs import (
     INSPECT_TOKENS,
     MERGE,
@@ -28,7 +27,6 @@ from programs import (
     readers,
 )
 from pyarrow import parquet
-from torch.distributed.checkpoint import FileSystemReader
 
 
 def files(clean: Path, large: bool) -> Iterator[Case]:
@@ -92,20 +90,16 @@ def _headers() -> Iterator[Case]:
         yield Case(kind, f"{place}: 10^12 elements of one", expanded, programs)
 
     def chunks(folder: Path) -> None:
-        path = folder / "run" / "iter_0000002"
-        metadata = FileSystemReader(path).read_metadata()
-        for info in metadata.storage_data.values():
-            info.offset, info.length = 1 << 60, 1 << 60
-        (path / ".metadata").write_bytes(pickle.dumps(metadata))
+        with edited_metadata(folder) as metadata:
+            for info in metadata.storage_data.values():
+                info.offset, info.length = 1 << 60, 1 << 60
 
     yield Case(kind, ".metadata: offsets of 2^60", chunks, RUN_READERS)
 
     def outside(folder: Path) -> None:
-        path = folder / "run" / "iter_0000002"
-        metadata = FileSystemReader(path).read_metadata()
-        for info in metadata.storage_data.values():
-            info.relative_path = "../../../clean/run/iter_0000002/" + info.relative_path
-        (path / ".metadata").write_bytes(pickle.dumps(metadata))
+        with edited_metadata(folder) as metadata:
+            for info in metadata.storage_data.values():
+                info.relative_path = f"../../../clean/{ITERATION}/{info.relative_path}"
 
     yield Case(kind, ".metadata: files of another folder", outside, RUN_READERS)
 
@@ -213,7 +207,7 @@ def _configs() -> Iterator[Case]:
 
         def laughs(folder: Path, place=place) -> None:
             if "run/" in place:
-                _without_args(folder)
+                without_args(folder)
             lines = ["a0: &a0 [lol, lol, lol, lol, lol, lol, lol, lol, lol]"]
             lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12)]
             (folder / place).write_text("\n".join([*lines, "model: *a11"]), encoding="utf-8")
@@ -222,7 +216,7 @@ def _configs() -> Iterator[Case]:
 
         def deep(folder: Path, place=place) -> None:
             if "run/" in place:
-                _without_args(folder)
+                without_args(folder)
             (folder / place).write_text("model: " + "[" * 50_000, encoding="utf-8")
 
         yield Case(kind, f"{place}: nested 50,000 deep", deep, (words,))
@@ -267,12 +261,6 @@ def _paths(content: Any) -> Iterator[tuple]:
         yield (key,)
         if isinstance(value, dict | list):
             yield from ((key, *rest) for rest in _paths(value))
-
-
-def _without_args(folder: Path) -> None:
-    file = folder / "run" / "iter_0000002" / "common.pt"
-    common = torch.load(file, weights_only=False)
-    torch.save({k: v for k, v in common.items() if k not in ("args", "pose_megatron")}, file)
 
 
 def _texts(gigabytes: int) -> Iterator[Case]:
