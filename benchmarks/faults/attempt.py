@@ -5,6 +5,7 @@ import os
 import resource
 import select
 import signal
+import struct
 import sys
 import time
 import traceback
@@ -16,7 +17,8 @@ from pose_megatron.commands.__main__ import main as command
 from pose_megatron.pretrain import main as pretrain
 
 SECONDS = 120  # beyond them it hangs
-MEBIBYTES = 1024  # resident, beyond what this process has: the stated memory
+MEBIBYTES = 1024  # resident, beyond what it begins with: the stated memory
+_BEGAN = struct.Struct("<q")
 _HARD = 4 * MEBIBYTES << 20  # address space: an allocation beyond it fails
 
 
@@ -47,14 +49,13 @@ def attempt(words: list[str]) -> Ended:
     The process is a fork of this one, which has imported everything: seconds of each attempt would
     be imports.
     """
-    began = psutil.Process().memory_info().rss
     receiver, sender = os.pipe()
     child = os.fork()
     if not child:
         os.close(receiver)
         _run(words, sender)
     os.close(sender)
-    said, hung = _read_all(receiver, child)
+    began, said, hung = _read_all(receiver, child)
     _, status, usage = os.wait4(child, 0)
     code = os.waitstatus_to_exitcode(status)
     mebibytes = max(usage.ru_maxrss * 1024 - began, 0) / (1 << 20)
@@ -76,6 +77,8 @@ def _run(words: list[str], sender: int) -> None:
     code = 99
     try:
         os.setsid()  # so that its own children end with it
+        # Not what its parent has: a fork begins without the pages of the libraries' files.
+        os.write(sender, _BEGAN.pack(psutil.Process().memory_info().rss))
         os.dup2(sender, 1)
         os.dup2(sender, 2)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
@@ -101,8 +104,9 @@ def _run(words: list[str], sender: int) -> None:
         os._exit(code)
 
 
-def _read_all(receiver: int, child: int) -> tuple[str, bool]:
-    """What the child prints until it ends, and whether it had to be ended."""
+def _read_all(receiver: int, child: int) -> tuple[int, str, bool]:
+    """Bytes that the child has resident when it begins, what it prints until it ends, and whether
+    it had to be ended."""
     said, hung = b"", False
     end = time.monotonic() + SECONDS
     while True:
@@ -117,4 +121,5 @@ def _read_all(receiver: int, child: int) -> tuple[str, bool]:
             break
         said += block
     os.close(receiver)
-    return said.decode(errors="replace"), hung
+    (began,) = _BEGAN.unpack(said[: _BEGAN.size])
+    return began, said[_BEGAN.size :].decode(errors="replace"), hung
