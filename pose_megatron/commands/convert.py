@@ -13,8 +13,6 @@ only then renamed: it is whole or it is not there.
 import argparse
 import dataclasses
 import json
-import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -127,9 +125,7 @@ def parser() -> argparse.ArgumentParser:
 
 @command
 def main() -> None:
-    args = parser().parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # removes the temporary folder
-    run(args)
+    run(parser().parse_args())
 
 
 def run(args: argparse.Namespace) -> None:

@@ -36,6 +36,7 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
         type=int,
         help="default: --train-samples, or --train-iters x --global-batch-size",
     )
+    parser.add_argument("--overwrite", action="store_true", help="replace existing samples")
     return parser.parse_known_args()
 
 
@@ -100,7 +101,9 @@ def main() -> None:
         unit=" samples",
         disable=not sys.stderr.isatty(),
     )
-    materialized.write(flags.output, drawn, run.model.vocab_size, describe(run, samples))
+    materialized.write(
+        flags.output, drawn, run.model.vocab_size, describe(run, samples), flags.overwrite
+    )
     size = sum(os.path.getsize(f"{flags.output}_{part}.bin") for part in materialized.PARTS)
     print(
         f"{samples} samples of {run.sampler.window} tokens, {size / 1e6:,.1f} MB: {flags.output}_"

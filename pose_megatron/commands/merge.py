@@ -5,8 +5,6 @@ tokenizer, for example on several machines. PREFIX.bin/.idx get their names when
 """
 
 import argparse
-import json
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -58,28 +56,10 @@ def shards(inputs: Sequence[str]) -> list[str]:
 @command
 def main() -> None:
     flags = parse()
-    from pose_megatron.preprocessing.indexed_writer import digests, join, publish
-    from pose_megatron.runtime.atomic_files import write_atomically
+    from pose_megatron.preprocessing.shards import merge
 
     prefixes, output = shards(flags.input), flags.output_prefix
-    folder = Path(output).parent
-    if output in prefixes:
-        raise ConfigError(f"--output-prefix {output} is one of the shards: choose another")
-    for suffix in (".bin", ".idx", "_summary.json"):
-        if (path := Path(output + suffix)).exists() and not flags.overwrite:
-            raise ConfigError(
-                f"--output-prefix {output}: {path} exists; choose another prefix, or "
-                "replace it with --overwrite"
-            )
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{Path(output).name}-", dir=folder) as temporary:
-        size = join(prefixes, Path(temporary), "joined")
-        summary = Path(f"{output}_summary.json")
-        summary.unlink(missing_ok=True)
-        publish(Path(temporary), "joined", output)
-        counts = {"documents": size.documents, "tokens": size.tokens}
-        content = counts | {"crc32": digests(output, size)}
-        write_atomically(summary, json.dumps(content, indent=2) + "\n")
+    size = merge(prefixes, output, flags.overwrite)
     print(
         f"{output}.bin/.idx: {size.documents:,} documents, {size.tokens:,} tokens of "
         f"{len(prefixes)} shards"

@@ -17,6 +17,8 @@ from pathlib import Path
 from pose_megatron.commands.corpus_flags import add_corpus_flags
 from pose_megatron.errors import ConfigError
 from pose_megatron.preprocessing import readers, tokenizer_training
+from pose_megatron.preprocessing.tokenizer_training import FILES
+from pose_megatron.runtime.atomic_files import staged_files
 from pose_megatron.runtime.cli import command, positive
 
 EXAMPLE = """example:
@@ -65,26 +67,24 @@ def main() -> None:
         print(f"{time.monotonic() - started:5.1f} s  {doing}", file=sys.stderr, flush=True)
 
     files = readers.corpus_files(flags.input)
-    for name in tokenizer_training.FILES:
-        if (path := flags.output_dir / name).exists() and not flags.overwrite:
-            raise ConfigError(
-                f"--output-dir {flags.output_dir}: {path} exists; choose another folder, or "
-                "replace it with --overwrite"
-            )
-    texts = tokenizer_training.sample(
-        filter(
-            None,
-            readers.texts(files, flags.json_keys, flags.on_error, flags.max_document_mb * 10**6),
-        ),
-        flags.sample_size,
-    )
-    if not texts:
-        raise ConfigError(f"--input {' '.join(flags.input)}: no text to train on")
-    megabytes = sum(len(text.encode()) for text in texts) / 1e6
-    say(f"training {flags.vocab_size} tokens on {len(texts):,} texts, {megabytes:.1f} MB")
-    size, tokens = tokenizer_training.train_tokenizer(
-        texts, flags.output_dir, flags.vocab_size, flags.threads, flags.character_coverage, say
-    )
+    what = f"--output-dir {flags.output_dir}"
+    with staged_files(flags.output_dir / "tokenizer", what, FILES, flags.overwrite) as draft:
+        texts = tokenizer_training.sample(
+            filter(
+                None,
+                readers.texts(
+                    files, flags.json_keys, flags.on_error, flags.max_document_mb * 10**6
+                ),
+            ),
+            flags.sample_size,
+        )
+        if not texts:
+            raise ConfigError(f"--input {' '.join(flags.input)}: no text to train on")
+        megabytes = sum(len(text.encode()) for text in texts) / 1e6
+        say(f"training {flags.vocab_size} tokens on {len(texts):,} texts, {megabytes:.1f} MB")
+        size, tokens = tokenizer_training.train_tokenizer(
+            texts, draft, flags.vocab_size, flags.threads, flags.character_coverage, say
+        )
     print(
         f"{flags.output_dir}: {flags.vocab_size} tokens, {size / tokens:.2f} bytes/token on "
         f"{size / 1e6:.1f} MB of the corpus, in {time.monotonic() - started:.1f} s"

@@ -10,7 +10,6 @@ does `numpy.memmap` with shape (samples, L), since every sequence has L values.
 """
 
 import json
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -23,10 +22,9 @@ from pose_megatron.preprocessing.indexed_writer import (
     PARTS_OF_SAMPLES,
     IndexedWriter,
     digests,
-    publish,
     token_dtype,
 )
-from pose_megatron.runtime.atomic_files import write_atomically
+from pose_megatron.runtime.atomic_files import staged_files
 from pose_megatron.runtime.json_files import read_json
 
 PARTS = dict(zip(PARTS_OF_SAMPLES, ("tokens", "labels", "position_ids"), strict=True))
@@ -34,40 +32,45 @@ ONE = np.array([1])  # each sample is a document of one sequence
 
 
 def write(
-    prefix: str, samples: Iterable[dict[str, np.ndarray]], vocab_size: int, description: dict
+    prefix: str,
+    samples: Iterable[dict[str, np.ndarray]],
+    vocab_size: int,
+    description: dict,
+    overwrite: bool = False,
 ) -> None:
-    """Writes the files; after a failure none of them counts as whole.
+    """Writes the files; until the new ones are whole, those that they replace stay.
 
     Args:
         samples: a PoseDataset's samples.
         description: window, target, samples, law (in words), positions (the flags), and whatever
             else a reader should know.
+        overwrite: whether existing files may be replaced.
 
     Raises:
+        ConfigError: files exist, or another job writes them.
         OSError: the disk is full, or the folder cannot be written.
     """
-    whole = Path(f"{prefix}.json")
-    whole.parent.mkdir(parents=True, exist_ok=True)
-    whole.unlink(missing_ok=True)
-    dtypes = dict.fromkeys(PARTS, token_dtype(vocab_size)) | {"positions": np.int32}
-    unfinished = Path(f"{prefix}.tmp")
-    unfinished.mkdir(exist_ok=True)
-    writers = {part: IndexedWriter(unfinished, part, dtypes[part]) for part in PARTS}
-    try:
-        for sample in samples:
-            for part, name in PARTS.items():
-                writers[part].append(sample[name], np.array([sample[name].size]), ONE)
+    name = Path(prefix).name
+    pairs = {part: f"{name}_{part}" for part in PARTS}
+    files = [f"{pair}{suffix}" for pair in pairs.values() for suffix in (".bin", ".idx")]
+    files.append(f"{name}.json")
+    with staged_files(prefix, f"--output {prefix}", files, overwrite) as draft:
+        dtypes = dict.fromkeys(PARTS, token_dtype(vocab_size)) | {"positions": np.int32}
+        writers = {part: IndexedWriter(draft, pairs[part], dtypes[part]) for part in PARTS}
+        try:
+            for sample in samples:
+                for part, field in PARTS.items():
+                    writers[part].append(sample[field], np.array([sample[field].size]), ONE)
+            for writer in writers.values():
+                writer.finish()
+        finally:
+            for writer in writers.values():
+                writer.close()
+        crc32: dict[str, str] = {}
         for part, writer in writers.items():
-            writer.finish()
-            publish(unfinished, part, f"{prefix}_{part}")
-    finally:
-        for writer in writers.values():
-            writer.close()
-        shutil.rmtree(unfinished)
-    crc32: dict[str, str] = {}
-    for part, writer in writers.items():
-        crc32 |= digests(f"{prefix}_{part}", writer.size)
-    write_atomically(whole, json.dumps(description | {"crc32": crc32}, indent=1))
+            crc32 |= digests(pairs[part], writer.size)
+        text = json.dumps(description | {"crc32": crc32}, indent=1)
+        (draft / f"{name}.json").write_text(text, encoding="utf-8")
 
 
 class MaterializedDataset(torch.utils.data.Dataset):

@@ -249,7 +249,7 @@ def _check(
 
 
 def join(prefixes: Sequence[str], folder: Path, name: str) -> Size:
-    """Writes one pair of files with the documents of all shards, in order; `publish` moves it.
+    """Writes one pair of files with the documents of all shards, in order.
 
     Raises:
         ConfigError: a shard is damaged, or their ids differ in dtype.
@@ -323,23 +323,35 @@ def check_digests(prefix: str) -> bool:
     Raises:
         ConfigError: a file is not what was written; or the summary is damaged.
     """
+    if not (found := summary_of(prefix)):
+        return False
+    summary, content = found
+    for suffix in (".bin", ".idx"):
+        file = Path(prefix + suffix)
+        with open(file, "rb") as opened:
+            crc = f"{_crc32(opened):08x}"
+        if crc != content["crc32"].get(file.name):
+            raise ConfigError(
+                f"{file} is damaged: its CRC-32 is {crc}, in {summary.name} "
+                f"{content['crc32'].get(file.name)}; make it again, or delete the latter"
+            )
+    return True
+
+
+def summary_of(prefix: str) -> tuple[Path, dict] | None:
+    """The summary that was written beside a pair, and what it says; None where there is none.
+
+    Raises:
+        ConfigError: it is damaged.
+    """
     for path in _summaries(Path(prefix)):
-        known = read_json(path).get("crc32", {}) if path.is_file() else {}
+        content = read_json(path) if path.is_file() else {}
+        known = content.get("crc32", {})
         if not isinstance(known, dict):
             raise ConfigError(f"{path} is damaged: crc32 is {known!r}; make it again"[:300])
-        if f"{Path(prefix).name}.bin" not in known:
-            continue
-        for suffix in (".bin", ".idx"):
-            file = Path(prefix + suffix)
-            with open(file, "rb") as content:
-                found = f"{_crc32(content):08x}"
-            if found != known.get(file.name):
-                raise ConfigError(
-                    f"{file} is damaged: its CRC-32 is {found}, in {path.name} "
-                    f"{known.get(file.name)}; make it again, or delete the latter"
-                )
-        return True
-    return False
+        if f"{Path(prefix).name}.bin" in known:
+            return path, content
+    return None
 
 
 def _summaries(prefix: Path) -> list[Path]:

@@ -31,6 +31,7 @@ from pose_megatron.preprocessing.readers import Part
 from pose_megatron.preprocessing.resume import State, UnfinishedRun
 from pose_megatron.preprocessing.tokenizer import Tokenizer, build_tokenizer
 from pose_megatron.runtime.atomic_files import write_atomically
+from pose_megatron.runtime.ownership import owned
 
 PROVEN_ON = 1 << 19  # characters of the corpus on which gigatoken's ids are compared
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -64,20 +65,24 @@ def preprocess(job: PreprocessingJob) -> dict:
     files = readers.corpus_files(job.input)
     tokenizer = build_tokenizer(job.tokenizer_type, job.tokenizer_model)
     eod = tokenizer.eod if job.append_eod else None  # raises now if there is none
-    run = UnfinishedRun(job.output_prefix, _made_from(job, files, tokenizer), job.overwrite)
-    try:
-        if not run.state.complete:
-            if not job.overwrite:
-                _refuse_existing(job)
-            _tokenize(job, files, tokenizer, eod, run)
-        for i, key in enumerate(job.json_keys):
-            publish(run.folder, str(i), _prefix(job, key))
-        summary = _summary(job, tokenizer, run.state)
-        write_atomically(_summary_path(job), json.dumps(summary, indent=2) + "\n")
-        run.remove()
-        return summary
-    finally:
-        run.close()
+    made_from = _made_from(job, files, tokenizer)
+    with owned(job.output_prefix, f"--output-prefix {job.output_prefix}") as ownership:
+        run = UnfinishedRun(job.output_prefix, made_from, job.overwrite)
+        try:
+            if not run.state.complete:
+                if not job.overwrite:
+                    _refuse_existing(job)
+                _tokenize(job, files, tokenizer, eod, run)
+            ownership.check()
+            for i, key in enumerate(job.json_keys):
+                publish(run.folder, str(i), _prefix(job, key))
+            summary = _summary(job, tokenizer, made_from, run.state)
+            write_atomically(_summary_path(job), json.dumps(summary, indent=2) + "\n")
+            run.remove()
+            return summary
+        finally:
+            if not ownership.is_lost:
+                run.close()
 
 
 def _tokenize(
@@ -164,7 +169,7 @@ def _made_from(job: PreprocessingJob, files: Sequence[Path], tokenizer: Tokenize
     }
 
 
-def _summary(job: PreprocessingJob, tokenizer: Tokenizer, state: State) -> dict:
+def _summary(job: PreprocessingJob, tokenizer: Tokenizer, made_from: dict, state: State) -> dict:
     outputs = {
         key: {
             "prefix": _prefix(job, key),
@@ -196,6 +201,7 @@ def _summary(job: PreprocessingJob, tokenizer: Tokenizer, state: State) -> dict:
             for name, crc in digests(_prefix(job, key), size).items()
         },
         "tokenizer": tokenizer.unique_identifiers,
+        "tokenizer_sha256": made_from["--tokenizer-model"][1:],
         "vocab_size": tokenizer.vocab_size,
         "append_eod": job.append_eod,
     }

@@ -6,7 +6,6 @@ bytes.
 """
 
 import dataclasses
-import fcntl
 import json
 import shutil
 import time
@@ -141,7 +140,7 @@ def _histogram(lengths: np.ndarray) -> Counter:
 
 
 class UnfinishedRun:
-    """The folder PREFIX.partial with a run's token files and state.json.
+    """The folder PREFIX.partial with a run's token files and state.json, for the owner of PREFIX.
 
     Args:
         prefix: --output-prefix.
@@ -149,7 +148,7 @@ class UnfinishedRun:
         overwrite: whether an unfinished run of other inputs may be thrown away.
 
     Raises:
-        ConfigError: there is such a run and it may not, or another process is at work on it.
+        ConfigError: there is such a run and it may not.
     """
 
     def __init__(self, prefix: str, made_from: dict, overwrite: bool):
@@ -161,11 +160,6 @@ class UnfinishedRun:
         self._thread = ThreadPoolExecutor(1)
         self._saving: Future[None] | None = None
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self.folder / "lock", "w", encoding="utf-8")
-        try:
-            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ConfigError(f"--output-prefix {prefix}: another run is at work on it") from None
         if self._path.exists():
             try:
                 self.state = self._saved = self._stored()

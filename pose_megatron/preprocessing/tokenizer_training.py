@@ -10,13 +10,11 @@ import io
 import json
 import os
 import random
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from pose_megatron.errors import ConfigError
 from pose_megatron.preprocessing.tokenizer import PROBES
-from pose_megatron.runtime.atomic_files import fsync
 
 FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
 SPECIAL = ("<unk>", "<s>", "</s>")
@@ -32,7 +30,7 @@ def train_tokenizer(
     character_coverage: float,
     progress: Callable[[str], None] = lambda doing: None,
 ) -> tuple[int, int]:
-    """Trains on the texts, compares both forms on some of them, then puts FILES into the folder.
+    """Trains on the texts, writes FILES into the folder, and compares both forms on some texts.
 
     Args:
         vocab_size: tokens, with 256 bytes and 3 special ones.
@@ -46,19 +44,11 @@ def train_tokenizer(
         ConfigError: as `train` and `check`.
     """
     model = train(texts, vocab_size, threads, character_coverage)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".tmp-", dir=folder) as temporary:
-        draft = Path(temporary)
-        write_folder(model, draft)
-        progress("comparing tokenizer.model and tokenizer.json")
-        compared = _characters(texts, CHECK_CHARACTERS)
-        check(draft, PROBES)
-        tokens = check(draft, compared)
-        for name in FILES:
-            fsync(draft / name)
-        for name in FILES:
-            (draft / name).replace(folder / name)
-        fsync(folder)
+    write_folder(model, folder)
+    progress("comparing tokenizer.model and tokenizer.json")
+    compared = _characters(texts, CHECK_CHARACTERS)
+    check(folder, PROBES)
+    tokens = check(folder, compared)
     return sum(len(text.encode()) for text in compared), tokens
 
 

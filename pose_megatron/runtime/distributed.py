@@ -73,6 +73,8 @@ class CpuGroup:
     def __init__(self):
         self.rank, self.size = rank(), world_size()
         if self.size > 1:
+            if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun is the parent
+                end_with_parent(os.getppid())
             join("gloo")
 
     def broadcast(self, value):

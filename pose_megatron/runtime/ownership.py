@@ -55,14 +55,15 @@ class Ownership:
         self._thread = threading.Thread(target=self._beat, daemon=True, name=path.name)
         self._thread.start()
 
-    def check(self) -> None:
-        """Asks whether the output is still this job's.
+    @property
+    def is_lost(self) -> bool:
+        """Whether another job took the output over while this one stood still."""
+        return not _is_at(self._handle, self._path) or not self._is_in_file()
 
-        Raises:
-            ConfigError: another job took it over while this one stood still.
-        """
-        found = _read(self._handle) if _is_at(self._handle, self._path) else {}
-        if found.get("job") != self._record["job"]:
+    def check(self) -> None:
+        """Raises ConfigError where `is_lost`."""
+        if self.is_lost:
+            found = _read(self._handle) if _is_at(self._handle, self._path) else {}
             raise ConfigError(
                 f"{self._what}: {_name(found)} has taken it over, while this job stood still for "
                 f"{STALE:.0f} s or {self._path} was deleted"
@@ -74,17 +75,20 @@ class Ownership:
             return
         self._end.set()
         self._thread.join()
-        with contextlib.suppress(OSError, ConfigError):
-            self.check()
-            self._path.unlink()  # before the lock goes: nobody can have taken it
+        with contextlib.suppress(OSError):
+            if not self.is_lost:
+                self._path.unlink()  # before the lock goes: nobody can have taken it
         os.close(self._handle)
 
     def _beat(self) -> None:
         while not self._end.wait(BEAT):
             with contextlib.suppress(OSError):  # a full disk, a server that is away
-                if _read(self._handle).get("job") == self._record["job"]:
+                if self._is_in_file():
                     self._record["beat"] += 1
                     _write(self._handle, self._record)
+
+    def _is_in_file(self) -> bool:
+        return _read(self._handle).get("job") == self._record["job"]
 
 
 @contextlib.contextmanager

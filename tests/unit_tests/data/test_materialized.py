@@ -173,45 +173,47 @@ def test_a_header_of_wrong_types_is_named(written, name, value):
             read(written[0])
 
 
-def test_killed_while_writing_it_is_not_whole_and_a_rerun_completes(written):
+def test_killed_while_writing_the_old_ones_stay_and_a_rerun_completes(written):
     prefix, data = written
 
     def dying():
         for i in range(SAMPLES):
             if i == 20:
                 os.kill(os.getpid(), signal.SIGKILL)
-            yield data[i]
+            yield data[39 - i]
 
     child = os.fork()
     if not child:
         try:
-            materialized.write(prefix, dying(), 257, description())
+            materialized.write(prefix, dying(), 257, description(), overwrite=True)
         finally:
             os._exit(0)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
-    with pytest.raises(ValueError, match="never finished"):
-        read(prefix)
-    materialized.write(prefix, (data[i] for i in range(SAMPLES)), 257, description())
     assert read(prefix)[39]["tokens"].tolist() == data[39]["tokens"].tolist()
-    assert not list(Path(prefix).parent.glob("*.tmp*"))
+    samples = [data[39 - i] for i in range(SAMPLES)]
+    with pytest.raises(ValueError, match=rf"--output {prefix}: .*_tokens.bin exists; .*overwrite"):
+        materialized.write(prefix, samples, 257, description())
+    materialized.write(prefix, samples, 257, description(), overwrite=True)
+    assert read(prefix)[39]["tokens"].tolist() == data[0]["tokens"].tolist()
+    assert not list(Path(prefix).parent.glob(".*"))
 
 
-def test_a_full_disk_leaves_nothing_that_counts(written):
+def test_a_full_disk_leaves_the_old_ones(written):
     prefix, data = written
     child = os.fork()
     if not child:
         resource.setrlimit(resource.RLIMIT_FSIZE, (2048, 2048))
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        samples = (data[39 - i] for i in range(SAMPLES))
         try:
-            materialized.write(prefix, (data[i] for i in range(SAMPLES)), 257, description())
+            materialized.write(prefix, samples, 257, description(), overwrite=True)
         except OSError:
             os._exit(7)
         finally:
             os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
-    assert not list(Path(prefix).parent.glob("*.tmp*"))
-    with pytest.raises(ValueError, match="never finished"):
-        read(prefix)
+    assert not list(Path(prefix).parent.glob(".*"))
+    assert read(prefix)[39]["tokens"].tolist() == data[39]["tokens"].tolist()
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from pose_megatron.preprocessing import preprocess as preprocess_module
 from pose_megatron.preprocessing.encoding import Encoder
 from pose_megatron.preprocessing.preprocess import PreprocessingJob, preprocess
 from pose_megatron.preprocessing.tokenizer import build_tokenizer
+from pose_megatron.runtime.ownership import owned
 
 STDLIB = Path(sysconfig.get_path("stdlib"))
 TEXTS = [
@@ -222,15 +223,14 @@ def test_gigatoken_that_goes_wrong_later_is_caught(job, monkeypatch):
 
 
 def test_two_runs_of_one_output_are_refused(job):
-    run = resume.UnfinishedRun(job.output_prefix, {}, False)
-    if not (child := os.fork()):
-        try:
-            preprocess(job)
-        except ValueError as error:
-            os._exit(7 if "another run is at work on it" in str(error) else 1)
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
-    run.close()
+    with owned(job.output_prefix, ""):
+        if not (child := os.fork()):
+            try:
+                preprocess(job)
+            except ValueError as error:
+                os._exit(7 if "at work on it" in str(error) else 1)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
 
 
 def test_ids_beyond_the_vocabulary_are_refused(job, tmp_path):
