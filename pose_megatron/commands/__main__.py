@@ -10,6 +10,7 @@ import sys
 
 from pose_megatron import __version__
 from pose_megatron.runtime.cli import print_error
+from pose_megatron.runtime.interrupts import end_at_once
 
 PROGRAM = "pose-megatron"
 # {step of the job: {command: (module in this folder, one line of help)}}
@@ -52,13 +53,23 @@ def usage() -> str:
     return "\n".join(lines)
 
 
+def run(name: str) -> int:
+    """Runs a command of COMMANDS on the rest of sys.argv; returns its exit code."""
+    end_at_once()
+    code = importlib.import_module(f"pose_megatron.commands.{MODULES[name]}").main()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    end_at_once(code)
+    return code
+
+
 def main() -> int:
     """Runs the command that sys.argv names; returns its exit code, 2 where there is none."""
     name, *argv = sys.argv[1:] or [""]
     if name in MODULES:
         # What argparse and error messages call the program.
         sys.argv = [f"{PROGRAM} {name}", *argv]
-        return importlib.import_module(f"pose_megatron.commands.{MODULES[name]}").main()
+        return run(name)
     sys.argv[0] = PROGRAM
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` ends as in any program
     if name in ("-h", "--help"):

@@ -4,8 +4,11 @@ A result is one JSON object: name, metric (one of METRICS), context_length in to
 value under its own name, and whatever else its program has to say.
 """
 
+import contextlib
+import fcntl
 import json
 import operator
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -15,11 +18,30 @@ METRICS = ("perplexity", "passkey")
 
 
 def append(path: str | None, rows: Iterable[dict]) -> None:
-    """Adds results to a file of JSON lines; does nothing without a path."""
-    if path:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+    """Adds results to a file of JSON lines; does nothing without a path.
+
+    Lines stay whole: several evaluators append one after the other, what one that was killed left
+    unfinished stays a line of its own, and a full disk takes back what was begun.
+    """
+    if not path:
+        return
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+    try:
+        with contextlib.suppress(OSError):  # not every file system has locks
+            fcntl.lockf(file, fcntl.LOCK_EX)
+        size = os.fstat(file).st_size
+        if size and os.pread(file, 1, size - 1) != b"\n":
+            lines = b"\n" + lines
+        try:
+            while lines:
+                lines = lines[os.write(file, lines) :]
+        except OSError:
+            os.ftruncate(file, size)
+            raise
+    finally:
+        os.close(file)
 
 
 def read(files: list[str], metric: str) -> dict[str, dict[int, dict]]:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from typing import NoReturn
 
+from pose_megatron.runtime.interrupts import CODE, is_interrupted, raise_interrupts, rest
 from pose_megatron.runtime.ranks import rank, world_size
 
 # How long a rank whose mistake may be an echo waits for torchrun to end it. Two seconds were too
@@ -52,7 +53,7 @@ def command(main: Callable[[], None]) -> Callable[[], int]:
 
     @functools.wraps(main)
     def guarded() -> int:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        raise_interrupts()
         if isinstance(sys.stdout, io.TextIOWrapper):  # a C locale cannot write every name
             sys.stdout.reconfigure(errors="backslashreplace")
         try:
@@ -62,6 +63,7 @@ def command(main: Callable[[], None]) -> Callable[[], int]:
                 os._exit(code)  # the other ranks may be inside a collective: nothing to wait for
             return code
         finally:
+            rest()
             if distributed := _process_group():
                 distributed.destroy_process_group()
 
@@ -73,11 +75,10 @@ def _exit_code(main: Callable[[], None]) -> int:
     try:
         main()
     except KeyboardInterrupt as stop:
-        if rank() == 0:
-            kept = f", {stop}" if str(stop) else ""
-            print(f"{os.path.basename(sys.argv[0])}: interrupted{kept}", file=sys.stderr)
-        return 130
+        return _interrupted(str(stop))
     except Exception as error:
+        if is_interrupted():
+            return _interrupted()
         if world_size() > 1:  # torchrun may end this rank while it waits below
             signal.signal(signal.SIGTERM, lambda *_: os._exit(1))
         if os.environ.get("POSE_TRACEBACK"):
@@ -88,6 +89,14 @@ def _exit_code(main: Callable[[], None]) -> int:
             print_error(_sentence(error))
         return 1
     return 0
+
+
+def _interrupted(kept: str = "") -> int:
+    rest()
+    if rank() == 0:
+        kept = f", {kept}" if kept else ""
+        print(f"{os.path.basename(sys.argv[0])}: interrupted{kept}", file=sys.stderr)
+    return CODE
 
 
 def refuse(error: Exception) -> NoReturn:

@@ -228,13 +228,12 @@ def test_a_full_disk_leaves_the_old_ones(written):
         (["--output", "x", "--sampels", "1"], "unrecognized arguments: --sampels"),
     ],
 )
-def test_wrong_words_are_one_sentence(root, monkeypatch, capsys, words, message):
-    monkeypatch.syspath_prepend(str(root / "tools"))
-    import materialize_positions
+def test_wrong_words_are_one_sentence(monkeypatch, capsys, words, message):
+    from pose_megatron.commands import materialize
 
     monkeypatch.setattr(sys, "argv", ["materialize_positions.py", *words])
     # With a process group, which another test may have left, the program ends this process.
     monkeypatch.setattr("pose_megatron.runtime.cli._process_group", lambda: None)
-    assert materialize_positions.main() == 1
+    assert materialize.main() == 1
     error = capsys.readouterr().err
     assert error.startswith("materialize_positions.py: error: ") and message in error

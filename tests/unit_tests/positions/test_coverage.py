@@ -191,9 +191,8 @@ def test_the_papers_figure_as_a_user_draws_it(root, tmp_path):
         (["--samples", "0"], "must be at least 1"),
     ],
 )
-def test_wrong_words_are_one_sentence(root, monkeypatch, capsys, words, message):
-    monkeypatch.syspath_prepend(str(root / "tools"))
-    import plot_coverage
+def test_wrong_words_are_one_sentence(monkeypatch, capsys, words, message):
+    from pose_megatron.commands import plot_coverage
 
     monkeypatch.setattr(sys, "argv", ["plot_coverage.py", *words])
     # With a process group, which another test may have left, the program ends this process.
