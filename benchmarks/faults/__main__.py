@@ -1,11 +1,12 @@
-"""How our programs end on damaged and on hostile files: counts, and each that ends badly by name.
+"""How our programs end on damaged and hostile files, started twice at once, and killed.
 
-Folders and files of every kind that the tools read are made by the tools themselves, of one small
-model. Then a copy is damaged at random, or something hostile is put into it, and the programs that
-read it run, each bounded in memory and time. A good end is a sentence and an exit code, or the same
-result, byte for byte, as of the clean files. The exit code is 1 where code of a file was executed,
-a program hung, passed its memory or ended in a traceback, or a change was not seen for no reason
-that UNSEEN in damages.py gives.
+Prints counts, and each that ends badly by name. Folders and files of every kind that the tools read
+are made by the tools themselves, of one small model. Then a copy is damaged at random, or something
+hostile is put into it, and the programs that read it run, each bounded in memory and time. A good
+end is a sentence and an exit code, or the same result, byte for byte, as of the clean files; for
+pairs and kills see pairs.py. The exit code is 1 where code of a file was executed, a program
+hung, passed its memory or ended in a traceback, a change was not seen for no reason that UNSEEN in
+damages.py gives, or an output was lost or wrong after a pair or a kill.
 """
 
 import argparse
@@ -17,7 +18,7 @@ import shutil
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
@@ -30,6 +31,7 @@ import damages
 import hostile_code
 import hostile_files
 import material
+import pairs
 from attempt import MEBIBYTES, SECONDS, Ended, attempt
 
 from pose_megatron.checkpoints.megatron.torch_dist_metadata import read_metadata
@@ -51,6 +53,9 @@ def main() -> int:
     parser.add_argument(
         "--only", metavar="WORDS", help="hostile files with these words in the name"
     )
+    parser.add_argument(
+        "--pairs", type=int, default=2, help="pairs and kills, so many of each for every tool [2]"
+    )
     parser.add_argument("--output", type=Path, help="write the figures there as JSON")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="faults-") as name:
@@ -58,10 +63,14 @@ def main() -> int:
         if args.damages:
             run_damages(room, args.damages, args.seed)
         run_hostile(room, args.large, args.only)
+        counts = run_pairs(room.clean, args.pairs, args.seed)
     room.print_table()
+    print_counts(counts, pairs.COLUMNS)
     if args.output:
-        args.output.write_text(json.dumps(room.figures(), indent=1) + "\n", encoding="utf-8")
-    return 1 if room.bad() else 0
+        figures = room.figures() | {"pairs": {kind: dict(hows) for kind, hows in counts.items()}}
+        args.output.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    bad = sum(hows[how] for hows in counts.values() for how in pairs.BAD)
+    return 1 if room.bad() or bad else 0
 
 
 class Room:
@@ -118,9 +127,7 @@ class Room:
 
     def print_table(self) -> None:
         print(f"\nbounds: {MEBIBYTES} MiB, {SECONDS} s; most taken: {self._most:.0f} MiB\n")
-        print("| | " + " | ".join(COLUMNS) + " |\n|---|" + "---:|" * len(COLUMNS))
-        for kind, counts in self._counts.items():
-            print(f"| {kind} | " + " | ".join(str(counts[how]) for how in COLUMNS) + " |")
+        print_counts(self._counts, COLUMNS)
         reasons = Counter(
             how.removeprefix("unseen, ")
             for counts in self._counts.values()
@@ -132,6 +139,22 @@ class Room:
 
 
 COLUMNS = ("refused", "no effect", *BAD)
+
+
+def print_counts(rows: dict[str, Counter[str]], columns: Sequence[str]) -> None:
+    print("\n| | " + " | ".join(columns) + " |\n|---|" + "---:|" * len(columns))
+    for kind, counts in rows.items():
+        print(f"| {kind} | " + " | ".join(str(counts[how]) for how in columns) + " |")
+
+
+def run_pairs(clean: Path, rounds: int, seed: int) -> dict[str, Counter[str]]:
+    counts: dict[str, Counter[str]] = {}
+    total = 2 * rounds * len(pairs.COMMANDS)
+    for outcome in _with_progress("pairs, kills", pairs.run(clean, rounds, seed), total):
+        counts.setdefault(outcome.kind, Counter())[outcome.how] += 1
+        if outcome.how in pairs.BAD:
+            print(f"{outcome.how}: {outcome.kind}: {outcome.said[-1000:]}", flush=True)
+    return counts
 
 
 def run_damages(room: Room, count: int, seed: int) -> None:
@@ -164,10 +187,10 @@ def run_hostile(room: Room, large: bool, only: str) -> None:
             room.count(case.kind, how, case.name, program, ended)
 
 
-def _with_progress(what: str, items: Iterable) -> Iterator:
+def _with_progress(what: str, items: Iterable, total: int | None = None) -> Iterator:
     """The items; done, rate and time left go to stderr, also without a terminal."""
-    found, seconds = list(items), 0.1 if sys.stderr.isatty() else 30
-    return iter(tqdm(found, desc=what, mininterval=seconds))
+    found, seconds = items if total else list(items), 0.1 if sys.stderr.isatty() else 30
+    return iter(tqdm(found, desc=what, total=total, mininterval=seconds))
 
 
 def _passes_over(program: str) -> bool:

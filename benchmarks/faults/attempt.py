@@ -44,32 +44,45 @@ class Ended:
 
 
 def attempt(words: list[str]) -> Ended:
-    """Runs `pose-megatron WORDS`, or the trainer where the first word is "pretrain".
+    """Runs `pose-megatron WORDS`, or the trainer where the first word is "pretrain", to its end."""
+    return Attempt(words).end()
+
+
+class Attempt:
+    """A program that runs.
 
     The process is a fork of this one, which has imported everything: seconds of each attempt would
     be imports.
     """
-    receiver, sender = os.pipe()
-    child = os.fork()
-    if not child:
-        os.close(receiver)
-        _run(words, sender)
-    os.close(sender)
-    began, said, hung = _read_all(receiver, child)
-    _, status, usage = os.wait4(child, 0)
-    code = os.waitstatus_to_exitcode(status)
-    mebibytes = max(usage.ru_maxrss * 1024 - began, 0) / (1 << 20)
-    if hung:
-        how = "hung"
-    elif "MemoryError" in said or "Cannot allocate memory" in said or mebibytes > MEBIBYTES:
-        how = "memory"
-    elif "Traceback (most recent call last)" in said:
-        how = "traceback"
-    elif code < 0:
-        how = "killed"
-    else:
-        how = "refused" if code else "accepted"
-    return Ended(how, said, mebibytes)
+
+    def __init__(self, words: list[str]):
+        self._receiver, sender = os.pipe()
+        self._child = os.fork()
+        if not self._child:
+            os.close(self._receiver)
+            _run(words, sender)
+        os.close(sender)
+
+    def kill(self) -> None:
+        """Ends the process, not those that it has started."""
+        os.kill(self._child, signal.SIGKILL)
+
+    def end(self) -> Ended:
+        began, said, hung = _read_all(self._receiver, self._child)
+        _, status, usage = os.wait4(self._child, 0)
+        code = os.waitstatus_to_exitcode(status)
+        mebibytes = max(usage.ru_maxrss * 1024 - began, 0) / (1 << 20)
+        if hung:
+            how = "hung"
+        elif "MemoryError" in said or "Cannot allocate memory" in said or mebibytes > MEBIBYTES:
+            how = "memory"
+        elif "Traceback (most recent call last)" in said:
+            how = "traceback"
+        elif code < 0:
+            how = "killed"
+        else:
+            how = "refused" if code else "accepted"
+        return Ended(how, said, mebibytes)
 
 
 def _run(words: list[str], sender: int) -> None:
@@ -121,5 +134,5 @@ def _read_all(receiver: int, child: int) -> tuple[int, str, bool]:
             break
         said += block
     os.close(receiver)
-    (began,) = _BEGAN.unpack(said[: _BEGAN.size])
+    (began,) = _BEGAN.unpack(said[: _BEGAN.size].ljust(_BEGAN.size, b"\0"))  # killed before it
     return began, said[_BEGAN.size :].decode(errors="replace"), hung

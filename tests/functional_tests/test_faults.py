@@ -6,7 +6,7 @@ import sys
 
 
 def test_a_few_of_each_kind(root, tmp_path):
-    words = ["--damages", "18", "--seed", "1", "--only", "code beside weights"]
+    words = ["--damages", "18", "--seed", "1", "--only", "code beside weights", "--pairs", "1"]
     run = subprocess.run(
         [sys.executable, root / "benchmarks/faults", *words, "--output", tmp_path / "figures.json"],
         capture_output=True,
@@ -20,4 +20,7 @@ def test_a_few_of_each_kind(root, tmp_path):
         assert not bad & counts.keys(), (kind, figures["named"])
         assert counts.get("refused"), kind
     assert len(figures["counts"]) == 10
+    assert len(figures["pairs"]) == 10  # five tools, twice at once and killed
+    for kind, counts in figures["pairs"].items():
+        assert counts in ({"right": 1}, {"refused": 1}), kind
     assert figures["most_mebibytes"] < 1024
