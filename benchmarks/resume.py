@@ -17,11 +17,10 @@ from pathlib import Path
 
 import torch
 import trainers
-from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
 from pose_megatron.checkpoints.checksums import checksums
 from pose_megatron.checkpoints.megatron.directory import find
-from pose_megatron.training.checkpointing import load
+from pose_megatron.training.checkpointing import SaveQueue, load
 from pose_megatron.training.trainer import save
 
 WORDS = """
@@ -111,7 +110,7 @@ def work(args: argparse.Namespace) -> None:
 def background(run: trainers.Run, steps: int) -> tuple[float, float]:
     """(seconds of the call, seconds by which a background save lengthens this many steps)."""
     alone = timed(lambda: [run.step() for _ in range(steps)])
-    queue = AsyncCallsQueue()
+    queue = SaveQueue()
     start = time.perf_counter()
     save(run.trainer, queue)
     call = time.perf_counter() - start

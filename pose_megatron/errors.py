@@ -10,6 +10,10 @@ class DamagedCheckpoint(ValueError):
     taken. A checkpoint that is whole and does not fit the run is a ConfigError."""
 
 
+class SaveFailed(OSError):
+    """A checkpoint could not be written; those before it are whole."""
+
+
 def flag_name(name: str) -> str:
     """The flag of a name: --seq-length of seq_length."""
     return "--" + name.replace("_", "-")

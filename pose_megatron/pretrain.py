@@ -17,7 +17,9 @@ from pose_megatron.data.materialized import read_description
 from pose_megatron.runtime import distributed
 from pose_megatron.runtime.cli import command
 from pose_megatron.runtime.ranks import print_rank_0, rank, world_size
+from pose_megatron.training.resume import changes, trained_tokens
 from pose_megatron.training.run import Run, assemble, train_valid_test_datasets_provider
+from pose_megatron.training.save_folder import check_save, own_save
 from pose_megatron.training.train import train
 from pose_megatron.training.trainer import setup
 
@@ -31,8 +33,12 @@ def main() -> None:
 
     # What is trained, and how the ranks divide it.
     run = assemble(args)
-    layout = lay_out(args, run.model, world_size())
+    check_save(run)
+    resumed = run.loaded if run.resume else None
+    layout = lay_out(args, run.model, world_size(), resumed.consumed_samples if resumed else 0)
     describe(run, layout)
+    for line in changes(run, layout):
+        print_rank_0(line)
     if args.logging.dry_run:
         return
 
@@ -42,12 +48,13 @@ def main() -> None:
         timeout_minutes=args.parallel.distributed_timeout_minutes,
     )
 
-    # The corpus: skip-wise positions for training, plain ones for validation.
-    positions_only = "tokens" not in fields_here()
-    datasets = train_valid_test_datasets_provider(run, layout, positions_only)
+    with own_save(args.checkpoint.save, run.model, args.training.bf16):
+        # The corpus: skip-wise positions for training, plain ones for validation.
+        positions_only = "tokens" not in fields_here()
+        datasets = train_valid_test_datasets_provider(run, layout, positions_only)
 
-    trainer = setup(run, layout)
-    train(trainer, *datasets)
+        trainer = setup(run, layout)
+        train(trainer, *datasets)
 
 
 def describe(run: Run, layout: Layout) -> None:
@@ -66,7 +73,6 @@ def describe(run: Run, layout: Layout) -> None:
     if args.data.materialized:
         law = read_description(args.data.materialized)["law"]
         positions = f"of {args.data.materialized}: {law}"
-    steps, samples = layout.end(t) if t.train_iters or t.train_samples else (0, 0)
     batch = layout.global_batch_size
     print_rank_0(
         f"model      {model.num_parameters:,} parameters: {model.num_layers} layers, hidden "
@@ -80,7 +86,7 @@ def describe(run: Run, layout: Layout) -> None:
         f"{layout.data_parallel_size}{shared}, batch {batch} = {t.micro_batch_size} x "
         f"{layout.num_microbatches(batch)} micro-batches x {layout.data_parallel_size}"
         f"{f', from {layout.batch_size(0)} up' if layout.rampup else ''}\n"
-        f"training   {steps} steps, {samples * sampler.window:,} tokens, seed {t.seed}"
+        f"training   {length(run, layout)}, seed {t.seed}"
     )
     if args.data.materialized:
         return
@@ -93,6 +99,23 @@ def describe(run: Run, layout: Layout) -> None:
             chunks = list(zip(plan.lengths, plan.position_starts, plan.text_starts, strict=True))
             shown = ", ".join(f"{n} @ {u} <- {v}" for n, u, v in chunks[:8])
             print_rank_0(f"  sample {index}: {shown}{', ...' if len(chunks) > 8 else ''}")
+
+
+def length(run: Run, layout: Layout) -> str:
+    """The steps and tokens of the run, and how much of them a resumed one has done."""
+    t, window = run.args.training, run.sampler.window
+    if not (t.train_iters or t.train_samples):
+        return "0 steps"
+    if not (run.loaded and run.resume):
+        steps, samples = layout.end(t)
+        return f"{steps} steps, {samples * window:,} tokens"
+    done, consumed = run.loaded.iteration, run.loaded.consumed_samples
+    trained = trained_tokens(run.loaded, window)
+    steps, samples = layout.end(t, done, consumed)
+    tokens = trained + (samples - consumed) * window
+    return (
+        f"{steps} steps, {tokens:,} tokens, of which {done} steps and {trained:,} tokens are done"
+    )
 
 
 if __name__ == "__main__":

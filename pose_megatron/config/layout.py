@@ -37,6 +37,13 @@ class Layout:
         increments = (self.global_batch_size - first) // increment
         return first + int(consumed / (samples / increments)) * increment
 
+    def batch_sizes(self, consumed: int = 0) -> list[int]:
+        """The sizes of the steps from `consumed` samples on, the first ones first."""
+        if self.rampup is None:
+            return [self.global_batch_size]
+        first, last = self.batch_size(consumed), self.global_batch_size
+        return [*range(first, last, self.rampup[1]), last]
+
     def num_microbatches(self, batch_size: int) -> int:
         """Forward passes of a rank in a step of `batch_size` samples."""
         return batch_size // (self.micro_batch_size * self.data_parallel_size)
@@ -57,12 +64,13 @@ class Layout:
         return iteration + left, consumed + left * self.global_batch_size
 
 
-def lay_out(args: Arguments, model: ModelConfig, world_size: int) -> Layout:
+def lay_out(args: Arguments, model: ModelConfig, world_size: int, consumed: int = 0) -> Layout:
     """Divides the run over its ranks.
 
     Args:
         model: the resolved shape.
         world_size: ranks of the job.
+        consumed: samples that a resumed run has trained on: its batches from there on count.
 
     Raises:
         ConfigError: naming the flag, its value and the way out.
@@ -81,7 +89,7 @@ def lay_out(args: Arguments, model: ModelConfig, world_size: int) -> Layout:
         )
     dp = world_size // (tp * pp * cp)
     batch = t.global_batch_size or t.micro_batch_size * dp
-    batches, rampup = [("--global-batch-size", batch)], None
+    rampup = None
     if t.rampup_batch_size:
         first, increment, ramp_samples = t.rampup_batch_size
         rampup = (first, increment, ramp_samples)
@@ -90,19 +98,31 @@ def lay_out(args: Arguments, model: ModelConfig, world_size: int) -> Layout:
                 f"--rampup-batch-size {first} {increment} ...: steps of {increment} do not lead "
                 f"from {first} to --global-batch-size {batch}"
             )
-        batches += [("--rampup-batch-size", first), ("--rampup-batch-size increment", increment)]
-    for name, samples in batches:
-        if samples % (t.micro_batch_size * dp):
-            raise ConfigError(
-                f"{name} {samples} is not a multiple of --micro-batch-size "
-                f"{t.micro_batch_size} x {dp} data-parallel ranks"
-            )
     layout = Layout(dp, t.micro_batch_size, batch, rampup)
     _check_shape(p, model)
     _check_experts(p, model, dp * cp, t.moe_aux_loss_coeff)
-    _check_interleaving(p, model.num_layers // pp, layout, [samples for _, samples in batches])
+    check_batches(args, layout, consumed)
+    _check_interleaving(p, model.num_layers // pp, layout, layout.batch_sizes(consumed))
     _check_window(args, model)
     return layout
+
+
+def check_batches(args: Arguments, layout: Layout, consumed: int = 0) -> None:
+    """Every batch from `consumed` samples on must divide into the micro-batches of the ranks.
+
+    Raises:
+        ConfigError: naming the flag, its value and the way out.
+    """
+    ranks = layout.data_parallel_size
+    for batch in layout.batch_sizes(consumed):
+        if batch % (layout.micro_batch_size * ranks):
+            name, ramped = "--global-batch-size", batch != layout.global_batch_size
+            if ramped:
+                name = f"--rampup-batch-size {' '.join(map(str, args.training.rampup_batch_size))}:"
+            raise ConfigError(
+                f"{name} {'a batch of ' if ramped else ''}{batch} is not a multiple of "
+                f"--micro-batch-size {layout.micro_batch_size} x {ranks} data-parallel ranks"
+            )
 
 
 def _check_shape(p: ParallelFlags, model: ModelConfig) -> None:

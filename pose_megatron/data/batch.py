@@ -15,6 +15,7 @@ from megatron.core import parallel_state
 from pose_megatron.data.dataset import TrainingSet
 from pose_megatron.errors import ConfigError
 from pose_megatron.runtime.distributed import device
+from pose_megatron.runtime.processes import leave_signals_to_parent
 
 FIELDS = ("tokens", "labels", "loss_mask", "position_ids")
 
@@ -80,6 +81,7 @@ def batches(
         batch_sampler=sampler,
         collate_fn=_collate,
         num_workers=num_workers,
+        worker_init_fn=leave_signals_to_parent,
         pin_memory=torch.cuda.is_available(),
     )
     return iter(loader)

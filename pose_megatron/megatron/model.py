@@ -134,7 +134,7 @@ def resolve_rope(args: argparse.Namespace) -> Rope:
 
 
 def _holds_checkpoint(folder: str | None) -> bool:
-    return folder is not None and directory.exists(folder)
+    return folder is not None and directory.has_tracker(folder)  # as Megatron looks for it
 
 
 def _model_of_args(args: argparse.Namespace) -> ModelConfig:

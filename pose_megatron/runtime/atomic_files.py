@@ -23,9 +23,13 @@ from pose_megatron.runtime.ownership import owned
 def write_atomically(path: Path, text: str) -> None:
     """Replaces a file's content by `text` as a whole, or not at all."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    fsync(temporary)
-    temporary.replace(path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        fsync(temporary)
+        temporary.replace(path)
+    except OSError:  # such as a full disk
+        temporary.unlink(missing_ok=True)
+        raise
     fsync(path.parent)
 
 

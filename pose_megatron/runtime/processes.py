@@ -1,4 +1,4 @@
-"""When processes end: with the process that started them, or because they are told to.
+"""When processes end: with the process that started them.
 
 A killed launcher would leave its ranks training on, beside those that replace them. A killed rank
 would leave the writers that it forked: they keep its memory, and go on writing a checkpoint that
@@ -7,12 +7,9 @@ the next start writes anew. On Linux children end with their parent; elsewhere t
 
 import ctypes
 import functools
-import math
 import os
 import signal
 import sys
-import time
-from collections.abc import Sequence
 
 
 def end_with_parent(parent: int) -> None:
@@ -37,34 +34,12 @@ def children_end_with_this() -> None:
     os.register_at_fork(before=note, after_in_child=lambda: end_with_parent(parent))
 
 
-class Stop:
-    """Whether to stop before --train-iters: by a signal to any rank, or by the clock.
+def leave_signals_to_parent(worker: int = 0) -> None:
+    """Has this process ignore the signals that stop a job, which may go to all of its processes:
+    its parent stops it once it is no longer needed.
 
     Args:
-        minutes: --exit-duration-in-mins, counted from here; None for no limit.
+        worker: its number, which torch's DataLoader gives.
     """
-
-    SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-
-    def __init__(self, minutes: float | None):
-        self.deadline = time.monotonic() + 60 * minutes if minutes else math.inf
-        self.caught = 0
-        for number in self.SIGNALS:
-            signal.signal(number, self._catch)
-
-    def _catch(self, number: int, frame) -> None:
-        self.caught = number
-
-    def stop_votes(self) -> list[float]:
-        """This rank's stop votes, one float per reason; all-reduced with the step's loss."""
-        late = time.monotonic() > self.deadline
-        return [*(float(self.caught == number) for number in self.SIGNALS), float(late)]
-
-    def reason(self, stop_votes: Sequence[float]) -> str | None:
-        """The first reason any rank voted for, or None to continue.
-
-        Args:
-            stop_votes: summed over the ranks.
-        """
-        names = [*(number.name for number in self.SIGNALS), "--exit-duration-in-mins"]
-        return next((name for name, count in zip(names, stop_votes, strict=True) if count), None)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)

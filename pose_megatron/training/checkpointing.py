@@ -4,11 +4,11 @@ Weights are stored under names that no layout changes, with the layer as a leadi
 layout has saved loads under any other.
 """
 
+import contextlib
 import inspect
-import multiprocessing
 import random
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
@@ -27,6 +26,7 @@ from pose_megatron.checkpoints.megatron.directory import (
     Checkpoint,
     content_metadata,
     copy_tokenizer,
+    discard,
     forget,
     path_of,
     publish,
@@ -35,16 +35,34 @@ from pose_megatron.checkpoints.megatron.directory import (
 from pose_megatron.checkpoints.megatron.safe_loading import safe_loading
 from pose_megatron.checkpoints.megatron.torch_dist import EXPERTS_NORM, LOCAL_EXPERTS_NORM
 from pose_megatron.checkpoints.megatron.torch_dist_metadata import read_index
-from pose_megatron.errors import ConfigError, DamagedCheckpoint, gist
+from pose_megatron.errors import ConfigError, DamagedCheckpoint, SaveFailed, gist
 from pose_megatron.models.shape import ModelConfig
 from pose_megatron.runtime.megatron_core import common_state_is_an_object, megatron_core_version
-from pose_megatron.runtime.processes import children_end_with_this
 from pose_megatron.training.hybrid_layout import retarget_to_hybrid_layout
 from pose_megatron.training.optimizer import init_optimizer_state, parts
+from pose_megatron.training.optimizer import load as load_optimizer
+from pose_megatron.training.writers import report_failures
 
 # megatron-core has no error of its own for damaged files, and torch's is no Exception.
 _OURS = f"{DamagedCheckpoint.__name__}: "
 ANY_FAILURE = (Exception, CheckpointException)
+
+
+class SaveQueue(AsyncCallsQueue):
+    """Saves in the background, one at a time."""
+
+    path: Path | None = None  # of the last save
+
+    def maybe_finalize_async_calls(self, blocking: bool = False, no_dist: bool = False) -> list:
+        """Finishes a save if all ranks have written it; with `blocking`, waits until they have.
+
+        Raises:
+            SaveFailed: it could not be written.
+        """
+        if self.path is None:
+            return []
+        with _half_a_save_goes(self.path):
+            return super().maybe_finalize_async_calls(blocking, no_dist)
 
 
 def save(
@@ -57,8 +75,9 @@ def save(
     scheduler,
     tokenizer_files: Iterable[Path] = (),
     retain: int | None = None,
-    queue: AsyncCallsQueue | None = None,
+    queue: SaveQueue | None = None,
     done: Callable[[Path], None] = lambda path: None,
+    record: dict | None = None,
 ) -> Path:
     """Writes a whole training state; every rank calls it.
 
@@ -72,15 +91,20 @@ def save(
             whole.
         queue: to write in the background; the queue's maybe_finalize_async_calls finishes the save.
         done: called with the checkpoint's folder once it is whole.
+        record: what else to say of the run, for the one that goes on from it.
 
     Returns:
         The checkpoint's folder.
+
+    Raises:
+        SaveFailed: it could not be written; nothing of it stays.
     """
     p = parallel_state
     state = common_state(
         model,
         iteration,
         consumed_samples,
+        record,
         world_size=dist.get_world_size(),
         tensor_model_parallel_size=p.get_tensor_model_parallel_world_size(),
         pipeline_model_parallel_size=p.get_pipeline_model_parallel_world_size(),
@@ -118,7 +142,7 @@ def write(
     metadata: dict,
     tokenizer_files,
     finish: Callable[[Path], None],
-    queue: AsyncCallsQueue | None = None,
+    queue: SaveQueue | None = None,
 ) -> Path:
     """Writes a state dict as <root>/iter_... or <root>/release, then calls `finish`.
 
@@ -127,37 +151,46 @@ def write(
         queue: see `save`.
     """
     path = path_of(root, word)
-    if dist.get_rank() == 0:
-        root.mkdir(parents=True, exist_ok=True)
-        if path.exists():  # what a killed save left, or what this run overwrites
-            forget(root, word)
-            shutil.rmtree(path)
-        path.mkdir()
-        copy_tokenizer(root, tokenizer_files)
-    dist.barrier()
-    _quick_results_queue()
-    options = {"content_metadata": metadata, "async_sharded_save": queue is not None}
-    if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:
-        options["async_strategy"] = "mcore"  # the default is a package that is not installed
-    request = dist_checkpointing.save(state, str(path), **options)
-    if queue is None:
-        finish(path)
+    report_failures()
+    with _half_a_save_goes(path):
+        if dist.get_rank() == 0:
+            root.mkdir(parents=True, exist_ok=True)
+            if path.exists():  # what a killed save left, or what this run overwrites
+                forget(root, word)
+                shutil.rmtree(path)
+            path.mkdir()
+            copy_tokenizer(root, tokenizer_files)
         dist.barrier()
-    else:
-        request.add_finalize_fn(lambda: finish(path))
-        queue.schedule_async_request(request)
+        options = {"content_metadata": metadata, "async_sharded_save": queue is not None}
+        if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:
+            options["async_strategy"] = "mcore"  # the default is a package that is not installed
+        request = dist_checkpointing.save(state, str(path), **options)
+        if queue is None:
+            finish(path)
+        else:
+            request.add_finalize_fn(lambda: finish(path))
+            queue.path = path
+            queue.schedule_async_request(request)
+    if queue is None:
+        dist.barrier()
     return path
 
 
-def _quick_results_queue() -> None:
-    """Gives megatron-core's writer a forked manager process to report through.
-
-    It would spawn one, which imports everything anew: seconds, and the memory of a whole rank.
-    """
-    if filesystem_async._results_queue is None:
-        children_end_with_this()
-        manager = multiprocessing.get_context("fork").Manager()
-        filesystem_async._results_queue = manager.Queue()
+@contextlib.contextmanager
+def _half_a_save_goes(path: Path) -> Iterator[None]:
+    """Removes a checkpoint that did not become whole, as on a full disk, and says why."""
+    try:
+        yield
+    except (OSError, RuntimeError, CheckpointException) as error:
+        left = "; what was written of it stays"
+        if dist.get_rank() == 0 and discard(path):
+            left = ""
+        free = shutil.disk_usage(path.parent if path.parent.is_dir() else Path.cwd()).free
+        reason = gist(error).removeprefix("RuntimeError: Worker failure: ")
+        raise SaveFailed(
+            f"checkpoint {path} cannot be written: {reason}; {free / 2**20:,.0f} MiB are free "
+            f"there{left}"
+        ) from error
 
 
 def load(checkpoint: Checkpoint, stages: list, optimizer=None, scheduler=None) -> None:
@@ -248,7 +281,7 @@ def load(checkpoint: Checkpoint, stages: list, optimizer=None, scheduler=None) -
         missing = [key for key in missing if not key.endswith("_extra_state")]
         assert not missing, missing
     if optimizer is not None:
-        optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(optimizer, state["optimizer"])
         scheduler.load_state_dict(state["opt_param_scheduler"])
         if "rng_state" in state:
             _restore_random_state(state["rng_state"])

@@ -121,6 +121,20 @@ class Log:
         print_rank_0(f"saved {path}")
         self.mark = time.perf_counter()  # not a step's time
 
+    def stopping(self, reason: str, saves: bool, saved: bool) -> None:
+        """The run ends early.
+
+        Args:
+            saves: whether there is a --save; `saved`: whether it holds the last whole step.
+        """
+        at = self.trainer.iteration
+        what = f"saving iteration {at}"
+        if saved or not at:
+            what = f"iteration {at} is saved already" if at else "nothing was trained yet"
+        elif not saves:
+            what = f"iteration {at} is lost, as there is no --save"
+        print_rank_0(f"Stopping: {what} ({reason})")
+
     def anomaly(self, what: str, worst: list[tuple[str, float]]) -> None:
         """A step that went wrong, and the (name, loss) of its samples with the highest loss."""
         at = self.trainer.iteration

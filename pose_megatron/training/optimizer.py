@@ -108,6 +108,16 @@ def update(optimizer: MegatronOptimizer, clip_grad: float, finite: bool) -> tupl
     return norm, optimizer.step_with_ready_grads()
 
 
+def load(optimizer: MegatronOptimizer, state: dict) -> None:
+    """Takes a checkpoint's state, but for what the flags say of the optimizer (resume.py)."""
+    names = ("betas", "eps", "max_lr", "min_lr", "lr_mult", "wd_mult")
+    groups = optimizer.param_groups
+    ours = [{name: group[name] for name in names if name in group} for group in groups]
+    optimizer.load_state_dict(state)
+    for group, values in zip(optimizer.param_groups, ours, strict=True):
+        group.update(values)
+
+
 def init_optimizer_state(optimizer: MegatronOptimizer) -> None:
     """Gives torch's AdamW its whole state before a checkpoint is loaded into it.
 

@@ -124,6 +124,11 @@ def starting_point(flags: CheckpointFlags) -> tuple[Checkpoint | None, bool]:
     if flags.load == flags.save and not (directory.exists(flags.load) or flags.finetune):
         print_rank_0(f"{flags.load} holds no checkpoint yet: starting from fresh weights")
         return None, False
+    if directory.exists(flags.load) and not directory.has_tracker(flags.load):
+        print_rank_0(
+            f"{flags.load} has no {directory.TRACKER}: going on from the newest whole checkpoint, "
+            f"{directory.latest_whole(flags.load)}"
+        )
     try:
         return directory.find(flags.load), not flags.finetune
     except DamagedCheckpoint as error:

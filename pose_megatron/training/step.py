@@ -5,7 +5,6 @@ pipeline stage.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,11 +12,13 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import unwrap_model
 
 from pose_megatron.data.batch import get_batch
 from pose_megatron.data.dataset import PoseDataset, TrainingSet
 from pose_megatron.runtime.distributed import device
 from pose_megatron.training.optimizer import update
+from pose_megatron.training.stop import Stop
 from pose_megatron.training.trainer import Trainer
 
 
@@ -32,7 +33,6 @@ class Step:
         first, samples: the batch is samples [first, first + samples) of the run.
         rows: for each micro-batch on this rank [b, 2]: each sample's loss sum and tokens, or those
             of this context-parallel rank's slice. Empty but on the last pipeline stage.
-        stop_votes: summed over the ranks.
     """
 
     loss: float
@@ -41,23 +41,27 @@ class Step:
     first: int
     samples: int
     rows: list[torch.Tensor]
-    stop_votes: list[float]
 
 
-def train_step(trainer: Trainer, data, stop_votes: Sequence[float] = ()) -> Step:
+def train_step(trainer: Trainer, data, stop: Stop | None = None) -> Step | None:
     """One step: all micro-batches forward and backward, then one update.
 
     Args:
         data: this rank's micro-batches, from `Trainer.data_iterator`.
-        stop_votes: this rank's, see processes.Stop; all-reduced with the loss.
+        stop: asked before each micro-batch.
+
+    Returns:
+        None if the step was called off: it has changed nothing, and no other can follow.
     """
     first = trainer.consumed_samples
     samples = trainer.layout.batch_size(first)
     for model in trainer.models:
         model.zero_grad_buffer()
     trainer.optimizer.zero_grad()
-    rows = _forward_backward(trainer, data, samples, forward_only=False)
-    loss, votes = _over_ranks(rows, stop_votes)
+    rows = _forward_backward(trainer, data, samples, forward_only=False, stop=stop)
+    if stop and stop.reason:
+        return None
+    loss = _over_ranks(rows)
     grad_norm, updated = update(
         trainer.optimizer, trainer.args.training.clip_grad, math.isfinite(loss)
     )
@@ -65,26 +69,36 @@ def train_step(trainer: Trainer, data, stop_votes: Sequence[float] = ()) -> Step
         trainer.scheduler.step(increment=samples)
     trainer.iteration += 1
     trainer.consumed_samples += samples
-    return Step(loss, grad_norm, updated, first, samples, rows, votes)
+    trainer.consumed_tokens += samples * trainer.args.data.seq_length
+    return Step(loss, grad_norm, updated, first, samples, rows)
 
 
 @torch.no_grad()
-def evaluate(trainer: Trainer, valid_set: PoseDataset | None) -> float:
-    """Mean loss per token over --eval-iters batches, the same on every rank."""
+def evaluate(
+    trainer: Trainer, valid_set: PoseDataset | None, stop: Stop | None = None
+) -> float | None:
+    """Mean loss per token over --eval-iters batches, the same on every rank.
+
+    Args:
+        stop: asked before each micro-batch.
+
+    Returns:
+        None if it was called off.
+    """
     data = trainer.data_iterator(valid_set, 0, num_workers=0)
     for model in trainer.models:
         model.eval()
+    rows: list[torch.Tensor] = []
     with trainer.whole_weights():
-        rows = [
-            row
-            for _ in range(trainer.args.logging.eval_iters)
-            for row in _forward_backward(
-                trainer, data, trainer.layout.global_batch_size, forward_only=True
+        for _ in range(trainer.args.logging.eval_iters):
+            rows += _forward_backward(
+                trainer, data, trainer.layout.global_batch_size, forward_only=True, stop=stop
             )
-        ]
+            if stop and stop.reason:
+                return None
     for model in trainer.models:
         model.train()
-    return _over_ranks(rows)[0]
+    return _over_ranks(rows)
 
 
 def sample_losses(trainer: Trainer, step: Step) -> list[float]:
@@ -123,13 +137,13 @@ def worst_samples(
 
 
 def _forward_backward(
-    trainer: Trainer, data, samples: int, forward_only: bool
+    trainer: Trainer, data, samples: int, forward_only: bool, stop: Stop | None
 ) -> list[torch.Tensor]:
     """Runs megatron-core's schedule over a batch; returns `Step.rows`."""
     t, length = trainer.args.training, trainer.args.data.seq_length
     reports = get_forward_backward_func()(
         forward_step_func=partial(
-            forward_step, micro_batch_size=t.micro_batch_size, seq_length=length
+            forward_step, micro_batch_size=t.micro_batch_size, seq_length=length, stop=stop
         ),
         data_iterator=data,
         model=trainer.models if len(trainer.models) > 1 else trainer.models[0],
@@ -141,16 +155,43 @@ def _forward_backward(
     return [report["rows"] for report in reports]
 
 
-def forward_step(data_iterator, model, micro_batch_size: int, seq_length: int):
+def forward_step(
+    data_iterator, model, micro_batch_size: int, seq_length: int, stop: Stop | None = None
+):
     """The forward pass of one micro-batch; megatron-core's schedules give the first two arguments.
 
     Returns:
         (this pipeline stage's output, the loss function to apply to the last stage's).
     """
+    if stop and stop.before_micro_batch():
+        return _called_off(model, micro_batch_size, seq_length)
     batch = get_batch(data_iterator, micro_batch_size, seq_length)
     # No attention mask: causal by token index is what the kernels do without one.
     output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
     return output, partial(loss_func, batch["loss_mask"])
+
+
+def _called_off(model, micro_batch_size: int, seq_length: int):
+    """What `forward_step` returns for the rest of a step that counts no more: zeros of the right
+    shape, as megatron-core's schedules still send them from stage to stage and back."""
+    stage = unwrap_model(model)
+    config = stage.config
+    config.finalize_model_grads_func = None  # an overlapped reduction was perhaps not begun
+    hidden = stage.decoder.input_tensor
+    if hidden is None:  # the first stage
+        length = seq_length // config.context_parallel_size
+        if config.sequence_parallel:
+            length //= config.tensor_model_parallel_size
+        shape = (length, micro_batch_size, config.hidden_size)
+        hidden = torch.zeros(
+            shape, dtype=config.params_dtype, device=device(), requires_grad=torch.is_grad_enabled()
+        )
+
+    def no_loss(output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict]:
+        tokens = torch.ones((), dtype=torch.int32, device=device())
+        return output.float().sum(), tokens, {"rows": output.new_zeros(0, 2)}
+
+    return hidden * 0, no_loss
 
 
 def loss_func(
@@ -175,18 +216,15 @@ def loss_func(
     return loss, tokens.int(), {"rows": rows.detach()}
 
 
-def _over_ranks(
-    rows: list[torch.Tensor], stop_votes: Sequence[float] = ()
-) -> tuple[float, list[float]]:
-    """Mean loss per token over all ranks' rows, and the sums of their stop votes.
+def _over_ranks(rows: list[torch.Tensor]) -> float:
+    """Mean loss per token over all ranks' rows.
 
     Only the last pipeline stage has rows, and its tensor-parallel ranks have the same ones, which
     leaves the mean as it is.
     """
-    own = torch.zeros(2 + len(stop_votes), dtype=torch.float64, device=device())
+    total = torch.zeros(2, dtype=torch.float64, device=device())
     for row in rows:
-        own[:2] += row.sum(0, dtype=torch.float64)
-    own[2:] = torch.tensor(stop_votes, dtype=torch.float64)
-    dist.all_reduce(own)
-    loss, tokens, *votes = own.tolist()
-    return loss / tokens, votes
+        total += row.sum(0, dtype=torch.float64)
+    dist.all_reduce(total)
+    loss, tokens = total.tolist()
+    return loss / tokens

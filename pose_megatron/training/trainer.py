@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -16,7 +15,7 @@ from pose_megatron.checkpoints.checksums import checksums
 from pose_megatron.checkpoints.megatron.directory import Checkpoint
 from pose_megatron.checkpoints.sidecars import check_sidecars
 from pose_megatron.config.flags import Arguments, CheckpointFlags
-from pose_megatron.config.layout import Layout
+from pose_megatron.config.layout import Layout, check_batches
 from pose_megatron.data.batch import batches
 from pose_megatron.data.dataset import TrainingSet
 from pose_megatron.errors import DamagedCheckpoint
@@ -24,8 +23,11 @@ from pose_megatron.models.build import build_model, initialize, transformer_conf
 from pose_megatron.models.gpt import PoseModel
 from pose_megatron.models.shape import ModelConfig
 from pose_megatron.training import checkpointing
+from pose_megatron.training.checkpointing import SaveQueue
 from pose_megatron.training.optimizer import build_optimizer, build_scheduler
+from pose_megatron.training.resume import schedule_progress, settings, trained_tokens
 from pose_megatron.training.run import Run, fall_back
+from pose_megatron.training.save_folder import check_tokenizer_files
 
 
 @dataclass
@@ -40,16 +42,21 @@ class Trainer:
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
     tokenizer_files: list[Path]  # copied into checkpoints
+    settings: dict  # what checkpoints say of the run (resume.py)
     iteration: int = 0  # steps done
     consumed_samples: int = 0  # by these steps
+    consumed_tokens: int = 0
     iterations: int = field(init=False)  # steps of the whole run
 
     def __post_init__(self):
-        self.continue_from(self.iteration, self.consumed_samples)
+        self.continue_from(self.iteration, self.consumed_samples, self.consumed_tokens)
 
-    def continue_from(self, iteration: int, consumed_samples: int) -> None:
+    def continue_from(
+        self, iteration: int, consumed_samples: int, consumed_tokens: int = 0
+    ) -> None:
         """Sets how far the run has come, and from that where it ends."""
         self.iteration, self.consumed_samples = iteration, consumed_samples
+        self.consumed_tokens = consumed_tokens
         self.iterations, _ = self.layout.end(self.args.training, iteration, consumed_samples)
 
     def data_iterator(self, dataset: TrainingSet | None, consumed: int, num_workers: int):
@@ -124,10 +131,20 @@ def setup(run: Run, layout: Layout) -> Trainer:
     else:
         files = loaded.tokenizer_files if loaded else []
         check_sidecars({file.name: file for file in files})  # now, and not when they are saved
-    trainer = Trainer(args, config, layout, stages, models, optimizer, scheduler, files)
+    if args.checkpoint.save:
+        check_tokenizer_files(args.checkpoint.save, files)
+    trainer = Trainer(
+        args, config, layout, stages, models, optimizer, scheduler, files, settings(run, layout)
+    )
     if loaded and run.resume:
         loaded = _load(args.checkpoint, loaded, stages, optimizer, scheduler)
-        trainer.continue_from(loaded.iteration, loaded.consumed_samples)
+        check_batches(args, layout, loaded.consumed_samples)  # of an earlier one, perhaps
+        batch = layout.global_batch_size
+        scheduler.num_steps = schedule_progress(loaded, scheduler.num_steps, t, batch)
+        scheduler.step(increment=0)
+        trainer.continue_from(
+            loaded.iteration, loaded.consumed_samples, trained_tokens(loaded, args.data.seq_length)
+        )
     return trainer
 
 
@@ -153,7 +170,7 @@ def core_transformer_config_from_args(args: Arguments, model: ModelConfig) -> Tr
     )
 
 
-def save(trainer: Trainer, queue: AsyncCallsQueue | None = None, done=lambda path: None) -> Path:
+def save(trainer: Trainer, queue: SaveQueue | None = None, done=lambda path: None) -> Path:
     """Writes a checkpoint into --save; for `queue` and `done` see checkpointing.save."""
     args = trainer.args
     assert args.checkpoint.save, "--save is checked by the caller"
@@ -172,6 +189,7 @@ def save(trainer: Trainer, queue: AsyncCallsQueue | None = None, done=lambda pat
             args.checkpoint.save_retain,
             queue,
             done,
+            {"settings": trainer.settings, "consumed_tokens": trainer.consumed_tokens},
         )
 
 

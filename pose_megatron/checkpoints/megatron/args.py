@@ -113,10 +113,13 @@ def _defaults(only: dict[str, tuple]) -> dict[str, Any]:
     return {name: values[0] for name, values in only.items()}
 
 
-def common_state(model: ModelConfig, iteration: int, consumed_samples: int, **run) -> dict:
+def common_state(
+    model: ModelConfig, iteration: int, consumed_samples: int, record: dict | None = None, **run
+) -> dict:
     """What all ranks of a Megatron-LM checkpoint share, and our own key.
 
     Args:
+        record: what else to keep under our own key.
         run: further arguments under Megatron-LM's names: layout, precision.
     """
     return {
@@ -124,7 +127,7 @@ def common_state(model: ModelConfig, iteration: int, consumed_samples: int, **ru
         "checkpoint_version": 3.0,
         "iteration": iteration,
         "num_floating_point_operations_so_far": 0,
-        "pose_megatron": {"model": model.to_dict()},
+        "pose_megatron": {"model": model.to_dict()} | (record or {}),
     }
 
 

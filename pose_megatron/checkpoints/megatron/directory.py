@@ -76,14 +76,26 @@ class Checkpoint:
 
 def exists(root: str | Path) -> bool:
     """Whether a folder holds a checkpoint."""
+    return has_tracker(root) or latest_whole(root) is not None
+
+
+def has_tracker(root: str | Path) -> bool:
     return (Path(root) / TRACKER).is_file()
+
+
+def latest_whole(root: str | Path) -> str | None:
+    """What a lost tracker would say: the newest whole iteration, or `release`."""
+    if found := whole_iterations(Path(root)):
+        return str(found[0])
+    return "release" if (Path(root) / "release" / "metadata.json").is_file() else None
 
 
 def find(root: str | Path, iteration: int | None = None) -> Checkpoint:
     """The latest checkpoint of a folder, or the one of `iteration`.
 
-    `root` may also be the folder of one iteration, or `release`, itself. Checkpoints of Megatron-LM
-    and Megatron-Bridge are found too, and those in Megatron-LM's legacy layout.
+    `root` may also be the folder of one iteration, or `release`, itself. Where the tracker was
+    lost, the newest whole iteration is the latest. Checkpoints of Megatron-LM and Megatron-Bridge
+    are found too, and those in Megatron-LM's legacy layout.
 
     Raises:
         ConfigError: there is none, or its model is not supported.
@@ -94,8 +106,9 @@ def find(root: str | Path, iteration: int | None = None) -> Checkpoint:
     if entry is None and not exists(root) and re.fullmatch(r"iter_\d{7,}|release", root.name):
         root, entry = root.parent, root.name.removeprefix("iter_")
     elif not exists(root):
-        kind = DamagedCheckpoint if whole_iterations(root) else ConfigError
-        raise kind(f"{root} is not a checkpoint folder: it has no {TRACKER}")
+        raise ConfigError(f"{root} is not a checkpoint folder: it has no {TRACKER}")
+    if entry is None and not has_tracker(root):
+        entry = latest_whole(root)
     entry = entry or tracker.read_text(encoding="utf-8", errors="replace").strip()
     if entry != "release" and not entry.isdecimal():
         raise DamagedCheckpoint(f"{tracker} says '{entry}': neither an iteration nor 'release'")
@@ -172,15 +185,32 @@ def forget(root: Path, entry: str | int) -> None:
         tracker.unlink()
 
 
+def discard(path: Path) -> bool:
+    """Removes a checkpoint that did not become whole; returns whether it is gone.
+
+    One that the tracker names is whole, and stays.
+    """
+    tracker = path.parent / TRACKER
+    named = tracker.is_file() and tracker.read_text(encoding="utf-8").strip()
+    if named and path.name in (named, f"iter_{named:0>7}"):
+        return False
+    shutil.rmtree(path, ignore_errors=True)
+    return not path.exists()
+
+
 def copy_tokenizer(root: Path, files: Iterable[Path]) -> None:
     """Keeps a tokenizer's files in the checkpoint, for export."""
     for file in map(Path, files):
-        folder = root / "tokenizer"
-        if file.parent.name == CHAT_TEMPLATES:
-            folder /= CHAT_TEMPLATES
-        folder.mkdir(parents=True, exist_ok=True)
-        if file.parent.resolve() != folder.resolve():
-            shutil.copy2(file, folder / file.name)
+        target = tokenizer_path(root, file)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if file.resolve() != target.resolve():
+            shutil.copy2(file, target)
+
+
+def tokenizer_path(root: Path, file: Path) -> Path:
+    """Where a checkpoint keeps one of its tokenizer's files."""
+    folder = root / "tokenizer"
+    return (folder / CHAT_TEMPLATES if file.parent.name == CHAT_TEMPLATES else folder) / file.name
 
 
 def stored_record(common: dict) -> dict:

@@ -84,7 +84,7 @@ def test_layout_follows_from_the_ranks():
         (
             "--train-samples 99 --rampup-batch-size 3 3 30 --global-batch-size 12 --micro-batch-size 2",
             1,
-            "--rampup-batch-size 3 is not a multiple of --micro-batch-size 2 x 1",
+            "--rampup-batch-size 3 3 30: a batch of 3 is not a multiple of --micro-batch-size 2 x 1",
         ),
         (
             "--train-samples 99 --rampup-batch-size 2 2 30 --global-batch-size 8 "

@@ -284,10 +284,22 @@ def folder(written, tmp_path):
     return shutil.copytree(written, tmp_path / "copy")
 
 
-def test_a_folder_without_a_tracker_is_no_checkpoint(folder):
+def test_a_folder_without_a_tracker_has_its_newest_whole_checkpoint(folder):
     (folder / directory.TRACKER).unlink()
-    with pytest.raises(ValueError, match=f"{folder} is not a checkpoint folder: it has no latest_"):
+    assert directory.exists(folder) and directory.find(folder).is_release
+    for iteration in (2, 10, 9):
+        (folder / f"iter_{iteration:07d}").mkdir()
+        (folder / f"iter_{iteration:07d}" / "metadata.json").touch()
+    (folder / "iter_0000011").mkdir()  # not whole
+    with pytest.raises(ValueError, match="iter_0000010 is incomplete: .metadata is missing"):
         directory.find(folder)
+
+
+def test_a_folder_without_anything_is_no_checkpoint(folder, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty is not a checkpoint folder: it has no latest_"):
+        directory.find(tmp_path / "empty")
+    assert not directory.exists(tmp_path / "empty")
     with pytest.raises(ValueError, match="nowhere is not a checkpoint folder"):
         directory.find(folder / "nowhere")
 
