@@ -1,8 +1,11 @@
 """What a program does before it imports megatron.training."""
 
 import functools
+import multiprocessing.connection
+import multiprocessing.process
 import os
 import socket
+import threading
 import types
 from importlib.util import find_spec
 
@@ -11,7 +14,9 @@ from packaging.version import Version
 
 from pose_megatron.checkpoints.megatron.safe_loading import load_safely
 from pose_megatron.errors import ConfigError
+from pose_megatron.runtime.cli import print_error
 from pose_megatron.runtime.megatron_core import megatron_core_version
+from pose_megatron.runtime.processes import children_end_with_this
 from pose_megatron.runtime.startup import prepare_megatron
 
 # Flags that a machine without CUDA needs, by their names in Megatron's parser.
@@ -43,6 +48,7 @@ def prepare() -> None:
     if not torch.cuda.is_available():
         _run_without_cuda()
     _mend_resuming()
+    _notice_dead_writers()
 
 
 def _check_version() -> None:
@@ -120,3 +126,33 @@ def _mend_resuming() -> None:
         return load(model, optimizer, *args, **kwargs)
 
     training.load_checkpoint = load_checkpoint
+
+
+def _notice_dead_writers() -> None:
+    """Ends a rank whose writer of checkpoints (--use-persistent-ckpt-worker) has died: Megatron
+    would wait for it for ever."""
+    from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
+
+    children_end_with_this()  # Megatron forks a manager, too
+    start, watched = PersistentAsyncCaller._get_process, set()
+
+    def start_watched(cls, *args, **kwargs):
+        writer = start(*args, **kwargs)
+        if writer.pid not in watched:
+            watched.add(writer.pid)
+            threading.Thread(target=_end_with, args=(writer,), daemon=True).start()
+        return writer
+
+    PersistentAsyncCaller._get_process = classmethod(start_watched)
+
+
+def _end_with(writer: multiprocessing.process.BaseProcess) -> None:
+    """Waits in a thread, until the rank or its writer ends."""
+    multiprocessing.connection.wait([writer.sentinel])
+    if writer.exitcode and threading.main_thread().is_alive():
+        print_error(
+            f"the process that writes this rank's checkpoints ended with code {writer.exitcode}: "
+            "killed, perhaps because memory ran out, or see its traceback; the checkpoint that it "
+            "was writing is not whole, those before it are"
+        )
+        os._exit(1)

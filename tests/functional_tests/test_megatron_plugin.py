@@ -158,3 +158,22 @@ def test_mistakes_end_in_one_sentence(folder, stdlib_corpus, words, message):
     assert done.returncode == 1 and "Traceback" not in done.stderr
     (sentence,) = (line for line in done.stderr.splitlines() if "error:" in line)
     assert message in sentence
+
+
+def test_a_dead_writer_ends_the_run(folder, stdlib_corpus, tmp_path):
+    """Without a GPU, Megatron's persistent writer fails at once; Megatron itself would wait for it for
+    ever."""
+    weights = start_weights(folder, stdlib_corpus, "llama")
+    flags = f"{SAMPLES} {SCHEDULE} {MEGATRON} --data-path {stdlib_corpus} --train-iters 2 "
+    flags += f"--load {weights} --finetune --norm-epsilon 1e-6 --rope-scaling yarn --async-save "
+    flags += (
+        f"--use-persistent-ckpt-worker --async-strategy mcore --save {tmp_path} --save-interval 1"
+    )
+    program = ROOT / "examples/megatron/pretrain_gpt_pose.py"
+    done = subprocess.run(
+        [sys.executable, str(program), *flags.split()], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 1, (done.stdout + done.stderr)[-4000:]
+    (sentence,) = (line for line in done.stderr.splitlines() if "error:" in line)
+    assert "the process that writes this rank's checkpoints ended with code" in sentence
+    assert not (tmp_path / "latest_checkpointed_iteration.txt").exists()
