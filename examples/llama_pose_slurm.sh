@@ -31,7 +31,7 @@ export OMP_NUM_THREADS=8
 export CUDA_DEVICE_MAX_CONNECTIONS=1                  # orders tensor-parallel overlap before Blackwell
 export TORCH_NCCL_ASYNC_ERROR_HANDLING=1              # a lost rank ends the others, not a hang
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1           # or a replaced node waits for an address in vain
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600             # seconds after SIGTERM for a step and a save
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600             # seconds after SIGTERM for a save
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 # Where the fabric is not found by itself, name it:
 #   export NCCL_SOCKET_IFNAME=bond0 GLOO_SOCKET_IFNAME=bond0 NCCL_IB_HCA=mlx5
