@@ -2,7 +2,7 @@
 # make test         all tests          make unit   the ones that take seconds
 # make bench        the benchmarks, half an hour; OUT=folder for the figures
 # make faults       damaged and hostile files, kills, restarts, 20 minutes; for more
-#                   DAMAGES=360 LARGE=--large KILLS=100 RESTARTS=21
+#                   DAMAGES=360 LARGE=--large PAIRS=10 RESTARTS=21
 # make lint         ruff and mypy      make clean  removes the environments and quickstart/
 # Each sets up .venv when it is missing, with Python 3.11 to 3.13: make PYTHON=python3.12 ...
 # Python 3.11 gets megatron-core 0.16.1, 3.12 and 3.13 get the current one (constraints.txt).
@@ -70,10 +70,11 @@ bench: $(BIN)/.ready
 	    echo "== $$name"; python benchmarks/$$name.py --output $(OUT)/$$name.json; done
 
 DAMAGES ?= 54
+PAIRS ?= 2
 RESTARTS ?= 7
 faults: $(BIN)/.ready
 	mkdir -p $(OUT)
-	python benchmarks/faults --damages $(DAMAGES) $(LARGE) --output $(OUT)/faults.json
+	python benchmarks/faults --damages $(DAMAGES) $(LARGE) --pairs $(PAIRS) --output $(OUT)/faults.json
 	python benchmarks/restarts.py --trials $(RESTARTS) --output $(OUT)/restarts.json
 
 lint: $(BIN)/.ready
