@@ -3,13 +3,11 @@
 Only the chosen command is imported, so that `--help` is quick.
 """
 
-import difflib
 import importlib
 import signal
 import sys
 
 from pose_megatron import __version__
-from pose_megatron.runtime.cli import print_error
 from pose_megatron.runtime.interrupts import end_at_once
 
 PROGRAM = "pose-megatron"
@@ -81,6 +79,10 @@ def main() -> int:
     if not name:
         print(usage(), file=sys.stderr)
         return 2
+    import difflib
+
+    from pose_megatron.runtime.cli import print_error
+
     near = difflib.get_close_matches(name, MODULES, cutoff=0.6)
     hint = f"did you mean {' or '.join(near)}?" if near else f"see {PROGRAM} --help"
     print_error(f"there is no command {name!r}; {hint}")

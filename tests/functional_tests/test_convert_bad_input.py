@@ -247,9 +247,10 @@ def test_a_conversion_that_is_stopped_leaves_nothing_that_looks_whole(run, hf, t
     assert "wrote" not in done.stdout and not (tmp_path / "out").exists()
     left = [p for p in tmp_path.iterdir() if p != hf]
     if sign == signal.SIGKILL:  # cannot be cleaned up after, nor be mistaken for a checkpoint
-        assert [p.name.startswith(".out.") for p in left] == [True]
-        assert not list(left[0].rglob("metadata.json")) + list(left[0].rglob("latest*"))
+        assert {p.name for p in left} == {".out.draft", ".out.owner"}
+        assert not [*tmp_path.rglob("metadata.json"), *tmp_path.rglob("latest*")]
     else:
         assert not left
     run(*words(hf, tmp_path / "out"))  # and it can be done again
     assert (tmp_path / "out" / "release" / "metadata.json").is_file()
+    assert {p.name for p in tmp_path.iterdir()} == {hf.name, "out"}
