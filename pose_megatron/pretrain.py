@@ -5,28 +5,31 @@ torchrun --nproc-per-node 2 -m pose_megatron.pretrain --help
 
 import logging
 import sys
-
-from pose_megatron.runtime.startup import prepare_megatron
-
-prepare_megatron()
+from typing import TYPE_CHECKING
 
 from pose_megatron.config.arguments import parse
-from pose_megatron.config.layout import Layout, lay_out
-from pose_megatron.data.batch import fields_here
-from pose_megatron.data.materialized import read_description
-from pose_megatron.runtime import distributed
 from pose_megatron.runtime.cli import command
 from pose_megatron.runtime.ranks import print_rank_0, rank, world_size
-from pose_megatron.training.resume import changes, trained_tokens
-from pose_megatron.training.run import Run, assemble, train_valid_test_datasets_provider
-from pose_megatron.training.save_folder import check_save, own_save
-from pose_megatron.training.train import train
-from pose_megatron.training.trainer import setup
+from pose_megatron.runtime.startup import prepare_megatron
+
+if TYPE_CHECKING:  # imported by main(), after the flags are read
+    from pose_megatron.config.layout import Layout
+    from pose_megatron.training.run import Run
 
 
 @command
 def main() -> None:
     args = parse()
+    prepare_megatron()
+    from pose_megatron.config.layout import lay_out
+    from pose_megatron.data.batch import fields_here
+    from pose_megatron.runtime import distributed
+    from pose_megatron.training.resume import changes
+    from pose_megatron.training.run import assemble, train_valid_test_datasets_provider
+    from pose_megatron.training.save_folder import check_save, own_save
+    from pose_megatron.training.train import train
+    from pose_megatron.training.trainer import setup
+
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     if rank() == 0:
         logging.getLogger("pose_megatron").setLevel(logging.INFO)
@@ -57,8 +60,10 @@ def main() -> None:
         train(trainer, *datasets)
 
 
-def describe(run: Run, layout: Layout) -> None:
+def describe(run: "Run", layout: "Layout") -> None:
     """What this run is, in one look."""
+    from pose_megatron.data.materialized import read_description
+
     args, model, sampler = run.args, run.model, run.sampler
     p, t = args.parallel, args.training
     experts = ""
@@ -101,8 +106,10 @@ def describe(run: Run, layout: Layout) -> None:
             print_rank_0(f"  sample {index}: {shown}{', ...' if len(chunks) > 8 else ''}")
 
 
-def length(run: Run, layout: Layout) -> str:
+def length(run: "Run", layout: "Layout") -> str:
     """The steps and tokens of the run, and how much of them a resumed one has done."""
+    from pose_megatron.training.resume import trained_tokens
+
     t, window = run.args.training, run.sampler.window
     if not (t.train_iters or t.train_samples):
         return "0 steps"

@@ -13,8 +13,13 @@ from dataclasses import dataclass
 
 import psutil
 
+from pose_megatron.runtime.startup import prepare_megatron
+
+prepare_megatron()
+
 from pose_megatron.commands.__main__ import main as command
 from pose_megatron.pretrain import main as pretrain
+from pose_megatron.training import train, trainer  # noqa: F401  what the trainer imports last
 
 SECONDS = 120  # beyond them it hangs
 MEBIBYTES = 1024  # resident, beyond what it begins with: the stated memory

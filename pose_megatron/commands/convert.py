@@ -21,6 +21,7 @@ from pose_megatron.checkpoints.formats import FORMATS, CheckpointFormat, format_
 from pose_megatron.errors import ConfigError, flag_name
 from pose_megatron.runtime.atomic_files import write_atomically
 from pose_megatron.runtime.cli import command, progress
+from pose_megatron.runtime.ranges import LARGEST_INT32, whole
 from pose_megatron.runtime.ranks import rank
 
 if TYPE_CHECKING:
@@ -59,17 +60,17 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--make-vocab-size-divisible-by",
-        type=int,
+        type=whole(1, LARGEST_INT32),
         default=128,
         metavar="N",
         help="loader hf, meta: the embedding gets zero rows up to a multiple of N [128]",
     )
     p.add_argument(
-        "--iteration", type=int, help="loader megatron: which one [the latest of the folder]"
+        "--iteration", type=whole(0), help="loader megatron: which one [the latest of the folder]"
     )
     p.add_argument(
         "--max-position-embeddings",
-        type=int,
+        type=whole(1, LARGEST_INT32),
         metavar="N",
         help="loader meta: the window, which params.json leaves out [the published model's]; "
         "loader megatron: of a checkpoint that says only its last seq_length",
@@ -86,7 +87,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--target-tensor-parallel-size",
-        type=int,
+        type=whole(1, LARGEST_INT32),
         default=1,
         metavar="N",
         help="saver meta: number of files, one for each tensor-parallel rank of Meta's code [1]",

@@ -7,6 +7,7 @@ from pose_megatron.commands.target_flags import add_target_flags, target_of
 from pose_megatron.errors import ConfigError
 from pose_megatron.preprocessing.tokenizer import TOKENIZER_TYPES, Tokenizer, build_tokenizer
 from pose_megatron.runtime.cli import command, positive
+from pose_megatron.runtime.ranges import LARGEST_SEED, whole
 from pose_megatron.runtime.startup import prepare_megatron
 
 if TYPE_CHECKING:  # imported by main(), after the flags are read
@@ -29,7 +30,7 @@ def parse() -> argparse.Namespace:
     add("--trials", type=positive, default=50, help="prompts per context length (default: 50)")
     add(
         "--needles",
-        type=positive,
+        type=whole(1, 32),  # as many names as passkey.NAMES has
         default=1,
         help="names with numbers in each prompt; it asks for one of them (default: 1)",
     )
@@ -37,7 +38,12 @@ def parse() -> argparse.Namespace:
     add("--tokenizer-type", choices=TOKENIZER_TYPES, default="HuggingFaceTokenizer")
     add("--tokenizer-model", help="default: the one that the checkpoint carries")
     add("--prepend-bos", action="store_true", help="begin with the token that begins a sequence")
-    add("--seed", type=int, default=1234, help="seed of names, numbers and places (default: 1234)")
+    add(
+        "--seed",
+        type=whole(0, LARGEST_SEED),
+        default=1234,
+        help="seed of names, numbers and places (default: 1234)",
+    )
     return parser.parse_args()
 
 

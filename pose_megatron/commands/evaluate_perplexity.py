@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 
 from pose_megatron.commands.target_flags import add_target_flags, target_of
+from pose_megatron.errors import ConfigError
 from pose_megatron.runtime.cli import command, positive
 from pose_megatron.runtime.startup import prepare_megatron
 
@@ -38,9 +39,25 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def _check_flags(flags: argparse.Namespace) -> None:
+    """What `perplexities` and `long_documents` would say after seconds of imports."""
+    shortest, longest = min(flags.context_lengths), max(flags.context_lengths)
+    if flags.stride and flags.stride > shortest:
+        raise ConfigError(
+            f"--stride {flags.stride} must lie between 1 and the shortest context length, "
+            f"{shortest}"
+        )
+    if flags.max_document_tokens and flags.max_document_tokens <= longest:
+        raise ConfigError(
+            f"--max-document-tokens {flags.max_document_tokens} must exceed the longest context "
+            f"length, {longest}"
+        )
+
+
 @command
 def main() -> None:
     flags = parse()
+    _check_flags(flags)
     prepare_megatron()
     from tqdm import tqdm
 

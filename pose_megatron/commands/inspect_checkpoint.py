@@ -12,6 +12,7 @@ from pathlib import Path
 
 from pose_megatron.errors import ConfigError
 from pose_megatron.runtime.cli import command
+from pose_megatron.runtime.ranges import whole
 
 EXAMPLES = """examples:
   # shape, parameters, dtype, rope and training progress
@@ -39,7 +40,9 @@ def parse() -> argparse.Namespace:
         help="a checkpoint, or one iteration of it; or the prefix of token files or samples",
     )
     p.add_argument(
-        "--iteration", type=int, help="the one of a Megatron checkpoint to look at [the latest]"
+        "--iteration",
+        type=whole(0),
+        help="the one of a Megatron checkpoint to look at [the latest]",
     )
     p.add_argument(
         "--diff",

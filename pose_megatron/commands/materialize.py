@@ -7,8 +7,9 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
+from pose_megatron.config import arguments
 from pose_megatron.errors import ConfigError
-from pose_megatron.runtime.cli import command
+from pose_megatron.runtime.cli import command, positive
 from pose_megatron.runtime.startup import prepare_megatron
 
 if TYPE_CHECKING:  # imported by main(), after the flags are read
@@ -33,7 +34,7 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--output", required=True, help="prefix of the files")
     parser.add_argument(
         "--samples",
-        type=int,
+        type=positive,
         help="default: --train-samples, or --train-iters x --global-batch-size",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace existing samples")
@@ -44,22 +45,16 @@ def number_of_samples(wanted: int | None, t: "TrainingFlags") -> int:
     """--samples, or as many as the run trains on.
 
     Raises:
-        ConfigError: neither is given, or it is below 1.
+        ConfigError: neither is given.
     """
-    if wanted is not None:
-        samples = wanted
-    elif t.train_samples:
-        samples = t.train_samples
-    elif t.train_iters and t.global_batch_size:
-        samples = t.train_iters * t.global_batch_size  # more than a ramped batch needs
-    else:
-        raise ConfigError(
-            "--samples is missing: give it, or --train-samples, or --train-iters and "
-            "--global-batch-size"
-        )
-    if samples < 1:
-        raise ConfigError(f"--samples must be at least 1, not {samples}")
-    return samples
+    if samples := wanted or t.train_samples:
+        return samples
+    if t.train_iters and t.global_batch_size:
+        return t.train_iters * t.global_batch_size  # more than a ramped batch needs
+    raise ConfigError(
+        "--samples is missing: give it, or --train-samples, or --train-iters and "
+        "--global-batch-size"
+    )
 
 
 def describe(run: "Run", samples: int) -> dict:
@@ -79,19 +74,18 @@ def describe(run: "Run", samples: int) -> dict:
 @command
 def main() -> None:
     flags, argv = parse()
+    args = arguments.parse(argv, trains=False)
+    if args.data.materialized:
+        raise ConfigError("--materialized names such files; this program writes them")
+    samples = number_of_samples(flags.samples, args.training)
     prepare_megatron()
     from tqdm import tqdm
 
-    from pose_megatron.config import arguments
     from pose_megatron.data import materialized
     from pose_megatron.training.run import assemble
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("pose_megatron").setLevel(logging.INFO)
-    args = arguments.parse(argv, trains=False)
-    if args.data.materialized:
-        raise ConfigError("--materialized names such files; this program writes them")
-    samples = number_of_samples(flags.samples, args.training)
     run = assemble(args)
     data = run.datasets(samples).train
     assert data is not None, "a run of at least one sample has a training set"

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from pose_megatron.evaluation import report
-from pose_megatron.runtime.cli import command
+from pose_megatron.runtime.cli import command, positive
 
 
 def parse() -> argparse.Namespace:
@@ -17,7 +17,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("results", nargs="+", help="files of JSON lines")
     parser.add_argument("--output", default="results.png", help="PNG; the table is .md beside it")
     parser.add_argument("--metric", choices=report.METRICS, default="perplexity")
-    parser.add_argument("--window", type=int, help="mark the training window L, in tokens")
+    parser.add_argument("--window", type=positive, help="mark the training window L, in tokens")
     parser.add_argument("--title")
     return parser.parse_args()
 

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,16 @@ from pose_megatron.errors import ConfigError
 from pose_megatron.positions.coverage import coverage
 from pose_megatron.positions.laws import SAMPLERS
 from pose_megatron.positions.sampler import PoseSampler
-from pose_megatron.runtime.cli import command
+from pose_megatron.runtime.cli import command, positive
+from pose_megatron.runtime.ranges import LARGEST_SEED, real, whole
 
 FIGURE_5 = ("full", "pose", "pose,num-chunks=3", "randpos")
-OPTIONS = {"num-chunks": int, "content": str, "skip-law": str, "plain-fraction": float}
+OPTIONS: dict[str, Callable[[str], Any]] = {
+    "num-chunks": positive,
+    "content": str,
+    "skip-law": str,
+    "plain-fraction": real(at_least=0, at_most=1),
+}
 
 
 def parse() -> argparse.Namespace:
@@ -33,17 +40,19 @@ def parse() -> argparse.Namespace:
         help=f"one of {', '.join(SAMPLERS)}, with any of {', '.join(OPTIONS)} (default: the "
         "paper's four)",
     )
-    parser.add_argument("--window", type=int, default=2048, help="L in tokens (default: 2048)")
-    parser.add_argument("--target", type=int, default=16384, help="T in tokens (default: 16384)")
-    parser.add_argument("--source", type=int, help="document length in tokens (default: T)")
+    parser.add_argument("--window", type=positive, default=2048, help="L in tokens (default: 2048)")
+    parser.add_argument(
+        "--target", type=positive, default=16384, help="T in tokens (default: 16384)"
+    )
+    parser.add_argument("--source", type=positive, help="document length in tokens (default: T)")
     parser.add_argument(
         "--sentence",
-        type=int,
+        type=positive,
         default=25,
         help="pose-boundary, longrecipe: mean tokens between two cuts (default: 25)",
     )
-    parser.add_argument("--samples", type=int, default=4000, help="drawn (default: 4000)")
-    parser.add_argument("--seed", type=int, default=1234)
+    parser.add_argument("--samples", type=positive, default=4000, help="drawn (default: 4000)")
+    parser.add_argument("--seed", type=whole(0, LARGEST_SEED), default=1234)
     parser.add_argument("--output", default="coverage.png", help="PNG; the JSON is beside it")
     parser.add_argument("--title")
     return parser.parse_args()
@@ -63,10 +72,8 @@ def build_sampler(text: str, flags: argparse.Namespace) -> PoseSampler:
             raise ConfigError(f"{text}: option '{key}' is none of {', '.join(OPTIONS)}")
         try:
             options[key.replace("-", "_")] = OPTIONS[key](value)
-        except ValueError:
-            raise ConfigError(
-                f"{text}: {key} wants {OPTIONS[key].__name__}, not '{value}'"
-            ) from None
+        except argparse.ArgumentTypeError as reason:
+            raise ConfigError(f"{text}: {key} {reason}") from None
     return PoseSampler(
         flags.window, flags.target, name, seed=flags.seed, boundaries=(0,), **options
     )
@@ -87,8 +94,6 @@ def main() -> None:
     flags = parse()
     from pose_megatron.evaluation import coverage_figure
 
-    if flags.samples < 1 or flags.sentence < 1:
-        raise ConfigError("--samples and --sentence must be at least 1")
     samplers = {}
     for text in flags.samplers:
         sampler = build_sampler(text, flags)

@@ -20,6 +20,7 @@ from pose_megatron.preprocessing import readers, tokenizer_training
 from pose_megatron.preprocessing.tokenizer_training import FILES
 from pose_megatron.runtime.atomic_files import staged_files
 from pose_megatron.runtime.cli import command, positive
+from pose_megatron.runtime.ranges import real
 
 EXAMPLE = """example:
   python tools/train_tokenizer.py --input corpus.jsonl --output-dir tokenizer --vocab-size 2048
@@ -42,7 +43,7 @@ def parse() -> argparse.Namespace:
     )
     p.add_argument(
         "--character-coverage",
-        type=float,
+        type=real(above=0, at_most=1),
         default=0.9995,
         help="share of the text's characters with a token of their own, not bytes",
     )

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from pose_megatron.errors import ConfigError
 from pose_megatron.runtime.cli import command, progress
+from pose_megatron.runtime.ranges import LARGEST_SEED, whole
 from pose_megatron.runtime.startup import prepare_megatron
 
 
@@ -20,11 +21,13 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--megatron", required=True, help="Megatron checkpoint folder")
     parser.add_argument(
-        "--iteration", type=int, help="the one of --megatron to compare [the latest]"
+        "--iteration", type=whole(0), help="the one of --megatron to compare [the latest]"
     )
     parser.add_argument("--hf", required=True, type=Path, help="Hugging Face folder")
-    parser.add_argument("--tokens", type=int, default=128, help="length of the rows [128]")
-    parser.add_argument("--seed", type=int, default=0, help="what the tokens are drawn with [0]")
+    parser.add_argument("--tokens", type=whole(2), default=128, help="length of the rows [128]")
+    parser.add_argument(
+        "--seed", type=whole(0, LARGEST_SEED), default=0, help="what the tokens are drawn with [0]"
+    )
     return parser.parse_args()
 
 
@@ -33,8 +36,6 @@ def main() -> None:
     flags = parse()
     if not (flags.hf / "config.json").is_file():
         raise ConfigError(f"--hf {flags.hf} is not a Hugging Face model: it has no config.json")
-    if flags.tokens < 2:
-        raise ConfigError(f"--tokens {flags.tokens} must be at least 2")
     prepare_megatron()
     from pose_megatron.checkpoints.huggingface import rope_check
     from pose_megatron.checkpoints.megatron.directory import find

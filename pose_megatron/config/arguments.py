@@ -11,6 +11,7 @@ import sys
 import types
 import typing
 from pathlib import Path
+from typing import Any
 
 from pose_megatron.config.flags import Arguments, TrainingFlags
 from pose_megatron.config.megatron_flags import (
@@ -18,11 +19,12 @@ from pose_megatron.config.megatron_flags import (
     REFUSED,
     add_facts,
     check_facts,
+    fact_options,
     refuse,
     synonym,
 )
+from pose_megatron.config.run_file import OFF, Entry, read_run_file
 from pose_megatron.errors import ConfigError, flag_name
-from pose_megatron.runtime.json_files import read_yaml
 from pose_megatron.runtime.megatron_core import require_hybrid
 
 
@@ -49,7 +51,9 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--config", help="a YAML file of the same names; flags win over it")
+    parser.add_argument(
+        "--config", action="append", help="a YAML file of the same names; flags win over it"
+    )
     for name, group in _groups().items():
         section = parser.add_argument_group(group.__doc__)
         for f in dataclasses.fields(group):
@@ -65,9 +69,9 @@ def options(field: dataclasses.Field) -> dict:
     help = field.metadata["help"] or " "
     if field.type is bool:
         return {"help": help, "action": argparse.BooleanOptionalAction}
-    kind = _scalar(field.type)
+    kind, within = _scalar(field.type), field.metadata["within"]
     found = {
-        "type": functools.partial(synonym, field.name) if kind is str else kind,
+        "type": functools.partial(synonym, field.name) if kind is str else within.read,
         "choices": field.metadata["choices"],
         "nargs": field.metadata["nargs"],
     }
@@ -101,12 +105,11 @@ def parse(argv: list[str] | None = None, trains: bool = True) -> Arguments:
         if word.startswith("--"):
             refuse(word[2:].partition("=")[0].replace("-", "_"))
     parser = _parser()
-    config = _Parser(add_help=False, allow_abbrev=False)
-    config.add_argument("--config")
-    path = config.parse_known_args(argv)[0].config
-    config_argv = _argv_of_config(Path(path)) if path else []
-    given = vars(parser.parse_args(config_argv, argparse.Namespace()))
-    given |= vars(parser.parse_args(argv, argparse.Namespace()))
+    words = vars(parser.parse_args(argv))
+    files = words.pop("config") or []
+    if len(files) > 1:
+        raise ConfigError(f"--config {' and --config '.join(files)}: keep one")
+    given = (_given_by_file(Path(files[0])) if files else {}) | words
     check_facts(given)
     groups = {
         name: group(
@@ -129,72 +132,45 @@ def parse(argv: list[str] | None = None, trains: bool = True) -> Arguments:
     return args
 
 
-def _argv_of_config(path: Path) -> list[str]:
-    """The flags that a YAML file stands for."""
-    flags = {f.name: f.type for group in _groups().values() for f in dataclasses.fields(group)}
-    flags |= {name: type(fact.values[0]) for name, fact in FACTS.items()}
-    argv = []
-    for key, value in _read_yaml(path).items():
-        name = str(key).replace("-", "_")
-        if name in REFUSED and value in (None, False):
+def _given_by_file(path: Path) -> dict[str, Any]:
+    """What --config says, by the names that the parser gives its flags.
+
+    Raises:
+        ConfigError: as read_run_file; an unknown name, one flag twice, or a value that it does not
+            take.
+    """
+    flags = {
+        f.name: (f"{name}.{f.name}", options(f), f.metadata["in_yaml"])
+        for name, group in _groups().items()
+        for f in dataclasses.fields(group)
+    }
+    flags |= {name: (f"fact.{name}", fact_options(fact), None) for name, fact in FACTS.items()}
+    given: dict[str, Any] = {}
+    said: dict[str, Entry] = {}
+    for entry in read_run_file(path):
+        name = entry.name.replace("-", "_")
+        if name in REFUSED and entry.content in OFF:
             continue
         refuse(name)
-        switch = name.removeprefix("no_")
-        if name not in flags and flags.get(switch) is bool and isinstance(value, bool):
-            name, value = switch, not value  # no-rope-fusion: true
-        if name not in flags:
-            raise ConfigError(f"--config {path}: unknown name '{key}'; see --help for the flags")
-        if isinstance(value, bool):
-            argv.append(flag_name(name) if value else flag_name("no_" + name))
-        elif value is not None:
-            argv += [flag_name(name), *map(str, value if isinstance(value, list) else [value])]
-    return argv
-
-
-def _read_yaml(path: Path) -> dict:
-    try:
-        return read_yaml(path)
-    except ConfigError as error:
-        raise ConfigError(f"--config {error}") from None
-
-
-# {field of Arguments: its flags that are None or at least so much}
-_AT_LEAST_1 = {
-    "model": (
-        *("num_attention_heads", "num_query_groups", "ffn_hidden_size", "kv_channels"),
-        *("num_experts", "moe_router_topk", "moe_ffn_hidden_size"),
-        "original_max_position_embeddings",
-    ),
-    "position": ("pose_num_chunks",),
-    "data": ("seq_length",),
-    "training": (
-        *("micro_batch_size", "global_batch_size", "train_iters", "train_samples"),
-        *("lr_decay_iters", "lr_decay_samples", "lr_wsd_decay_iters", "lr_wsd_decay_samples"),
-        *("max_skipped_iterations", "recompute_num_layers"),
-    ),
-    "parallel": (
-        *("tensor_model_parallel_size", "pipeline_model_parallel_size"),
-        *("context_parallel_size", "num_layers_per_virtual_pipeline_stage"),
-        "expert_model_parallel_size",
-    ),
-    "checkpoint": ("save_interval", "save_retain"),
-    "logging": ("log_interval", "eval_interval"),
-}
-_AT_LEAST_0 = {"data": ("num_workers",), "logging": ("eval_iters",)}
+        if off := name not in flags and name.startswith("no_"):  # no-rope-fusion: true
+            name = name.removeprefix("no_")
+        dest, taken, in_yaml = flags.get(name, (None, {}, None))
+        if dest is None or (off and "action" not in taken):
+            raise entry.error(f"unknown name '{entry.name}'; see --help for the flags")
+        if name in said:
+            first = said[name]
+            raise entry.error(f"{entry.name} is {first.name} of line {first.line} again; keep one")
+        said[name] = entry
+        if (value := entry.value_for(taken, in_yaml)) is not None:
+            given[dest] = not value if off else value
+    return given
 
 
 def _check_ranges(args: Arguments) -> None:
-    for least, groups in ((1, _AT_LEAST_1), (0, _AT_LEAST_0)):
-        for group, names in groups.items():
-            for name in names:
-                value = getattr(getattr(args, group), name)
-                if value is not None and value < least:
-                    raise ConfigError(f"{flag_name(name)} must be at least {least}, not {value}")
+    """What a range depends on another flag; Flags checks the others."""
     t = args.training
     if t.min_lr > t.lr:
         raise ConfigError(f"--min-lr {t.min_lr} is greater than --lr {t.lr}")
-    if t.loss_spike_factor and not t.loss_spike_factor > 1:
-        raise ConfigError(f"--loss-spike-factor must be above 1, or 0, not {t.loss_spike_factor}")
 
 
 def _check_combinations(args: Arguments) -> None:
@@ -243,16 +219,32 @@ def _check_length(t: TrainingFlags, trains: bool) -> None:
                 f"{flag_name(name)}-{other} {value} has no meaning with --train-{unit}; say "
                 f"{flag_name(name)}-{unit}"
             )
+    _check_schedule(t, unit)
+    if t.rampup_batch_size and not (t.train_samples and t.global_batch_size):
+        raise ConfigError("--rampup-batch-size needs --train-samples and --global-batch-size")
+
+
+def _check_schedule(t: TrainingFlags, unit: str) -> None:
+    """That warm-up, a constant part and the decay follow each other, in steps or in samples."""
     length, warmup = getattr(t, f"train_{unit}"), getattr(t, f"lr_warmup_{unit}")
     if warmup and length and warmup >= length:
         raise ConfigError(f"--lr-warmup-{unit} {warmup} leaves nothing of --train-{unit} {length}")
-    if t.lr_decay_style == "WSD" and not getattr(t, f"lr_wsd_decay_{unit}"):
+    decay, whole = getattr(t, f"lr_decay_{unit}"), f"--lr-decay-{unit}"
+    if not decay:
+        decay, whole = length, f"--train-{unit}"
+    if decay and warmup >= decay:
+        raise ConfigError(
+            f"--lr-warmup-{unit} {warmup} leaves nothing of {whole} {decay}, at whose end the "
+            "learning rate has decayed; shorten the one or lengthen the other"
+        )
+    if t.lr_decay_style != "WSD":
+        return
+    final = getattr(t, f"lr_wsd_decay_{unit}")
+    if not final:
         raise ConfigError(f"--lr-decay-style WSD needs --lr-wsd-decay-{unit}")
-    if t.rampup_batch_size:
-        if min(t.rampup_batch_size) < 1:
-            raise ConfigError(
-                f"--rampup-batch-size {' '.join(map(str, t.rampup_batch_size))}: all three must "
-                "be at least 1"
-            )
-        if not (t.train_samples and t.global_batch_size):
-            raise ConfigError("--rampup-batch-size needs --train-samples and --global-batch-size")
+    if decay and final > decay - warmup:
+        before = f" after --lr-warmup-{unit} {warmup}" if warmup else ""
+        raise ConfigError(
+            f"--lr-wsd-decay-{unit} {final} does not fit into {whole} {decay}{before}: at most "
+            f"{decay - warmup}"
+        )

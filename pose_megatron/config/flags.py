@@ -6,13 +6,20 @@ names and meanings are Megatron-LM's wherever it has one: `--seq-length` is the 
 """
 
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
+from pose_megatron.errors import ConfigError, flag_name
 from pose_megatron.positions.laws import CONTENTS, SAMPLERS, SKIP_LAWS
-from pose_megatron.rope.scaling import METHODS
+from pose_megatron.rope.names import METHOD_NAMES
+from pose_megatron.runtime.ranges import LARGEST_INT32, LARGEST_SEED, Range, real, whole
 
 LR_DECAY_STYLES = ("constant", "linear", "cosine", "inverse-square-root", "WSD")
+
+
+_SIZE = whole(1, LARGEST_INT32)
+_TINY = 1e-37  # an epsilon that float32 does not round to zero
+_YEAR = 365 * 24 * 60  # minutes
 
 
 def flag(
@@ -20,60 +27,105 @@ def flag(
     help: str,
     choices: Collection[str] | None = None,
     nargs: str | int | None = None,
+    within: Range | None = None,
+    in_yaml: type | None = None,
 ) -> Any:
-    """A dataclass field that is a flag; `choices` and `nargs` as argparse's."""
-    metadata = {"help": help, "choices": choices, "nargs": nargs}
+    """A dataclass field that is a flag; `choices` and `nargs` as argparse's.
+
+    Args:
+        within: the numbers that it takes; each numeric flag has them.
+        in_yaml: what its text may be in run.yaml: a list, of what stands between commas, or a dict,
+            for a JSON object.
+    """
+    metadata: dict[str, Any] = {"help": help, "choices": choices, "nargs": nargs}
+    metadata |= {"within": within, "in_yaml": in_yaml}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
+class Flags:
+    """A group of flags.
+
+    Raises:
+        ConfigError: a number is outside its flag's range.
+    """
+
+    def __post_init__(self):
+        for f in fields(self):  # type: ignore[arg-type]  # the groups are dataclasses
+            value, within = getattr(self, f.name), f.metadata["within"]
+            for number in value if isinstance(value, list) else [value]:
+                if within and number is not None and (fault := within.fault(number)):
+                    raise ConfigError(f"{flag_name(f.name)} {fault}")
+
+
 @dataclass(frozen=True)
-class ModelFlags:
+class ModelFlags(Flags):
     """Model; with --load the shape is the checkpoint's, and contradicting flags are errors"""
 
-    num_layers: int | None = flag(None, "transformer layers")
-    hidden_size: int | None = flag(None, "width of the residual stream")
+    num_layers: int | None = flag(None, "transformer layers", within=_SIZE)
+    hidden_size: int | None = flag(None, "width of the residual stream", within=_SIZE)
     ffn_hidden_size: int | None = flag(
-        None, "width of the SwiGLU MLP (default: 8/3 hidden, in 64s)"
+        None, "width of the SwiGLU MLP (default: 8/3 hidden, in 64s)", within=_SIZE
     )
-    num_attention_heads: int | None = flag(None, "query heads")
+    num_attention_heads: int | None = flag(None, "query heads", within=_SIZE)
     group_query_attention: bool = flag(False, "share keys and values between query heads")
-    num_query_groups: int | None = flag(None, "key-value heads, with --group-query-attention")
-    kv_channels: int | None = flag(None, "width of a head (default: hidden / heads)")
-    vocab_size: int | None = flag(None, "tokens in the vocabulary (default: the tokenizer's)")
+    num_query_groups: int | None = flag(
+        None, "key-value heads, with --group-query-attention", within=_SIZE
+    )
+    kv_channels: int | None = flag(None, "width of a head (default: hidden / heads)", within=_SIZE)
+    vocab_size: int | None = flag(
+        None, "tokens in the vocabulary (default: the tokenizer's)", within=_SIZE
+    )
     make_vocab_size_divisible_by: int | None = flag(
-        None, "pad the vocabulary to a multiple (default: 128)"
+        None, "pad the vocabulary to a multiple (default: 128)", within=_SIZE
     )
     untie_embeddings_and_output_weights: bool = flag(False, "separate output layer, as in LLaMA")
     add_qkv_bias: bool = flag(False, "biases for queries, keys and values, as in Qwen2")
     qk_layernorm: bool = flag(False, "RMSNorm on each query and key head, as in Qwen3")
     num_experts: int | None = flag(
-        None, "make every MLP a mixture of so many experts, as in Mixtral and Qwen3-MoE"
+        None,
+        "make every MLP a mixture of so many experts, as in Mixtral and Qwen3-MoE",
+        within=_SIZE,
     )
-    moe_router_topk: int | None = flag(None, "experts that a token goes to (default: 2)")
-    moe_ffn_hidden_size: int | None = flag(None, "width of an expert (default: --ffn-hidden-size)")
+    moe_router_topk: int | None = flag(
+        None, "experts that a token goes to (default: 2)", within=_SIZE
+    )
+    moe_ffn_hidden_size: int | None = flag(
+        None, "width of an expert (default: --ffn-hidden-size)", within=_SIZE
+    )
     moe_router_pre_softmax: bool = flag(
         False, "weigh the experts by the softmax over all of them, not over those of the token"
     )
-    norm_epsilon: float | None = flag(None, "RMSNorm epsilon (default: 1e-5)")
-    init_method_std: float = flag(0.02, "standard deviation of fresh weights")
+    norm_epsilon: float | None = flag(
+        None, "RMSNorm epsilon (default: 1e-5)", within=real(at_least=_TINY, below=1)
+    )
+    init_method_std: float = flag(0.02, "standard deviation of fresh weights", within=real(above=0))
     max_position_embeddings: int | None = flag(
-        None, "target window T in tokens (default: the checkpoint's, else --seq-length)"
+        None,
+        "target window T in tokens (default: the checkpoint's, else --seq-length)",
+        within=_SIZE,
     )
     original_max_position_embeddings: int | None = flag(
-        None, "window before extension (default: the checkpoint's T, else --seq-length)"
+        None,
+        "window before extension (default: the checkpoint's T, else --seq-length)",
+        within=_SIZE,
     )
-    rotary_base: float | None = flag(None, "RoPE theta (default: 10000)")
+    rotary_base: float | None = flag(None, "RoPE theta (default: 10000)", within=real(above=1))
     rotary_percent: float | None = flag(
-        None, "share of a head's dimensions that rotate (default: 1.0)"
+        None,
+        "share of a head's dimensions that rotate (default: 1.0)",
+        within=real(above=0, at_most=1),
     )
-    rope_scaling: str | None = flag(None, "interpolation of the rotary frequencies", METHODS)
-    rope_scaling_factor: float | None = flag(None, "default: T / original window")
+    rope_scaling: str | None = flag(None, "interpolation of the rotary frequencies", METHOD_NAMES)
+    rope_scaling_factor: float | None = flag(
+        None, "default: T / original window", within=real(at_least=1)
+    )
     rope_scaling_config: str | None = flag(
         None,
         "the method's other options, a JSON object or a file with one, under Hugging Face's "
         "names: beta_fast, low_freq_factor, long_factor, attention_factor, ...",
+        in_yaml=dict,
     )
     transformer_impl: str = flag(
         "torch",
@@ -89,13 +141,13 @@ class ModelFlags:
 
 
 @dataclass(frozen=True)
-class PositionFlags:
+class PositionFlags(Flags):
     """Positions of the training samples; validation always uses plain ones"""
 
     position_sampler: str | None = flag(
         None, f"{', '.join(SAMPLERS)}; full is plain (default: pose when T > L, else full)"
     )
-    pose_num_chunks: int = flag(2, "number of chunks N in a window")
+    pose_num_chunks: int = flag(2, "number of chunks N in a window", within=whole(1))
     pose_content: str = flag(
         "uniform",
         "where a chunk's text starts: after a skip of its own (uniform), where the last chunk "
@@ -115,7 +167,9 @@ class PositionFlags:
         nargs="+",
     )
     pose_plain_fraction: float = flag(
-        0.0, "share of samples with plain positions and contiguous text"
+        0.0,
+        "share of samples with plain positions and contiguous text",
+        within=real(at_least=0, at_most=1),
     )
     pose_target_schedule: list[str] = flag(
         [],
@@ -126,7 +180,7 @@ class PositionFlags:
 
 
 @dataclass(frozen=True)
-class DataFlags:
+class DataFlags(Flags):
     """Data"""
 
     data_path: list[str] = flag(
@@ -136,7 +190,9 @@ class DataFlags:
     train_data_path: list[str] = flag([], "corpora for training only, like --data-path", nargs="+")
     valid_data_path: list[str] = flag([], "corpora for validation only", nargs="+")
     test_data_path: list[str] = flag([], "corpora for a test after the last step", nargs="+")
-    split: str | None = flag(None, "train,valid,test shares of the documents (default: 969,30,1)")
+    split: str | None = flag(
+        None, "train,valid,test shares of the documents (default: 969,30,1)", in_yaml=list
+    )
     data_cache_path: str | None = flag(
         None,
         "folder for dataset indices, built once and memory-mapped; jobs may share it "
@@ -155,7 +211,7 @@ class DataFlags:
     materialized: str | None = flag(
         None, "train on the samples that tools/materialize_positions.py wrote at this prefix"
     )
-    seq_length: int = flag(2048, "training window L in tokens")
+    seq_length: int = flag(2048, "training window L in tokens", within=_SIZE)
     short_documents: str = flag(
         "drop",
         "documents of fewer than L + 1 tokens: drop them, or pack them end to end",
@@ -167,63 +223,91 @@ class DataFlags:
         ("SentencePieceTokenizer", "HuggingFaceTokenizer"),
     )
     tokenizer_model: str | None = flag(None, "tokenizer file or folder; copied into checkpoints")
-    num_workers: int = flag(2, "loader processes per rank; 0 loads in the training process")
+    num_workers: int = flag(
+        2, "loader processes per rank; 0 loads in the training process", within=whole(0)
+    )
 
 
 @dataclass(frozen=True)
-class TrainingFlags:
+class TrainingFlags(Flags):
     """Training"""
 
-    micro_batch_size: int = flag(1, "samples per forward pass of a rank")
+    micro_batch_size: int = flag(1, "samples per forward pass of a rank", within=_SIZE)
     global_batch_size: int | None = flag(
-        None, "samples per step (default: micro x data-parallel ranks)"
+        None, "samples per step (default: micro x data-parallel ranks)", within=_SIZE
     )
     rampup_batch_size: list[int] = flag(
         [],
         "with --train-samples: first batch size, increment, and the number of samples after "
         "which --global-batch-size is reached",
         nargs=3,
+        within=whole(1),
     )
-    train_iters: int | None = flag(None, "length of the run in steps")
+    train_iters: int | None = flag(None, "length of the run in steps", within=whole(1))
     train_samples: int | None = flag(
         None,
         "length of the run in samples, instead of --train-iters; the --lr flags then count "
         "samples, too",
+        within=whole(1),
     )
-    lr: float = flag(1e-4, "peak learning rate")
-    min_lr: float = flag(0.0, "final learning rate")
+    lr: float = flag(1e-4, "peak learning rate", within=real(at_least=0))
+    min_lr: float = flag(0.0, "final learning rate", within=real(at_least=0))
     lr_decay_style: str = flag("cosine", "shape of the decay", LR_DECAY_STYLES)
-    lr_decay_iters: int | None = flag(None, "steps of decay (default: --train-iters)")
-    lr_decay_samples: int | None = flag(None, "samples of decay (default: --train-samples)")
-    lr_warmup_iters: int = flag(0, "steps of linear warm-up")
-    lr_warmup_samples: int = flag(0, "samples of linear warm-up")
-    lr_wsd_decay_iters: int | None = flag(None, "with WSD: steps of the final decay")
-    lr_wsd_decay_samples: int | None = flag(None, "with WSD: samples of the final decay")
+    lr_decay_iters: int | None = flag(
+        None, "steps of decay (default: --train-iters)", within=whole(1)
+    )
+    lr_decay_samples: int | None = flag(
+        None, "samples of decay (default: --train-samples)", within=whole(1)
+    )
+    lr_warmup_iters: int = flag(0, "steps of linear warm-up", within=whole(0))
+    lr_warmup_samples: int = flag(0, "samples of linear warm-up", within=whole(0))
+    lr_wsd_decay_iters: int | None = flag(
+        None, "with WSD: steps of the final decay", within=whole(1)
+    )
+    lr_wsd_decay_samples: int | None = flag(
+        None, "with WSD: samples of the final decay", within=whole(1)
+    )
     lr_wsd_decay_style: str = flag(
         "exponential",
         "with WSD: shape of the final decay",
         ("exponential", "linear", "cosine", "minus_sqrt"),
     )
-    weight_decay: float = flag(0.01, "decoupled weight decay; norms have none")
-    moe_aux_loss_coeff: float = flag(
-        0.0, "weight of the loss that spreads the tokens of each micro-batch over the experts"
+    weight_decay: float = flag(
+        0.01, "decoupled weight decay; norms have none", within=real(at_least=0)
     )
-    clip_grad: float = flag(1.0, "clip the gradient to this norm; 0: never")
-    adam_beta1: float = flag(0.9, "Adam's decay of the first moment")
-    adam_beta2: float = flag(0.95, "Adam's decay of the second moment")
-    adam_eps: float = flag(1e-8, "Adam's epsilon")
+    moe_aux_loss_coeff: float = flag(
+        0.0,
+        "weight of the loss that spreads the tokens of each micro-batch over the experts",
+        within=real(at_least=0),
+    )
+    clip_grad: float = flag(
+        1.0, "clip the gradient to this norm; 0: never", within=real(at_least=0)
+    )
+    adam_beta1: float = flag(
+        0.9, "Adam's decay of the first moment", within=real(at_least=0, below=1)
+    )
+    adam_beta2: float = flag(
+        0.95, "Adam's decay of the second moment", within=real(at_least=0, below=1)
+    )
+    adam_eps: float = flag(1e-8, "Adam's epsilon", within=real(at_least=_TINY))
     bf16: bool = flag(False, "bfloat16 weights and activations, float32 main copies and gradients")
-    seed: int = flag(1234, "seed of weights, sample order and positions")
-    exit_duration_in_mins: float | None = flag(None, "save and stop after this many minutes")
+    seed: int = flag(
+        1234, "seed of weights, sample order and positions", within=whole(0, LARGEST_SEED)
+    )
+    exit_duration_in_mins: float | None = flag(
+        None, "save and stop after this many minutes", within=real(above=0, at_most=_YEAR)
+    )
     max_skipped_iterations: int = flag(
         5,
         "stop after this many steps in a row with a loss or gradient that is not finite; such "
         "steps change no weight",
+        within=whole(1),
     )
     loss_spike_factor: float = flag(
         1.5,
         "name the samples of a step whose loss is above this many times the mean of the last "
         "20 steps; 0: never",
+        within=real(above=1, also=0),
     )
     recompute_granularity: str | None = flag(
         None,
@@ -236,7 +320,7 @@ class TrainingFlags:
         ("uniform", "block"),
     )
     recompute_num_layers: int | None = flag(
-        None, "with full: layers per group, or number of first layers"
+        None, "with full: layers per group, or number of first layers", within=whole(1)
     )
     recompute_modules: list[str] = flag(
         ["core_attn"], "with selective: modules to recompute (default: core_attn)", nargs="+"
@@ -244,17 +328,21 @@ class TrainingFlags:
 
 
 @dataclass(frozen=True)
-class ParallelFlags:
+class ParallelFlags(Flags):
     """Layout of the ranks; the remaining factor is data parallelism"""
 
-    tensor_model_parallel_size: int = flag(1, "ranks that share each layer")
-    pipeline_model_parallel_size: int = flag(1, "ranks that hold consecutive layers")
-    num_layers_per_virtual_pipeline_stage: int | None = flag(
-        None, "interleave the pipeline: layers per model chunk"
+    tensor_model_parallel_size: int = flag(1, "ranks that share each layer", within=whole(1))
+    pipeline_model_parallel_size: int = flag(
+        1, "ranks that hold consecutive layers", within=whole(1)
     )
-    context_parallel_size: int = flag(1, "ranks that share a sequence")
+    num_layers_per_virtual_pipeline_stage: int | None = flag(
+        None, "interleave the pipeline: layers per model chunk", within=whole(1)
+    )
+    context_parallel_size: int = flag(1, "ranks that share a sequence", within=whole(1))
     expert_model_parallel_size: int = flag(
-        1, "ranks, of those with other samples, that share the experts of --num-experts"
+        1,
+        "ranks, of those with other samples, that share the experts of --num-experts",
+        within=whole(1),
     )
     sequence_parallel: bool = flag(
         False, "split the activations between layers over the tensor-parallel ranks"
@@ -266,7 +354,9 @@ class ParallelFlags:
     overlap_param_gather: bool = flag(
         False, "gather weights during the forward pass; needs the two flags above"
     )
-    distributed_timeout_minutes: int = flag(10, "minutes until a collective gives up")
+    distributed_timeout_minutes: int = flag(
+        10, "minutes until a collective gives up", within=whole(1, _YEAR)
+    )
 
     def virtual_pipeline_size(self, num_layers: int) -> int | None:
         """Model chunks per rank; None without interleaving."""
@@ -287,7 +377,7 @@ class ParallelFlags:
 
 
 @dataclass(frozen=True)
-class CheckpointFlags:
+class CheckpointFlags(Flags):
     """Checkpoints, in Megatron-LM's directory layout"""
 
     load: str | None = flag(
@@ -296,10 +386,12 @@ class CheckpointFlags:
         "start of a job whose --save is the same folder",
     )
     save: str | None = flag(None, "folder to write checkpoints (iter_0000000/) into")
-    save_interval: int | None = flag(None, "steps between saves (default: only at the end)")
+    save_interval: int | None = flag(
+        None, "steps between saves (default: only at the end)", within=whole(1)
+    )
     async_save: bool = flag(False, "write checkpoints in the background")
     save_retain: int | None = flag(
-        None, "keep only the newest checkpoints in --save (default: all)"
+        None, "keep only the newest checkpoints in --save (default: all)", within=whole(1)
     )
     load_fallback: bool = flag(
         False, "if the latest checkpoint in --load is damaged, take the one before"
@@ -316,12 +408,14 @@ class CheckpointFlags:
 
 
 @dataclass(frozen=True)
-class LoggingFlags:
+class LoggingFlags(Flags):
     """Evaluation and log"""
 
-    log_interval: int = flag(10, "steps between log lines")
-    eval_interval: int | None = flag(None, "steps between validations (default: never)")
-    eval_iters: int = flag(10, "batches per validation; 0 turns validation off")
+    log_interval: int = flag(10, "steps between log lines", within=whole(1))
+    eval_interval: int | None = flag(
+        None, "steps between validations (default: never)", within=whole(1)
+    )
+    eval_iters: int = flag(10, "batches per validation; 0 turns validation off", within=whole(0))
     tensorboard_dir: str | None = flag(None, "write scalars for TensorBoard here")
     wandb_project: str | None = flag(
         None,

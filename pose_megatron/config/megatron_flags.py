@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from pose_megatron.errors import ConfigError, flag_name
+from pose_megatron.runtime.ranges import real
 
 REFUSED = {
     "reset_position_ids": "positions come from --position-sampler and never start again inside a "
@@ -119,14 +120,16 @@ def refuse(name: str) -> None:
 def add_facts(parser: argparse.ArgumentParser) -> None:
     """Lets the parser read FACTS, as `fact.name`; --help names them in one paragraph."""
     group = parser.add_argument_group("Megatron-LM's flags that state what holds anyway", _listed())
+    hidden: dict = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
     for name, fact in FACTS.items():
-        kind = type(fact.values[0])
-        options: dict = {"dest": f"fact.{name}", "help": argparse.SUPPRESS}
-        if kind is bool:
-            options["action"] = argparse.BooleanOptionalAction
-        else:
-            options["type"] = kind
-        group.add_argument(flag_name(name), default=argparse.SUPPRESS, **options)
+        group.add_argument(flag_name(name), dest=f"fact.{name}", **hidden, **fact_options(fact))
+
+
+def fact_options(fact: Fact) -> dict:
+    """What argparse's add_argument takes to read a statement of the fact."""
+    if isinstance(fact.values[0], bool):
+        return {"action": argparse.BooleanOptionalAction}
+    return {"type": real(at_least=0) if isinstance(fact.values[0], float) else str}
 
 
 def check_facts(given: Mapping) -> None:

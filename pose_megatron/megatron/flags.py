@@ -69,11 +69,12 @@ def add_pose_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 
 def check_args(args: argparse.Namespace) -> None:
-    """Refuses Megatron's flags that contradict PoSE.
+    """Refuses Megatron's flags that contradict PoSE, and numbers out of the ranges of ours.
 
     Raises:
         ConfigError: names the flag, its value and the way out.
     """
+    arguments_of(args), model_flags_of(args)
     if args.position_embedding_type != "rope":
         raise ConfigError(
             f"--position-embedding-type {args.position_embedding_type}: PoSE needs rope"

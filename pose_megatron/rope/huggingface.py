@@ -146,7 +146,7 @@ def options(text: str) -> dict:
     """
     try:
         content = text if text.lstrip().startswith("{") else Path(text).read_text(encoding="utf-8")
-        keys = json.loads(content)
+        keys = json.loads(content, object_pairs_hook=_once)
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(
             f"--rope-scaling-config {text[:100]} is neither a JSON object nor a file with one: "
@@ -164,6 +164,14 @@ def options(text: str) -> dict:
             f"{', '.join(sorted(known - {'method'} | {'rope_type'}))}"
         )
     return keys
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object that has no key twice."""
+    names = [name for name, _ in pairs]
+    if twice := sorted(name for name in set(names) if names.count(name) > 1):
+        raise ValueError(f"it has {', '.join(twice)} twice")
+    return dict(pairs)
 
 
 def _spellings(config: dict, partial: bool = False) -> dict:

@@ -215,7 +215,7 @@ class Dynamic(Interpolation):
         ]
 
 
-# In the order of their names in --help, and of their options in a stored RopeScaling.
+# Their names stand in `names`, in the same order, for those who must not wait for torch.
 METHODS: dict[str, type[Interpolation]] = {
     method.name: method
     for method in (Unscaled, Linear, Ntk, Yarn, YarnRevised, Llama3, LongRope, Dynamic)

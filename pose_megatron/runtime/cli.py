@@ -1,6 +1,5 @@
 """Command-line programs: numbers among their flags, and how they end."""
 
-import argparse
 import functools
 import io
 import os
@@ -11,18 +10,13 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from pose_megatron.runtime.interrupts import CODE, is_interrupted, raise_interrupts, rest
+from pose_megatron.runtime.ranges import whole
 from pose_megatron.runtime.ranks import rank, world_size
 
 # How long a rank whose mistake may be an echo waits for torchrun to end it. Two seconds were too
 # few on a machine under load: rank 0 was ended before its sentence was out.
 ECHO_SECONDS = 30
-
-
-def positive(text: str) -> int:
-    """A whole number of at least 1; argparse's `type` for such flags."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
-    return int(text)
+positive = whole(1)  # argparse's `type` of flags that count
 
 
 def print_error(error: Exception | str) -> None:

@@ -47,7 +47,25 @@ def parse_json(path: Path, text: bytes | str, error: type[ValueError] = ConfigEr
 
 
 def read_yaml(path: Path) -> dict:
-    """The mapping in a YAML file, {} for an empty one.
+    """The mapping in a YAML file, {} for an empty one, as YAML 1.1 means it.
+
+    Raises:
+        ConfigError: as compose_yaml.
+    """
+    import yaml
+
+    root = compose_yaml(path)
+    if root is None:
+        return {}
+    with _read_as_yaml(path):
+        return yaml.SafeLoader("").construct_document(root)
+
+
+def compose_yaml(path: Path, as_text: bool = False):
+    """The root of a YAML file's nodes, a yaml.MappingNode; None for an empty file.
+
+    Args:
+        as_text: every scalar is a string to the library, whatever it looks like.
 
     Raises:
         ConfigError: the file is missing, too large, is not YAML, or no mapping; or its aliases
@@ -58,21 +76,25 @@ def read_yaml(path: Path) -> dict:
     if not path.is_file():
         raise ConfigError(f"{path}: no such file")
     text = _bytes_of(path, LARGEST_YAML, ConfigError)
-    try:
-        root = yaml.compose(text, yaml.SafeLoader)
-        if root is None:
-            return {}
-        if _nodes(root, {}) > MOST_YAML_NODES:
+    with _read_as_yaml(path):
+        root = yaml.compose(text, yaml.BaseLoader if as_text else yaml.SafeLoader)
+        if root is not None and _nodes(root, {}) > MOST_YAML_NODES:
             raise ConfigError(f"more than {MOST_YAML_NODES:,} values, with its aliases written out")
-        content = yaml.SafeLoader("").construct_document(root)
+    if not isinstance(root, yaml.MappingNode | None):
+        raise ConfigError(f"{path} must be a mapping of names to values")
+    return root
+
+
+@contextlib.contextmanager
+def _read_as_yaml(path: Path) -> Iterator[None]:
+    """Turns whatever goes wrong into a ConfigError."""
+    try:
+        yield
     except RecursionError:
         raise ConfigError(f"{path} is not YAML that can be read: it is nested too deeply") from None
     except Exception as reason:  # wrong dates and numbers raise errors of many classes
         told = reason if isinstance(reason, ConfigError) else gist(reason)
         raise ConfigError(f"{path} is not YAML that can be read: {told}") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} must be a mapping of names to values")
-    return content
 
 
 def _nodes(node, known: dict[int, int]) -> int:

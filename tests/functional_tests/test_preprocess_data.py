@@ -339,7 +339,7 @@ BAD_INPUT = [
     ("c.jsonl.gz", GOOD, (), "c.jsonl.gz: broken gzip file"),
     ("c.jsonl", None, (), "c.jsonl: no such file"),
     ("c.jsonl", GOOD, ("--tokenizer-model", "nowhere"), "--tokenizer-model nowhere: no such file"),
-    ("c.jsonl", GOOD, ("--workers", "0"), "--workers: 0 is not a positive whole number"),
+    ("c.jsonl", GOOD, ("--workers", "0"), "--workers: must be at least 1, not 0"),
     ("c.jsonl", GOOD, ("--tokenizer-type", "Mine"), "--tokenizer-type: invalid choice: 'Mine'"),
     ("c.jsonl", GOOD, ("--output-prefix", "/dev/null/x"), "/dev/null"),
 ]

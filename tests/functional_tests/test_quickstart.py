@@ -174,11 +174,9 @@ def test_passkeys_of_the_extended_model(quickstart, tmp_path):
     ("flags", "message"),
     [
         (["--needles", "9"], "--context-lengths 128: 9 needles and the question take"),
-        (["--needles", "99"], "--needles 99 must lie between 1 and 32"),
         (["--load", "{}/nowhere"], "is not a checkpoint folder"),
         (["--data-path", "{}/nowhere"], "nowhere.idx is missing"),
         (["--tokenizer-model", "{}/nowhere"], "nowhere: no such file or folder"),
-        (["--context-lengths", "1"], "--context-lengths 1 must be at least 2"),
         (
             ["--context-lengths", "9000000", "--data-path", "{}/test_text_document"],
             "fewer than the longest context length, 9000000",

@@ -127,7 +127,7 @@ def test_flags_win_over_the_file(tmp_path):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("sequence_length: 64\n", "unknown name 'sequence_length'"),
+        ("sequence_length: 64\n", "line 1: unknown name 'sequence_length'"),
         ("seq-length: [1\n", "is not YAML"),
         ("- seq-length\n", "must be a mapping"),
         ("just words\n", "must be a mapping"),
@@ -214,15 +214,50 @@ def test_train_iters_is_needed_except_for_a_dry_run():
         ),
         ("--train-samples 50 --lr-decay-style WSD", "WSD needs --lr-wsd-decay-samples"),
         (
+            "--train-iters 10 --lr-decay-style WSD --lr-wsd-decay-iters 50",
+            "--lr-wsd-decay-iters 50 does not fit into --train-iters 10: at most 10",
+        ),
+        (
+            "--train-iters 10 --lr-decay-style WSD --lr-wsd-decay-iters 5 --lr-warmup-iters 6",
+            "-iters 5 does not fit into --train-iters 10 after --lr-warmup-iters 6: at most 4",
+        ),
+        (
+            "--train-samples 10 --lr-decay-style WSD --lr-wsd-decay-samples 5 "
+            "--lr-warmup-samples 6",
+            "-samples 5 does not fit into --train-samples 10 after --lr-warmup-samples 6: at",
+        ),
+        (
+            "--train-iters 100 --lr-decay-iters 8 --lr-decay-style WSD --lr-wsd-decay-iters 9",
+            "--lr-wsd-decay-iters 9 does not fit into --lr-decay-iters 8: at most 8",
+        ),
+        (
+            "--train-iters 10 --lr-warmup-iters 5 --lr-decay-iters 3",
+            "--lr-warmup-iters 5 leaves nothing of --lr-decay-iters 3",
+        ),
+        (
+            "--train-iters 10 --lr-warmup-iters 3 --lr-decay-iters 3 --lr-decay-style constant",
+            "--lr-warmup-iters 3 leaves nothing of --lr-decay-iters 3",
+        ),
+        (
+            "--train-samples 10 --lr-warmup-samples 3 --lr-decay-samples 3",
+            "--lr-warmup-samples 3 leaves nothing of --lr-decay-samples 3",
+        ),
+        (
             "--train-iters 5 --rampup-batch-size 2 2 8 --global-batch-size 8",
             "--rampup-batch-size needs --train-samples",
         ),
-        ("--train-samples 5 --rampup-batch-size 2 0 8 --global-batch-size 8", "2 0 8: all three"),
+        (
+            "--train-samples 5 --rampup-batch-size 2 0 8 --global-batch-size 8",
+            "--rampup-batch-size must be at least 1, not 0",
+        ),
         (
             "--train-iters 5 --overlap-param-gather --overlap-grad-reduce",
             "--overlap-param-gather needs --overlap-grad-reduce and --use-distributed-optimizer",
         ),
-        ("--train-iters 5 --loss-spike-factor 0.5", "--loss-spike-factor must be above 1"),
+        (
+            "--train-iters 5 --loss-spike-factor 0.5",
+            "--loss-spike-factor must be 0 or above 1, not 0.5",
+        ),
         (
             "--train-iters 5 --max-skipped-iterations 0",
             "--max-skipped-iterations must be at least 1",
@@ -232,6 +267,22 @@ def test_train_iters_is_needed_except_for_a_dry_run():
 def test_lengths_and_schedules_that_contradict_each_other(words, message):
     with pytest.raises(ValueError, match=message):
         parse(words.split())
+
+
+@pytest.mark.parametrize("unit", ["iters", "samples"])
+def test_a_schedule_that_just_fits(unit):
+    words = f"--lr-decay-style WSD --lr-wsd-decay-{unit} 4 --lr-warmup-{unit} 6"
+    parse([f"--train-{unit}", "10", *words.split()])
+    # The decay of a run that a later one will end may lie beyond this one.
+    parse(
+        [
+            f"--train-{unit}",
+            "10",
+            f"--lr-decay-{unit}",
+            "1000",
+            *words.replace(" 4", " 500").split(),
+        ]
+    )
 
 
 @pytest.mark.parametrize("name", REFUSED)

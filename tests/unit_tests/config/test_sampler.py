@@ -95,7 +95,7 @@ def test_longrecipe_knows_how_sentences_end():
         ),
         (["--pose-target-schedule", "0:a"], None, "--pose-target-schedule 0:a: give"),
         (["--pose-target-schedule", "0:4096"], None, "to --max-position-embeddings 8192"),
-        (["--pose-plain-fraction", "2"], None, "--pose-plain-fraction 2.0 must lie in"),
+        (["--pose-plain-fraction", "2"], None, "--pose-plain-fraction must be in"),
         (["--position-sampler", "skip"], None, "--position-sampler skip is none of"),
     ],
 )

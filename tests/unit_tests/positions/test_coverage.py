@@ -185,10 +185,10 @@ def test_the_papers_figure_as_a_user_draws_it(root, tmp_path):
     [
         (["skip"], "--position-sampler skip is none of pose"),
         (["pose,chunks=3"], "pose,chunks=3: option 'chunks' is none of num-chunks"),
-        (["pose,num-chunks=few"], "num-chunks wants int, not 'few'"),
+        (["pose,num-chunks=few"], "num-chunks 'few' is not a whole number"),
         (["--window", "64", "--target", "32"], "--seq-length 64 (the window L) is greater than"),
         (["--source", "5"], "--source 5 is shorter than --window 2048"),
-        (["--samples", "0"], "must be at least 1"),
+        (["pose,plain-fraction=2"], "plain-fraction must be in [0, 1], not 2.0"),
     ],
 )
 def test_wrong_words_are_one_sentence(monkeypatch, capsys, words, message):

@@ -18,6 +18,7 @@ from pose_megatron.rope import scaling as scaling_module
 from pose_megatron.rope.huggingface import from_hf, notes, options, to_hf
 from pose_megatron.rope.interpolation import Interpolation, Pairs
 from pose_megatron.rope.methods import METHODS
+from pose_megatron.rope.names import METHOD_NAMES
 from pose_megatron.rope.scaling import RopeScaling, attention_factor, inverse_frequencies
 
 
@@ -104,9 +105,11 @@ def test_an_option_of_its_own_is_a_field(monkeypatch):
 
 
 def test_its_name_is_a_choice_of_the_flags():
+    assert (*METHOD_NAMES, "halved", "unspoken") == tuple(METHODS)  # a line in names.py as well
     flags = ["--train-iters", "1", "--rope-scaling"]
-    assert arguments.parse([*flags, "halved"]).model.rope_scaling == "halved"
-    with pytest.raises(ConfigError, match="'quartered' .*choose from .*'halved'"):
+    for name in METHOD_NAMES:
+        assert arguments.parse([*flags, name]).model.rope_scaling == name
+    with pytest.raises(ConfigError, match="'quartered' .*choose from .*'dynamic'"):
         arguments.parse([*flags, "quartered"])
     assert options('{"rope_type": "halved", "beta_slow": 2}') == {
         "method": "halved",

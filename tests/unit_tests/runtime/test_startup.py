@@ -10,6 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[3]
 PATH = os.environ.get("PYTHONPATH", "")
+RUN = ["--train-iters", "1"]
 EVALUATE = ["--load", "run", "--context-lengths", "32", "--output", "results.jsonl"]
 INSTALL = (
     "pip install 'megatron-core==0.16.1' on Python 3.11, "
@@ -20,7 +21,7 @@ HIDE = """
 import importlib.util, runpy, sys
 found = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *rest: None if name == "megatron" else found(name, *rest)
-sys.argv = [{program!r}]
+sys.argv = [{program!r}, "--train-iters", "1"]
 runpy.run_path({program!r}, run_name="__main__")
 """
 
@@ -56,7 +57,7 @@ def assert_one_sentence(done, program, sentence):
 @pytest.mark.parametrize(
     ("program", "words"),
     [
-        ("pretrain_pose.py", []),
+        ("pretrain_pose.py", RUN),
         ("tools/evaluate_perplexity.py", [*EVALUATE, "--data-path", "corpus"]),
         ("tools/evaluate_passkey.py", EVALUATE),
     ],
@@ -73,12 +74,41 @@ def test_without_megatron_core_a_program_says_what_to_install():
     assert_one_sentence(done, "pretrain_pose.py", f"megatron-core is not installed: {INSTALL}")
 
 
+@pytest.mark.parametrize(
+    ("program", "words", "message"),
+    [
+        ("pretrain_pose.py", ["--bad-flag"], "unrecognized arguments: --bad-flag"),
+        ("pretrain_pose.py", [*RUN, "--rope-scaling", "yarn", "--lr", "-1"], "--lr must be at least"),
+        ("pretrain_pose.py", [*RUN, "--config", "{}"], "line 2: lr is in line 1 already"),
+        ("tools/materialize_positions.py", ["--output", "x", "--bad-flag"], "--bad-flag"),
+        ("tools/materialize_positions.py", ["--output", "x", "--lr", "nan"], "--lr must be finite"),
+        ("tools/evaluate_perplexity.py", [*EVALUATE, "--data-path", "x", "--stride", "0"], "--stride"),
+        ("tools/evaluate_perplexity.py", [*EVALUATE, "--data-path", "x", "--stride", "33"], "--stride"),
+        ("tools/evaluate_passkey.py", [*EVALUATE, "--rope-scaling", "linaer"], "--rope-scaling"),
+        ("tools/evaluate_passkey.py", [*EVALUATE, "--needles", "33"], "--needles: must be in [1, 32]"),
+        ("tools/checkpoint/verify.py", ["--megatron", "a", "--hf", "b", "--tokens", "1"], "--tokens"),
+        ("tools/checkpoint/convert.py", ["--iteration", "-1"], "--iteration: must be at least 0"),
+    ],
+)  # fmt: skip
+def test_a_wrong_flag_is_answered_before_anything_large_is_imported(
+    program, words, message, tmp_path
+):
+    (tmp_path / "run.yaml").write_text("lr: 1\nlr: 2\n")
+    words = [word.format(tmp_path / "run.yaml") for word in words]
+    done = run("-X", "importtime", program, *words, PYTHONPATH=PATH)
+    assert done.returncode in (1, 2) and not done.stdout
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "argparse" in imported and not imported & {"torch", "megatron.core", "transformers"}
+    said = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
+    assert f"{Path(program).name}: error: " in said[-1] and message in said[-1]
+
+
 def test_ranks_say_it_once(tmp_path):
     core = fake_core(tmp_path, (0, 15, 0))
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     env = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     done = subprocess.run(
-        [sys.executable, *launch, "pretrain_pose.py"],
+        [sys.executable, *launch, "pretrain_pose.py", *RUN],
         cwd=ROOT,
         env=env | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{PATH}"},
         capture_output=True,
