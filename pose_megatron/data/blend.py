@@ -48,6 +48,14 @@ class Blend(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict:
         return self.datasets[self.which[index]][self.index_there[index]]
 
+    def samples_of_each(self) -> np.ndarray:
+        """How many of the samples each dataset gives, int64."""
+        count, block = np.zeros(len(self.datasets), np.int64), 1 << 24  # the table may be mapped
+        for start in range(0, self.size, block):
+            which = self.which[start : start + block]
+            count += np.bincount(which, minlength=len(self.datasets))
+        return count
+
 
 def _greedy(weights: list[float], size: int) -> dict[str, np.ndarray]:
     which, index_there = np.zeros(size, np.int16), np.zeros(size, np.int64)

@@ -18,12 +18,14 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from pose_megatron.config.flags import DataFlags
-from pose_megatron.data.blend import SPLITS, Blend, BlendBuilder, blends
+from pose_megatron.data.blend import SPLITS, BlendBuilder, blends
+from pose_megatron.data.epochs import readings
 from pose_megatron.data.materialized import MaterializedDataset
 from pose_megatron.data.source import Source
 from pose_megatron.data.spans import DocumentSpans, PackedSpans, PoseDatasetConfig
 from pose_megatron.errors import ConfigError
 from pose_megatron.positions.sampler import PoseSampler
+from pose_megatron.runtime.ranks import rank
 
 logger = logging.getLogger(__name__)
 DEFAULT_SPLIT = "969,30,1"  # Megatron-LM's
@@ -147,10 +149,10 @@ def build_datasets(
     ).build()
     if not reads:
         return Datasets(None, None, None)
-    for name, sources in zip(SPLITS, built, strict=True):
-        for part in sources.datasets if isinstance(sources, Blend) else [sources]:
-            if part is not None:
-                logger.info("%s, %s: %s", part.dataset_path, name, part.report())
+    if rank() == 0:
+        for split, sources in zip(SPLITS, built, strict=True):
+            for reading in readings(split, sources):
+                logger.log(logging.WARNING if reading.is_many else logging.INFO, "%s", reading)
     plain = PoseSampler(sampler.window, sampler.window, "full", seed=sampler.seed)
     drawn = Datasets(
         *(

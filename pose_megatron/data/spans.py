@@ -77,8 +77,8 @@ class Spans(MegatronDataset):
         """The source of sample number `sample` before the epoch is shuffled."""
 
     @abstractmethod
-    def report(self) -> str:
-        """What an epoch holds, in one line for a person."""
+    def apart(self) -> str:
+        """Which documents are not read as they are, in words for a person; "" for none."""
 
     @abstractmethod
     def _empty(self) -> str:
@@ -152,11 +152,10 @@ class DocumentSpans(Spans):
         length = int(self.dataset.lengths[document]) - first
         return Source(self.dataset, ((document, first, length),))
 
-    def report(self) -> str:
-        return (
-            f"{self.samples_per_epoch} samples per epoch, {self.dropped} short documents "
-            f"dropped, {self.packed} packed"
-        )
+    def apart(self) -> str:
+        if self.packed:
+            return f"{self.packed:,} short documents packed"
+        return f"{self.dropped:,} short documents dropped" if self.dropped else ""
 
     def _empty(self) -> str:
         longest = int(self.dataset.lengths[self.indices].max()) if len(self.indices) else 0
@@ -196,8 +195,8 @@ class PackedSpans(Spans):
         order = self.indices[Shuffle(n, self.config.random_seed, epoch, DOCUMENTS).order(0, n)]
         return {"order": order, "ends": np.cumsum(self.dataset.lengths[order], dtype=np.int64)}
 
-    def report(self) -> str:
-        return f"{self.samples_per_epoch} samples per epoch, {len(self.indices)} documents packed"
+    def apart(self) -> str:
+        return "packed end to end"
 
     def _empty(self) -> str:
         return (
