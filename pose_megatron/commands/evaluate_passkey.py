@@ -1,17 +1,12 @@
 """Passkey retrieval of a Megatron checkpoint at several context lengths."""
 
 import argparse
-from typing import TYPE_CHECKING
 
-from pose_megatron.commands.target_flags import add_target_flags, target_of
+from pose_megatron.commands.target_flags import add_target_flags, bos_of, open_tokenizer, target_of
 from pose_megatron.errors import ConfigError
-from pose_megatron.preprocessing.tokenizer import TOKENIZER_TYPES, Tokenizer, build_tokenizer
 from pose_megatron.runtime.cli import command, positive
 from pose_megatron.runtime.ranges import LARGEST_SEED, whole
 from pose_megatron.runtime.startup import prepare_megatron
-
-if TYPE_CHECKING:  # imported by main(), after the flags are read
-    from pose_megatron.evaluation.target import EvaluationTarget
 
 
 def parse() -> argparse.Namespace:
@@ -35,9 +30,6 @@ def parse() -> argparse.Namespace:
         help="names with numbers in each prompt; it asks for one of them (default: 1)",
     )
     add("--data-path", help="corpus prefix whose text is the haystack (default: filler)")
-    add("--tokenizer-type", choices=TOKENIZER_TYPES, default="HuggingFaceTokenizer")
-    add("--tokenizer-model", help="default: the one that the checkpoint carries")
-    add("--prepend-bos", action="store_true", help="begin with the token that begins a sequence")
     add(
         "--seed",
         type=whole(0, LARGEST_SEED),
@@ -53,18 +45,14 @@ def main() -> None:
     prepare_megatron()
     from tqdm import tqdm
 
-    from pose_megatron.evaluation import corpus_text, passkey, report
+    from pose_megatron.evaluation import corpus_text, passkey, results
     from pose_megatron.evaluation.target import find_target
     from pose_megatron.runtime.distributed import device
 
     target = find_target(**target_of(flags))
     print(f"{target.name}: rope scaling {target.model.rope_scaling}", flush=True)
     tokenizer = open_tokenizer(flags, target)
-    first = []
-    if flags.prepend_bos:
-        if tokenizer.bos is None:
-            raise ConfigError("--prepend-bos: the tokenizer has no such token")
-        first = [tokenizer.bos]
+    first = [bos_of(tokenizer)] if flags.prepend_bos else []
     haystack = passkey.filler(tokenizer.tokenize)
     if flags.data_path:
         haystack = corpus_text.haystack(flags.data_path, target.lengths[-1])
@@ -114,6 +102,8 @@ def main() -> None:
                     "needles": flags.needles,
                     "seed": flags.seed,
                     "data_path": flags.data_path,
+                    "tokenizer_model": flags.tokenizer_model,
+                    "prepend_bos": flags.prepend_bos,
                     **target.row,
                     "answers": [[a.depth, a.found, round(a.loss, 4)] for a in answers],
                 }
@@ -124,18 +114,4 @@ def main() -> None:
             f"(95 % interval {row['low']:.0%} to {row['high']:.0%})  "
             f"loss per token of the answer {row['loss']:.3f}"
         )
-    report.append(flags.output, rows)
-
-
-def open_tokenizer(flags: argparse.Namespace, target: "EvaluationTarget") -> Tokenizer:
-    """The tokenizer that the flags name, or the checkpoint's.
-
-    Raises:
-        ConfigError: there is neither.
-    """
-    path = flags.tokenizer_model or target.found.root / "tokenizer"
-    if not flags.tokenizer_model and not path.is_dir():
-        raise ConfigError(
-            f"--load {flags.load} carries no tokenizer; name one with --tokenizer-model"
-        )
-    return build_tokenizer(flags.tokenizer_type, path)
+    results.append(flags.output, rows)

@@ -3,7 +3,7 @@
 import argparse
 import dataclasses
 
-from pose_megatron.commands.target_flags import add_target_flags, target_of
+from pose_megatron.commands.target_flags import add_target_flags, bos_of, open_tokenizer, target_of
 from pose_megatron.errors import ConfigError
 from pose_megatron.runtime.cli import command, positive
 from pose_megatron.runtime.startup import prepare_megatron
@@ -61,9 +61,9 @@ def main() -> None:
     prepare_megatron()
     from tqdm import tqdm
 
-    from pose_megatron.evaluation import report
     from pose_megatron.evaluation.corpus_text import long_documents
     from pose_megatron.evaluation.perplexity import perplexities
+    from pose_megatron.evaluation.results import append
     from pose_megatron.evaluation.target import find_target
     from pose_megatron.runtime.distributed import device
 
@@ -78,6 +78,12 @@ def main() -> None:
         flags.max_document_tokens or longest + 8 * stride,
         target.model.vocab_size,
     )
+    bos = bos_of(open_tokenizer(flags, target)) if flags.prepend_bos else None
+    if bos is not None and bos >= target.model.vocab_size:
+        raise ConfigError(
+            f"--prepend-bos: token id {bos} is outside the checkpoint's vocabulary of "
+            f"{target.model.vocab_size}: --tokenizer-model is of another model"
+        )
     documents = [document.to(device()) for document in documents]
     logits = target.load_logits()
 
@@ -90,15 +96,17 @@ def main() -> None:
         disable=None,
     ) as bar:
         results = list(
-            perplexities(logits, documents, target.lengths, stride, flags.batch_tokens, bar.update)
+            perplexities(
+                logits, documents, target.lengths, stride, flags.batch_tokens, bar.update, bos
+            )
         )
     for r in results:
         print(
             f"{target.name}: context {r.context_length:>7,}  perplexity {r.perplexity:.3f}  "
             f"({r.tokens:,} tokens of {r.documents} documents)"
         )
-    what, where = {"name": target.name, "metric": "perplexity"}, {"data_path": flags.data_path}
-    report.append(
-        flags.output,
-        (what | dataclasses.asdict(r) | {"stride": stride} | where | target.row for r in results),
-    )
+    what = {"name": target.name, "metric": "perplexity"}
+    how = {"stride": stride, "data_path": flags.data_path, "prepend_bos": flags.prepend_bos}
+    if flags.prepend_bos:
+        how["tokenizer_model"] = flags.tokenizer_model
+    append(flags.output, (what | dataclasses.asdict(r) | how | target.row for r in results))

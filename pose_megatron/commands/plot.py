@@ -3,21 +3,28 @@
 import argparse
 from pathlib import Path
 
-from pose_megatron.evaluation import report
+from pose_megatron.evaluation import report, results
 from pose_megatron.runtime.cli import command, positive
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Reads the JSON lines of the evaluation tools; of several results with the "
-        "same name and\ncontext length, the last one counts.",
+        description="Reads the JSON lines of the evaluation tools. Results of one name that differ "
+        "in more than\nthe context length (data, stride, needles, iteration, ...) are kept apart, "
+        "and labels say\nin what; of equal ones the last counts.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="example:\n  python tools/plot_results.py results.jsonl --output perplexity.png",
     )
     parser.add_argument("results", nargs="+", help="files of JSON lines")
     parser.add_argument("--output", default="results.png", help="PNG; the table is .md beside it")
-    parser.add_argument("--metric", choices=report.METRICS, default="perplexity")
+    parser.add_argument("--metric", choices=results.METRICS, default="perplexity")
     parser.add_argument("--window", type=positive, help="mark the training window L, in tokens")
+    parser.add_argument(
+        "--apart",
+        action="store_true",
+        help="draw unlike results of one name also where they share no context length, and were "
+        "perhaps meant as one curve",
+    )
     parser.add_argument("--title")
     return parser.parse_args()
 
@@ -25,10 +32,10 @@ def parse() -> argparse.Namespace:
 @command
 def main() -> None:
     flags = parse()
-    table = report.read(flags.results, flags.metric)
+    curves = results.read(flags.results, flags.metric, flags.apart)
     output = Path(flags.output)
     output.parent.mkdir(parents=True, exist_ok=True)
-    text = report.markdown(table, flags.metric)
+    text = report.markdown(curves, flags.metric)
     output.with_suffix(".md").write_text(text, encoding="utf-8")
-    report.plot(table, flags.metric, output, flags.window, flags.title)
+    report.plot(curves, flags.metric, output, flags.window, flags.title)
     print(text + f"\n{output}  {output.with_suffix('.md')}")

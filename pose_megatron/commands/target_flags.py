@@ -1,10 +1,17 @@
-"""The flags that every evaluation shares: which checkpoint, at which context lengths."""
+"""The flags that every evaluation shares: which checkpoint and tokenizer, at which context
+lengths."""
 
 import argparse
+from typing import TYPE_CHECKING
 
+from pose_megatron.errors import ConfigError
+from pose_megatron.preprocessing.tokenizer import TOKENIZER_TYPES, Tokenizer, build_tokenizer
 from pose_megatron.rope.names import METHOD_NAMES
 from pose_megatron.runtime.cli import positive
 from pose_megatron.runtime.ranges import LARGEST_INT32, real, whole
+
+if TYPE_CHECKING:  # it needs torch, and comes after the flags are read
+    from pose_megatron.evaluation.target import EvaluationTarget
 
 
 def add_target_flags(parser: argparse.ArgumentParser) -> None:
@@ -31,6 +38,9 @@ def add_target_flags(parser: argparse.ArgumentParser) -> None:
         help="default: longest context / original window",
     )
     add("--rope-scaling-config", metavar="JSON", help="its other options, as in pretrain_pose.py")
+    add("--tokenizer-type", choices=TOKENIZER_TYPES, default="HuggingFaceTokenizer")
+    add("--tokenizer-model", help="default: the one that the checkpoint carries")
+    add("--prepend-bos", action="store_true", help="begin with the token that begins a sequence")
     add("--bf16", action="store_true", help="compute in bfloat16 (default: float32)")
     add("--name", help="label in tables and plots (default: the folder's name)")
     add("--output", help="JSON lines file to append to")
@@ -41,3 +51,24 @@ def target_of(flags: argparse.Namespace) -> dict:
     names = ("load", "context_lengths", "iteration", "bf16", "name")
     rope = ("rope_scaling", "rope_scaling_factor", "rope_scaling_config")
     return {name: getattr(flags, name) for name in (*names, *rope)}
+
+
+def open_tokenizer(flags: argparse.Namespace, target: "EvaluationTarget") -> Tokenizer:
+    """The tokenizer that the flags name, or the checkpoint's.
+
+    Raises:
+        ConfigError: there is neither.
+    """
+    path = flags.tokenizer_model or target.found.root / "tokenizer"
+    if not flags.tokenizer_model and not path.is_dir():
+        raise ConfigError(
+            f"--load {flags.load} carries no tokenizer; name one with --tokenizer-model"
+        )
+    return build_tokenizer(flags.tokenizer_type, path)
+
+
+def bos_of(tokenizer: Tokenizer) -> int:
+    """The token of --prepend-bos."""
+    if tokenizer.bos is None:
+        raise ConfigError("--prepend-bos: the tokenizer has no such token")
+    return tokenizer.bos

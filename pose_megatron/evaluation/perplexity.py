@@ -41,6 +41,7 @@ def perplexities(
     stride: int,
     batch_tokens: int = 16384,
     progress: Callable[[int], object] = lambda tokens: None,
+    bos: int | None = None,
 ) -> Iterator[Perplexity]:
     """Perplexity at each context length, over the same scored tokens.
 
@@ -55,6 +56,8 @@ def perplexities(
         stride: tokens scored per window.
         batch_tokens: about how many input tokens go into one call.
         progress: called with the number of input tokens just done.
+        bos: the token that every window begins with, in the place of its first one; the scored
+            tokens are the same.
 
     Raises:
         ConfigError: no documents, one too short, or a stride above a context length.
@@ -83,6 +86,8 @@ def perplexities(
         size = max(batch_tokens // length, 1)
         for batch in (ends[k : k + size] for k in range(0, len(ends), size)):
             windows = torch.stack([documents[i][end - length : end + 1] for i, end in batch])
+            if bos is not None:
+                windows[:, 0] = bos
             scored = logits(windows[:, :-1], stride)
             losses = F.cross_entropy(scored.transpose(1, 2), windows[:, -stride:], reduction="none")
             for (i, _), loss in zip(batch, losses.double().sum(1).tolist(), strict=True):

@@ -1,98 +1,38 @@
-"""Results of evaluations: a file of JSON lines in, a Markdown table and a plot out.
+"""Curves of results, as results.py reads them, in a Markdown table and a plot."""
 
-A result is one JSON object: name, metric (one of METRICS), context_length in tokens, the metric's
-value under its own name, and whatever else its program has to say.
-"""
-
-import contextlib
-import fcntl
-import json
-import operator
-import os
-from collections.abc import Iterable
+import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 
-from pose_megatron.errors import ConfigError
-
-METRICS = ("perplexity", "passkey")
+from pose_megatron.evaluation.results import Curve
 
 
-def append(path: str | None, rows: Iterable[dict]) -> None:
-    """Adds results to a file of JSON lines; does nothing without a path.
-
-    Lines stay whole: several evaluators append one after the other, what one that was killed left
-    unfinished stays a line of its own, and a full disk takes back what was begun.
-    """
-    if not path:
-        return
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
-    file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
-    try:
-        with contextlib.suppress(OSError):  # not every file system has locks
-            fcntl.lockf(file, fcntl.LOCK_EX)
-        size = os.fstat(file).st_size
-        if size and os.pread(file, 1, size - 1) != b"\n":
-            lines = b"\n" + lines
-        try:
-            while lines:
-                lines = lines[os.write(file, lines) :]
-        except OSError:
-            os.ftruncate(file, size)
-            raise
-    finally:
-        os.close(file)
+def _lengths_of(curves: Sequence[Curve]) -> list[int]:
+    return sorted({length for curve in curves for length in curve.points})
 
 
-def read(files: list[str], metric: str) -> dict[str, dict[int, dict]]:
-    """{name: {context length: result}}, in the order of the files; the last of equals counts.
-
-    Raises:
-        ConfigError: a file is missing, or a line is not a result; names file and line.
-    """
-    table: dict[str, dict[int, dict]] = {}
-    for file in files:
-        if not Path(file).is_file():
-            raise ConfigError(f"{file}: no such file")
-        for number, line in enumerate(Path(file).read_bytes().splitlines(), 1):
-            try:
-                row = json.loads(line)
-                if row["metric"] == metric:
-                    row[metric] = float(row[metric])
-                    length = operator.index(row["context_length"])
-                    table.setdefault(str(row["name"]), {})[length] = row
-            except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-                raise ConfigError(f"{file}:{number}: not a result ({error!r})") from None
-    if not table:
-        raise ConfigError(f"{', '.join(files)}: no results of metric '{metric}'")
-    return table
-
-
-def _lengths_of(table: dict[str, dict[int, dict]]) -> list[int]:
-    return sorted({length for row in table.values() for length in row})
-
-
-def markdown(table: dict[str, dict[int, dict]], metric: str) -> str:
-    """One row per name, one column per context length."""
-    lengths, form = _lengths_of(table), "{:.0%}" if metric == "passkey" else "{:.2f}"
+def markdown(curves: Sequence[Curve], metric: str) -> str:
+    """One row per curve, one column per context length."""
+    lengths, form = _lengths_of(curves), "{:.0%}" if metric == "passkey" else "{:.2f}"
     lines = [
         "| | " + " | ".join(f"{n:,}" for n in lengths) + " |",
         "|---|" + "---:|" * len(lengths),
     ]
-    for name, row in table.items():
+    for curve in curves:
+        row, label = curve.points, curve.label.replace("|", "\\|")
         cells = [form.format(row[n][metric]) if n in row else "" for n in lengths]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
 def plot(
-    table: dict[str, dict[int, dict]],
+    curves: Sequence[Curve],
     metric: str,
     path: Path,
     window: int | None = None,
     title: str | None = None,
 ) -> None:
-    """Draws a curve for each name; passkeys also by depth in the haystack.
+    """Draws the curves; passkeys also by depth in the haystack.
 
     Args:
         path: PNG.
@@ -104,33 +44,34 @@ def plot(
     from matplotlib import pyplot
 
     if metric == "passkey":
-        columns = min(3, len(table) if len(table) != 4 else 2)
-        rows = -(-len(table) // columns)
+        columns = min(3, len(curves) if len(curves) != 4 else 2)
+        rows = -(-len(curves) // columns)
         figure = pyplot.figure(
             figsize=(max(7, 3.2 * columns), 4 + 2.6 * rows), dpi=150, layout="constrained"
         )
         above, below = figure.subfigures(2, squeeze=False, height_ratios=(4, 2.6 * rows)).ravel()
         axes = above.subplots()
-        _draw_depths(below, table, rows, columns)
+        _draw_depths(below, curves, rows, columns)
     else:
         figure = pyplot.figure(figsize=(7, 4.5), dpi=150, layout="constrained")
         axes = figure.subplots()
-    _draw_curves(axes, table, metric, window)
+    _draw_curves(axes, curves, metric, window)
     if title:
         axes.set_title(title, fontsize=10)
     figure.savefig(path)
 
 
-def _draw_curves(axes, table: dict[str, dict[int, dict]], metric: str, window: int | None) -> None:
-    for (name, row), marker in zip(table.items(), "osD^vP*X<>" * len(table), strict=False):
+def _draw_curves(axes, curves: Sequence[Curve], metric: str, window: int | None) -> None:
+    for curve, marker in zip(curves, "osD^vP*X<>" * len(curves), strict=False):
+        row, label = curve.points, textwrap.fill(curve.label, 60)
         lengths = sorted(row)
         values = [row[n][metric] for n in lengths]
-        (line,) = axes.plot(lengths, values, marker=marker, label=name, linewidth=1.8)
+        (line,) = axes.plot(lengths, values, marker=marker, label=label, linewidth=1.8)
         if metric == "passkey":
             low, high = ([row[n][side] for n in lengths] for side in ("low", "high"))
             axes.fill_between(lengths, low, high, color=line.get_color(), alpha=0.12, linewidth=0)
-    lengths = _lengths_of(table)
-    values = [row[n][metric] for row in table.values() for n in row]
+    lengths = _lengths_of(curves)
+    values = [row[metric] for curve in curves for row in curve.points.values()]
     axes.set_xscale("log", base=2)
     axes.set_xticks(lengths, [f"{n:,}" for n in lengths])
     if metric == "passkey":
@@ -160,18 +101,18 @@ def _draw_curves(axes, table: dict[str, dict[int, dict]], metric: str, window: i
     axes.legend(fontsize=8)
 
 
-def _draw_depths(figure, table: dict[str, dict[int, dict]], rows: int, columns: int) -> None:
-    """A map for each name: context length across, depth of the needle down."""
-    lengths, bins = _lengths_of(table), 10
+def _draw_depths(figure, curves: Sequence[Curve], rows: int, columns: int) -> None:
+    """A map for each curve: context length across, depth of the needle down."""
+    lengths, bins = _lengths_of(curves), 10
     grid = figure.subplots(rows, columns, squeeze=False, sharey=True).ravel()
-    for axes in grid[len(table) :]:
+    for axes in grid[len(curves) :]:
         axes.set_axis_off()
-    for axes, (name, row) in zip(grid, table.items(), strict=False):
+    for axes, curve in zip(grid, curves, strict=False):
         cells = [
             [
                 [
                     found
-                    for depth, found, _ in row.get(n, {}).get("answers", ())
+                    for depth, found, _ in curve.points.get(n, {}).get("answers", ())
                     if min(int(depth * bins), bins - 1) == i
                 ]
                 for n in lengths
@@ -184,7 +125,7 @@ def _draw_depths(figure, table: dict[str, dict[int, dict]], rows: int, columns: 
         image = axes.imshow(share, vmin=0, vmax=1, cmap="viridis", aspect="auto")
         axes.set_xticks(range(len(lengths)), [f"{n:,}" for n in lengths], fontsize=7)
         axes.set_yticks([-0.5, bins / 2 - 0.5, bins - 0.5], ["0", "0.5", "1"], fontsize=7)
-        axes.set_title(name, fontsize=8)
+        axes.set_title(textwrap.fill(curve.label, 44), fontsize=8)
     grid[0].set_ylabel("depth of the needle", fontsize=8)
     bar = figure.colorbar(image, ax=list(grid), shrink=0.9)
     bar.ax.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")

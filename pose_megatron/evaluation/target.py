@@ -1,5 +1,6 @@
 """The checkpoint under evaluation, as it is or with an interpolation put on it."""
 
+import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,11 +38,19 @@ class EvaluationTarget:
     def row(self) -> dict:
         """What all of its results have in common, for report.append."""
         rope = self.model.rope_scaling
+        options = {
+            f.name: value
+            for f in dataclasses.fields(rope)
+            if (value := getattr(rope, f.name)) != f.default
+            and f.name not in ("method", "factor", "over")
+        }
         return {
             "load": str(self.found.root),
             "iteration": self.found.iteration,
             "rope_scaling": rope.method,
             "rope_scaling_factor": rope.factor,
+            "rope_scaling_config": options | ({"over": str(rope.over)} if rope.over else {}),
+            "bf16": self.bf16,
         }
 
 

@@ -86,3 +86,22 @@ def test_standard_error_is_that_of_a_ratio_of_sums():
 def test_bad_input_is_named(lengths, contexts, stride, message):
     with pytest.raises(ValueError, match=message):
         list(perplexities(None, documents(*lengths), contexts, stride))
+
+
+def test_every_window_begins_with_bos_and_scores_the_same_tokens():
+    seen = []
+
+    def logits(tokens, last):
+        seen.append(tokens.clone())
+        return torch.nn.functional.one_hot(tokens[:, -last:], 11).float()
+
+    text = documents(21)
+    kept = text[0].clone()
+    plain = list(perplexities(logits, text, [4, 16], stride=2))
+    windows, seen = seen, []
+    with_bos = list(perplexities(logits, text, [4, 16], stride=2, bos=10))
+    for before, after in zip(windows, seen, strict=True):
+        assert (after[:, 0] == 10).all() and torch.equal(after[:, 1:], before[:, 1:])
+    assert [(r.tokens, r.documents) for r in with_bos] == [(r.tokens, r.documents) for r in plain]
+    assert with_bos == plain  # these logits see the scored tokens alone
+    assert torch.equal(text[0], kept)
