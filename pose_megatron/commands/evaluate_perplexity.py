@@ -107,6 +107,5 @@ def main() -> None:
         )
     what = {"name": target.name, "metric": "perplexity"}
     how = {"stride": stride, "data_path": flags.data_path, "prepend_bos": flags.prepend_bos}
-    if flags.prepend_bos:
-        how["tokenizer_model"] = flags.tokenizer_model
+    how["tokenizer_model"] = flags.tokenizer_model if flags.prepend_bos else None
     append(flags.output, (what | dataclasses.asdict(r) | how | target.row for r in results))

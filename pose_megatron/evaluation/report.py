@@ -1,5 +1,6 @@
 """Curves of results, as results.py reads them, in a Markdown table and a plot."""
 
+import math
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -62,6 +63,8 @@ def plot(
 
 
 def _draw_curves(axes, curves: Sequence[Curve], metric: str, window: int | None) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     for curve, marker in zip(curves, "osD^vP*X<>" * len(curves), strict=False):
         row, label = curve.points, textwrap.fill(curve.label, 60)
         lengths = sorted(row)
@@ -81,6 +84,9 @@ def _draw_curves(axes, curves: Sequence[Curve], metric: str, window: int | None)
         axes.set_yscale("log")
         ticks = [t * 10**e for e in range(-1, 7) for t in (1, 1.5, 2, 3, 4, 5, 7)]
         ticks = [t for t in ticks if min(values) * 0.9 <= t <= max(values) * 1.1]
+        if len(ticks) < 3:
+            finite = [value for value in values if math.isfinite(value)] or [1]
+            ticks = list(MaxNLocator(5, min_n_ticks=3).tick_values(min(finite), max(finite)))
         axes.set_yticks(ticks, [f"{t:g}" for t in ticks])
     axes.minorticks_off()
     if window:
@@ -98,7 +104,10 @@ def _draw_curves(axes, curves: Sequence[Curve], metric: str, window: int | None)
     axes.set_xlabel("context length (tokens)")
     axes.set_ylabel("passkeys found" if metric == "passkey" else metric)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    if all(curve.label == curve.name for curve in curves):
+        axes.legend(fontsize=8)
+    else:  # long labels would hide the curves
+        axes.figure.legend(fontsize=8, loc="outside lower center")
 
 
 def _draw_depths(figure, curves: Sequence[Curve], rows: int, columns: int) -> None:

@@ -160,9 +160,8 @@ def _label(curves: Sequence[Curve]) -> None:
     for namesakes in _namesakes(curves):
         own = _differing(namesakes)
         for curve in namesakes:
-            said = [name for name in curve.conditions if name in own or name in how]
-            said += [name for name in own + how if name not in said]
-            curve.label = ", ".join([curve.name, *(f"{n} {_shown(curve, n)}" for n in said)])
+            said = (f"{name} {_shown(curve, name)}" for name in dict.fromkeys(own + how))
+            curve.label = ", ".join([curve.name, *said])
 
 
 def _shown(curve: Curve, name: str) -> str:
