@@ -16,7 +16,8 @@ from pose_megatron.data.spans import Spans
 # Up to which repeated text trains nearly as well as new text (Muennighoff et al., "Scaling
 # Data-Constrained Language Models", 2023, arXiv 2305.16264).
 HARMLESS = 4
-_OF = {"train": "this run", "valid": "each validation", "test": "the test"}
+# Each validation of ours reads the same samples; Megatron's pretrain() has others for each.
+_OF = {"train": "this run", "valid": "validation", "test": "the test"}
 
 
 @dataclass(frozen=True)

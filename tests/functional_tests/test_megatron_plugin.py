@@ -2,6 +2,7 @@
 on from what the other has saved."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -130,6 +131,9 @@ def test_it_validates_and_tests(folder, stdlib_corpus):
     words += "--eval-iters 1 --eval-interval 2 --split 80,10,10"
     said = launch([ROOT / "examples/megatron/pretrain_gpt_pose.py", *words.split()])
     assert "validation loss at iteration 2" in said and "test set" in said
+    corpus = re.escape(str(stdlib_corpus))
+    line = rf"{corpus}, train: .* samples an epoch, 16 samples of this run, [\d.]+ epochs"
+    assert len(re.findall(line, said)) == 1
 
 
 @pytest.mark.parametrize(

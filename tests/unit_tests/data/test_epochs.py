@@ -59,7 +59,7 @@ def test_one_corpus_and_its_validation(world, corpora, caplog):
     _, lines, _ = build(caplog, 2400, 80, data_path=[corpora[0]], split="90,10,0")
     assert lines == [
         (corpora[0], "train", "360", "720", "2,400", "this run", "3.3", None),
-        (corpora[0], "valid", "40", "80", "80", "each validation", "1.0", None),
+        (corpora[0], "valid", "40", "80", "80", "validation", "1.0", None),
     ]
 
 
