@@ -42,6 +42,7 @@ class Encoded:
         lengths: by key, tokens of each document, 0 for an empty one.
         skipped: how many lines hold no document, by reason.
         first_skipped: (number within the part, error) of the first such lines.
+        distrusted: what was wrong with gigatoken, where it was used no further; else None.
     """
 
     ids: dict[str, Path]
@@ -52,6 +53,7 @@ class Encoded:
     replaced: int = 0
     skipped: Counter = field(default_factory=Counter)
     first_skipped: list[tuple[int, LineError]] = field(default_factory=list)
+    distrusted: str | None = None
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,9 @@ class Encoder:
                 if batch.skipped and self.stop_at_error:
                     break
                 for key, texts in batch.texts.items():
-                    ids, counts = self._flat(self._tokenize(part, number, texts))
+                    documents, wrong = self._tokenize(number, texts)
+                    encoded.distrusted = encoded.distrusted or wrong
+                    ids, counts = self._flat(documents)
                     files[key].write(ids.data)
                     lengths[key].append(counts)
                 encoded.lines += batch.lines
@@ -118,21 +122,20 @@ class Encoder:
         counts = np.fromiter(map(len, documents), np.int64, len(documents))
         return flat.astype(token_dtype(self.tokenizer.vocab_size)), counts + (counts > 0) * end.size
 
-    def _tokenize(self, part: Part, number: int, texts: Sequence[str]) -> Sequence[Ids]:
+    def _tokenize(self, number: int, texts: Sequence[str]) -> tuple[Sequence[Ids], str | None]:
+        """Ids of each text, and what was wrong with gigatoken's, in whose place these are."""
         if not self.fast or not texts:
-            return self.tokenizer.tokenize_batch(texts)
+            return self.tokenizer.tokenize_batch(texts), None
         text = texts[number % len(texts)]
         start = len(text) // 2 if len(text) > SPOT else 0
         wrong = difference(self.fast, self.tokenizer, [text[start : start + SPOT]])
-        try:
-            documents = self.fast.tokenize_batch(texts)
-        except ValueError as error:
-            wrong = str(error)
-        if wrong:
-            raise ConfigError(
-                f"{part.path}: {wrong}; start over with --tokenizer-library own --overwrite"
-            )
-        return documents
+        if not wrong:
+            try:
+                return self.fast.tokenize_batch(texts), None
+            except ValueError as error:
+                wrong = str(error)
+        self.fast.distrust()
+        return self.tokenizer.tokenize_batch(texts), wrong
 
 
 def encode_in_order(

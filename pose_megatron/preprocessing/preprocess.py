@@ -121,6 +121,15 @@ def _tokenize(
                     raise readers.line_error(
                         part.path, run.state.lines_before(part), *encoded.first_skipped[0]
                     )
+                if encoded.distrusted:
+                    print(
+                        f"{part.path}: {encoded.distrusted}; this process goes on with the "
+                        "tokenizer's own library. The documents before agreed wherever they were "
+                        "compared; to have all by that library: --tokenizer-library own "
+                        "--overwrite",
+                        file=sys.stderr,
+                        flush=True,
+                    )
                 run.add(part, encoded)
                 progress.show(part, run.state)
         _require_tokens(job, run.state)

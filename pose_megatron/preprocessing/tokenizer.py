@@ -98,6 +98,19 @@ class Tokenizer(ABC):
             ConfigError: it has no such form.
         """
 
+    @abstractmethod
+    def normalize(self, text: str) -> str:
+        """The text as this library's normalizer leaves it."""
+
+    def scores(self) -> dict[str, float] | None:
+        """By piece that texts merge into: of all possible merges the one of the highest score
+        comes first, the leftmost of equals. None where a list of merges says what comes first."""
+        return None
+
+    def unused(self) -> set[int]:
+        """Ids of pieces that texts merge into, and that are taken apart again."""
+        return set()
+
     def tokenize(self, text: str) -> list[int]:
         return self.tokenize_batch([text])[0]
 
@@ -160,8 +173,41 @@ class SentencePieceTokenizer(Tokenizer):
     def as_json(self) -> dict:
         from gigatoken._load.sentencepiece import sentencepiece_to_tokenizer_json
 
-        form = sentencepiece_to_tokenizer_json(self._path.read_bytes())
-        return _without_special(json.loads(form))
+        form = json.loads(sentencepiece_to_tokenizer_json(self._model_with_bytes()))
+        # Texts do not merge into control and byte pieces, whatever their spelling.
+        scores, model = self.scores(), form["model"]
+        model["merges"] = [merge for merge in model["merges"] if "".join(merge) in scores]
+        return _without_special(form)
+
+    def normalize(self, text: str) -> str:
+        return self._tokenizer.normalize(text)
+
+    def scores(self) -> dict[str, float]:
+        model = self._tokenizer
+        return {
+            model.id_to_piece(i): model.get_score(i)
+            for i in range(self.vocab_size)
+            if not (model.is_control(i) or model.is_unknown(i) or model.is_byte(i))
+        }
+
+    def unused(self) -> set[int]:
+        return {i for i in range(self.vocab_size) if self._tokenizer.is_unused(i)}
+
+    def _model_with_bytes(self) -> bytes:
+        """The model's file, saying that there is byte_fallback: gigatoken refuses others.
+
+        What has no piece then becomes bytes that have none either, instead of <unk>.
+        """
+        from gigatoken._load.sentencepiece import _fields
+
+        model = self._path.read_bytes()
+        trainer = b"".join(v for field, v in _fields(model) if field == 2 and isinstance(v, bytes))
+        trainer += b"\x98\x02\x01"  # field 35, byte_fallback: true
+        size, varint = len(trainer), bytearray()
+        while size > 127:
+            varint.append(size & 127 | 128)
+            size >>= 7
+        return model + b"\x12" + bytes([*varint, size]) + trainer  # the last field 2 counts
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -217,6 +263,10 @@ class HuggingFaceTokenizer(Tokenizer):
     def as_json(self) -> dict:
         form = json.loads(self._tokenizer.to_str())
         return _without_special(form) if self._tokenizer.encode_special_tokens else form
+
+    def normalize(self, text: str) -> str:
+        normalizer = self._tokenizer.normalizer
+        return normalizer.normalize_str(text) if normalizer else text
 
     def _added(self, decoder: Any) -> list[tuple[int, str]]:
         """Ids and tokens that tokenizer_config.json adds."""
