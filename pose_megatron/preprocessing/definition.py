@@ -18,7 +18,7 @@ the largest first; as they are common, they are compared at all lengths instead.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -29,7 +29,7 @@ from pose_megatron.preprocessing.tokenizer import Tokenizer
 
 BYTES = range(256)
 MARK = "▁"  # how SentencePiece writes a space
-NEIGHBOURS = 40  # characters on whose both sides runs of one character are compared
+NEIGHBOURS = 12  # characters on whose both sides runs of one character are compared
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def definition(tokenizer: Tokenizer) -> Definition:
         tokenizer.normalize(t["content"]) for t in form["added_tokens"] if t["normalized"]
     } - {""}
     plain = [token for token in form["added_tokens"] if not scores and _plain(token)]
-    characters, starts = "", ()
+    characters, starts = "", tuple[str, ...]()
     if scores and not normalizes:
         # gigatoken looks for added tokens in the text itself
         characters = MARK if strings else ""
@@ -153,9 +153,9 @@ def _refuse_unknown_splits(part: Mapping[str, Any] | None) -> None:
         for split in splits
     )
     if splits:
-        known &= not byte_level.get("use_regex", True) and not byte_level["add_prefix_space"]
+        known = known and not (byte_level.get("use_regex", True) or byte_level["add_prefix_space"])
     else:
-        known &= byte_level.get("use_regex", True)
+        known = known and byte_level.get("use_regex", True)
     if not known:
         kinds = " and ".join(str(part["type"]) for part in parts) or "none"
         raise ConfigError(f"gigatoken may split words otherwise (pre-tokenizers: {kinds})")
@@ -175,7 +175,7 @@ def _ranked(merges: list, vocab: Mapping[str, int]) -> list:
 
 
 def _ties(
-    merges: Iterable[tuple[str, str]], scores: Mapping[str, float]
+    merges: Sequence[Sequence[str]], scores: Mapping[str, float]
 ) -> tuple[set[str], set[str], list[str]]:
     """Pieces and strings that are in doubt, and runs of one character to compare."""
     ways: dict[str, list[tuple[str, str]]] = defaultdict(list)
@@ -184,7 +184,6 @@ def _ties(
     by_score: dict[float, list[str]] = defaultdict(list)
     for piece in ways:
         by_score[scores[piece]].append(piece)
-    runs = {piece[0] for piece in ways if len(set(piece)) == 1 and len(piece) > 2}
     doubtful = {
         piece
         for pieces in by_score.values()
@@ -200,10 +199,12 @@ def _ties(
         for left, right in ways[piece]:
             if right in lefts and left != right:
                 strings.add(left + right + piece[len(right) :])
-    for larger in ways:
-        for piece in _inside(larger) & several:
-            if scores[larger] < scores[piece]:
-                continue
+    makes: dict[str, set[str]] = defaultdict(set)
+    for left, right in merges:
+        makes[left].add(left + right)
+        makes[right].add(left + right)
+    for piece in several:
+        for larger in _at_once(piece, makes, scores):
             for left, right in ways[piece]:
                 if larger.endswith(left) and piece in larger[: -len(left)]:
                     strings.add(larger + right)
@@ -212,23 +213,34 @@ def _ties(
     for piece in sorted(ways, key=len):
         if any(part in doubtful for way in ways[piece] for part in way):
             doubtful.add(piece)
-    return doubtful, strings, [text for run in sorted(runs) for text in _runs(run, ways)]
+    return doubtful, strings, _runs(ways)
 
 
-def _inside(piece: str) -> set[str]:
-    """All shorter pieces of a piece."""
-    size = len(piece)
-    return {piece[i:j] for i in range(size) for j in range(i + 2, size + 1)} - {piece}
+def _at_once(piece: str, makes: Mapping[str, set[str]], scores: Mapping[str, float]) -> set[str]:
+    """The larger pieces that a piece may become before another of its kind is made."""
+    found: set[str] = set()
+    parts = [piece]
+    while parts:
+        higher = {p for p in makes.get(parts.pop(), ()) if scores[p] >= scores[piece]} - found
+        found |= higher
+        parts += higher
+    return found
 
 
-def _runs(run: str, ways: Iterable[str]) -> Iterable[str]:
-    """Runs of a character, alone and beside the characters that merge with it."""
-    longest = max(len(piece) for piece in ways if set(piece) == {run})
-    before = {a for piece in ways for a, b in pairwise(piece) if b == run != a}
-    after = {b for piece in ways for a, b in pairwise(piece) if a == run != b}
-    sides = [("", ""), ("a", "a"), ("\n", "\n")]
-    sides += [(c, "") for c in sorted(before)[:NEIGHBOURS]]
-    sides += [("", c) for c in sorted(after)[:NEIGHBOURS]]
-    for left, right in sides:
-        for length in range(2, 2 * longest + 4):
-            yield (left + run * length + right).replace(MARK, " ")
+def _runs(ways: Iterable[str]) -> list[str]:
+    """Runs of each character that merges with itself, alone and beside those it merges with."""
+    longest = {piece[0]: len(piece) for piece in sorted(ways, key=len) if len(set(piece)) == 1}
+    before: dict[str, set[str]] = {run: {"a", "\n"} for run in longest}
+    after: dict[str, set[str]] = {run: {"a", "\n"} for run in longest}
+    for a, b in {pair for piece in ways for pair in pairwise(piece) if pair[0] != pair[1]}:
+        before.get(b, set()).add(a)
+        after.get(a, set()).add(b)
+    return [
+        (left + run * length + right).replace(MARK, " ")
+        for run, most in longest.items()
+        if most > 2
+        for left, right in [("", ""), ("a", "a")]
+        + [(side, "") for side in sorted(before[run])[:NEIGHBOURS]]
+        + [("", side) for side in sorted(after[run])[:NEIGHBOURS]]
+        for length in range(2, 2 * most + 4)
+    ]

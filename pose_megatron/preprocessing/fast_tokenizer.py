@@ -9,13 +9,16 @@ and on texts that implementations get wrong.
 import json
 import os
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
 from pose_megatron.errors import ConfigError
 from pose_megatron.preprocessing.definition import Definition, definition
 from pose_megatron.preprocessing.safe_text import (
+    MODELS,
     NORMALIZED,
+    SPLITS,
     UNSAFE,
     Ids,
     SafeCharacters,
@@ -37,6 +40,8 @@ class FastTokenizer:
         ConfigError: gigatoken is not installed, or cannot express the tokenizer.
     """
 
+    _backend: Any  # gigatoken's; None where there is none
+
     def __init__(self, tokenizer: Tokenizer):
         try:
             from gigatoken import gigatoken_rs
@@ -51,9 +56,11 @@ class FastTokenizer:
         self._doubtful, self._added = np.zeros(size, bool), np.zeros(size, bool)
         self._doubtful[list(given.doubts)] = True
         self._added[list(given.added)] = True
-        pairs: list[tuple[Ids, Ids]] = [(self._whatever_characters, tokenizer.tokenize_batch)]
+        pairs: list[tuple[Sequence[str], Ids, Ids]] = [
+            (MODELS, self._whatever_characters, tokenizer.tokenize_batch)
+        ]
         if given.byte_level:
-            pairs.append(_splitters(given, self._load))
+            pairs.append((SPLITS, *_splitters(given, self._load)))
         self._characters = SafeCharacters(
             pairs, tokenizer.normalize if given.normalizes else None, given.characters
         )
@@ -117,7 +124,6 @@ class FastTokenizer:
         return [self._known(text, normalize(text)) for text in texts]
 
     def _encode(self, text: str) -> np.ndarray:
-        assert self._backend is not None
         return self._backend.encode(text)
 
     def _reload(self) -> None:

@@ -14,33 +14,38 @@ from typing import Any, Protocol
 
 import numpy as np
 
-# The character beside a capital and a small letter, a digit, a sign, spaces, ends of lines, the
-# apostrophe of a contraction, a combining mark, and itself.
-CONTEXTS = (
+# The character beside a capital and a small letter, a digit, signs, spaces, ends of lines, the
+# apostrophe of a contraction, combining marks, and itself.
+BESIDE = (
     *("{}", "a{}a", "A{}a", "A{}A", "1{}1", "!{}!", "/{}/", " {}", "a {}a", "a{} a", "a{}  a"),
-    *("\n{}\n", "a\r{}\r", "'{}a", "a'{}", "{0}{0}", "\u0301{}\u0301", "e{}\u0323\u0301", "中{}中"),
+    *("{}\n", "a\r{}\r", "'{}a", "a'{}", "{}{}", "\u0301{}\u0301", "e{}\u0323\u0301", "中{}中"),
     *("\u0345{}", "_{}_", "\t{}\t"),
 )
+SPLITS = ("\nb".join(BESIDE),)  # contexts where pre-tokenizers differ
+MODELS = ("{}", "a{}a {}{}")  # where models and normalizers do
 PLAIN, NORMALIZED, UNSAFE, UNSEEN = range(4)
 
 
 class Ids(Protocol):
     """What gives the ids of texts."""
 
-    def __call__(self, texts: Sequence[str], /) -> Sequence[Sequence[int] | np.ndarray | None]: ...
+    def __call__(self, texts: Sequence[str], /) -> Sequence[Any]: ...
 
 
 class SafeCharacters:
     """By character, whether a text that holds it may go to the other implementation.
 
     Args:
-        pairs: two that must give the same ids; None of the first is right.
+        pairs: contexts, and two that must give the same ids there; None of the first is right.
         normalize: the own library's normalizer, where texts go through it first; else None.
         unsafe: characters that are not safe in any case.
     """
 
     def __init__(
-        self, pairs: Sequence[tuple[Ids, Ids]], normalize: Callable | None, unsafe: str = ""
+        self,
+        pairs: Sequence[tuple[Sequence[str], Ids, Ids]],
+        normalize: Callable[[str], str] | None,
+        unsafe: str,
     ):
         self._pairs, self._normalize = pairs, normalize
         self._verdicts = np.full(0x110000, UNSEEN, dtype=np.uint8)
@@ -62,15 +67,16 @@ class SafeCharacters:
 
     def _look_at(self, characters: Sequence[str]) -> None:
         known = [c for c in characters if unicodedata.category(c) != "Cn"]
-        texts = [context.format(c) for c in known for context in CONTEXTS]
-        safe = np.ones(len(texts), dtype=bool)
-        for one, other in self._pairs if texts else ():
-            safe &= [
+        safe = np.ones(len(known), dtype=bool)
+        for contexts, one, other in self._pairs if known else ():
+            texts = [context.replace("{}", c) for c in known for context in contexts]
+            same = [
                 a is None or np.array_equal(a, b)
                 for a, b in zip(one(texts), other(texts), strict=True)
             ]
+            safe &= np.reshape(same, (-1, len(contexts))).all(1)
         verdicts = dict.fromkeys(characters, UNSAFE)  # a character that Python does not know yet
-        for character, right in zip(known, safe.reshape(-1, len(CONTEXTS)).all(1), strict=True):
+        for character, right in zip(known, safe, strict=True):
             if right:
                 inert = self._normalize is None or self._is_inert(character)
                 verdicts[character] = PLAIN if inert else NORMALIZED
@@ -110,7 +116,7 @@ def splits_shown(pre_tokenizer: Mapping[str, Any] | None) -> str:
     context's.
     """
     letters = byte_letters()
-    beside = sorted({letters[b] for context in CONTEXTS for b in context.format("").encode()})
+    beside = sorted({letters[b] for context in SPLITS for b in context.replace("{}", "").encode()})
     leads, lasts = ([letters[b] for b in range(*ends)] for ends in ((0xC2, 0xF5), (0x80, 0xC0)))
     pairs = dict.fromkeys(
         [

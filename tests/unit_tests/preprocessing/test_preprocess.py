@@ -202,24 +202,47 @@ def test_an_unfinished_run_of_something_else_is_noticed(half, tmp_path, change, 
     assert outputs(dataclasses.replace(job, output_prefix=f"{tmp_path}/new/c")) == ours
 
 
-def test_gigatoken_that_goes_wrong_later_is_caught(job, monkeypatch):
-    real = fast_tokenizer.FastTokenizer.tokenize_batch
+def test_gigatoken_that_goes_wrong_later_is_used_no_further(job, monkeypatch, capfd):
+    """The documents concerned, and all that this process tokenizes after them, get their own ids."""
+    real = fast_tokenizer.FastTokenizer._encode
 
-    def wrong(self, texts):  # on what no sample has seen
-        return [
-            ids[::-1] if "zzlate" in text else ids
-            for text, ids in zip(texts, real(self, texts), strict=True)
-        ]
+    def wrong(self, text):  # on what no sample has seen
+        ids = real(self, text)
+        return ids[::-1] if "zzlate" in text else ids
 
-    monkeypatch.setattr(fast_tokenizer.FastTokenizer, "tokenize_batch", wrong)
+    monkeypatch.setattr(fast_tokenizer.FastTokenizer, "_encode", wrong)
     row = json.dumps({"text": "too zzlate " * 20, "title": "x"}) + "\n"
     with open(job.input[1], "a") as file:
         file.write(json.dumps({"text": "x" * 200_000, "title": "x"}) + "\n" + row * 400)
     monkeypatch.setattr(readers, "sample", lambda *_: TEXTS)
+    preprocess(dataclasses.replace(job, overwrite=True, tokenizer_library="own"))
+    own = outputs(job)
     for workers in (1, 2):
-        with pytest.raises(ValueError, match=r"b\.jsonl: gigatoken's ids differ on '.*late"):
-            preprocess(dataclasses.replace(job, workers=workers))
-    monkeypatch.undo()
+        preprocess(dataclasses.replace(job, overwrite=True, workers=workers))
+        assert outputs(job) == own
+        errors = capfd.readouterr().err
+        assert "b.jsonl: gigatoken's ids differ on '" in errors
+        assert "goes on with the tokenizer's own library" in errors
+
+
+def test_gigatoken_that_fails_is_used_no_further(job, monkeypatch, capfd):
+    def fails(self, text):
+        raise RuntimeError("panicked" if "zzlate" in text else "never")
+
+    with open(job.input[1], "a") as file:
+        file.write(json.dumps({"text": "too zzlate", "title": "x"}) + "\n")
+    preprocess(dataclasses.replace(job, overwrite=True, tokenizer_library="own"))
+    own = outputs(job)
+    monkeypatch.setattr(readers, "sample", lambda *_: TEXTS)
+    real = fast_tokenizer.FastTokenizer._encode
+    monkeypatch.setattr(
+        fast_tokenizer.FastTokenizer,
+        "_encode",
+        lambda self, text: (fails if "zzlate" in text else real)(self, text),
+    )
+    preprocess(dataclasses.replace(job, overwrite=True))
+    assert outputs(job) == own
+    assert "gigatoken fails (panicked); this process goes on" in capfd.readouterr().err
 
 
 def test_two_runs_of_one_output_are_refused(job):
