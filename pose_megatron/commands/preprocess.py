@@ -4,8 +4,9 @@ Each line or row holds one document; its text under each of --json-keys becomes 
 PREFIX_KEY_document.bin/.idx, in the order of the input and byte for byte what Megatron-LM's
 preprocess_data.py writes. PREFIX_summary.json holds the counts.
 
-gigatoken does the work where its ids equal those of the tokenizer's own library: compared on half
-a million characters of the corpus at the start, and on a few of every part as it goes.
+gigatoken tokenizes the documents that are sure to get the ids of the tokenizer's own library, which
+gets the others. Half a million characters of the corpus are compared at the start, and a few of
+every part as it goes.
 
 Outputs get their names when they are whole. An interrupted run leaves PREFIX.partial, and the same
 command continues from it.
