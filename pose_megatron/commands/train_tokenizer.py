@@ -45,7 +45,8 @@ def parse() -> argparse.Namespace:
         "--character-coverage",
         type=real(above=0, at_most=1),
         default=0.9995,
-        help="share of the text's characters with a token of their own, not bytes",
+        help="share of the text's characters with a token of their own, not bytes: from 0.98 to 1 "
+        "(default: %(default)s)",
     )
     p.add_argument(
         "--sample-size",
@@ -67,6 +68,7 @@ def main() -> None:
     def say(doing: str) -> None:
         print(f"{time.monotonic() - started:5.1f} s  {doing}", file=sys.stderr, flush=True)
 
+    tokenizer_training.check_ranges(flags.vocab_size, flags.threads, flags.character_coverage)
     files = readers.corpus_files(flags.input)
     what = f"--output-dir {flags.output_dir}"
     with staged_files(flags.output_dir / "tokenizer", what, FILES, flags.overwrite) as draft:

@@ -20,6 +20,10 @@ FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
 SPECIAL = ("<unk>", "<s>", "</s>")
 SPACE = "▁"  # sentencepiece's sign for a space
 CHECK_CHARACTERS = 500_000  # of the corpus, on which both forms must agree
+# What sentencepiece takes; beyond it, it fails and gives no reason.
+COVERAGE = (0.98, 1.0)
+VOCAB_SIZES = (len(SPECIAL) + 256 + 1, (1 << 31) - 1)
+THREADS = (1, 1024)
 
 
 def train_tokenizer(
@@ -52,12 +56,29 @@ def train_tokenizer(
     return sum(len(text.encode()) for text in compared), tokens
 
 
+def check_ranges(vocab_size: int, threads: int, character_coverage: float) -> None:
+    """Refuses what sentencepiece would refuse only after the corpus is read.
+
+    Raises:
+        ConfigError: a value is out of range.
+    """
+    for flag, value, (least, most), hint in (
+        ("--vocab-size", vocab_size, VOCAB_SIZES, "256 bytes and 3 special tokens are among them"),
+        ("--threads", threads, THREADS, "the tokens do not depend on it"),
+        ("--character-coverage", character_coverage, COVERAGE, "a share: 0.9995 is 99.95%"),
+    ):
+        if not least <= value <= most:
+            raise ConfigError(f"{flag} {value} must be from {least} to {most} ({hint})")
+
+
 def train(texts: Sequence[str], vocab_size: int, threads: int, character_coverage: float) -> bytes:
     """A sentencepiece model, serialized. Its pieces do not depend on `threads`; it records them.
 
     Raises:
-        ConfigError: the texts are too few for the vocabulary, or it too small for them.
+        ConfigError: a value is out of range, the texts are too few for the vocabulary, or it too
+            small for them.
     """
+    check_ranges(vocab_size, threads, character_coverage)
     import sentencepiece
 
     model = io.BytesIO()
@@ -86,10 +107,17 @@ def train(texts: Sequence[str], vocab_size: int, threads: int, character_coverag
             num_threads=threads,
             minloglevel=2,
         )
-    except RuntimeError as error:
-        reason = str(error).rpartition("] ")[2].strip()  # behind the place in its source
+    except (RuntimeError, ValueError) as error:
+        place, _, reason = str(error).rpartition("] ")  # the place in its source, then the reason
+        if "ocabulary size" in reason:
+            raise ConfigError(
+                f"--vocab-size {vocab_size}: sentencepiece cannot train it on this corpus "
+                f"({reason.strip()})"
+            ) from error
         raise ConfigError(
-            f"--vocab-size {vocab_size}: sentencepiece cannot train it on this corpus ({reason})"
+            "--input: sentencepiece cannot train on this corpus of "
+            f"{sum(map(len, texts)):,} characters ({reason.strip() or place + ']'}); give it more "
+            "text, or text of another kind"
         ) from error
     return model.getvalue()
 

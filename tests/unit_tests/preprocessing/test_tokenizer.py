@@ -213,6 +213,29 @@ def test_training_refuses_sizes_that_do_not_fit(size, message):
         tokenizer_training.train(TEXTS, size, 1, 0.9995)
 
 
+@pytest.mark.parametrize(
+    "flag, value, texts",
+    [
+        ("--character-coverage", 99.95, TEXTS),
+        ("--character-coverage", 0.5, TEXTS),
+        ("--character-coverage", float("nan"), TEXTS),
+        ("--threads", 5000, TEXTS),
+        ("--vocab-size", 3, TEXTS),
+        ("--vocab-size", 1 << 31, TEXTS),
+        ("--input", None, [""]),  # sentencepiece gives no reason
+    ],
+)
+def test_training_blames_the_flag_that_is_wrong(flag, value, texts):
+    given = {"--vocab-size": 400, "--threads": 1, "--character-coverage": 0.9995}
+    if value is not None:
+        given[flag] = value
+    with pytest.raises(ValueError) as caught:
+        tokenizer_training.train(texts, *given.values())
+    message = str(caught.value)
+    assert message.startswith(flag if value is None else f"{flag} {value} must be from ")
+    assert "()" not in message and not any(other in message for other in given.keys() - {flag})
+
+
 def test_check_fails_loudly_when_the_forms_differ(tmp_path, spm_folder):
     for file in spm_folder.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
