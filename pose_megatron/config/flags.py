@@ -186,7 +186,9 @@ class DataFlags(Flags):
     data_path: list[str] = flag(
         [], "corpus prefixes, or 'weight prefix weight prefix ...'", nargs="+"
     )
-    data_args_path: str | None = flag(None, "a file that holds the arguments of --data-path")
+    data_args_path: str | None = flag(
+        None, "a file that holds the arguments of --data-path; with # comments and quoted paths"
+    )
     train_data_path: list[str] = flag([], "corpora for training only, like --data-path", nargs="+")
     valid_data_path: list[str] = flag([], "corpora for validation only", nargs="+")
     test_data_path: list[str] = flag([], "corpora for a test after the last step", nargs="+")

@@ -6,6 +6,7 @@ many follow, so a longer run continues a shorter one.
 """
 
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,9 @@ from pose_megatron.data.index_cache import cached
 from pose_megatron.errors import ConfigError
 
 SPLITS = ("train", "valid", "test")
+LONGEST_FILE = 1 << 25  # bytes of a --data-args-path
+# A word in quotes, a comment, or a plain word; shlex would see a comment in a path with a #.
+WORD = re.compile(r"""(["'])(?P<quoted>[^\n]*?)\1(?!\S)|\#.*|(?P<plain>\S+)""")
 
 
 class Blend(torch.utils.data.Dataset):
@@ -110,31 +114,72 @@ def blends(data: DataFlags) -> tuple[Prefixes | None, list[Prefixes | None] | No
             for name, words in zip(SPLITS, per_split, strict=True)
         ]
     if data.data_args_path:
-        file = Path(data.data_args_path)
-        if not file.is_file():
-            raise ConfigError(f"--data-args-path {file}: no such file")
-        return parse_blend(
-            file.read_text(encoding="utf-8").split(), f"--data-args-path {file}"
-        ), None
+        return parse_blend(_words_of(Path(data.data_args_path)), flag_of_blend(data)), None
     return parse_blend(data.data_path, "--data-path"), None
+
+
+def flag_of_blend(data: DataFlags) -> str:
+    """What named the corpora that --split divides, for messages that go on with one of them."""
+    return f"--data-args-path {data.data_args_path}:" if data.data_args_path else "--data-path"
+
+
+def _words_of(file: Path) -> list[str]:
+    """The words of a --data-args-path: apart by blanks and lines, in quotes where they hold blanks;
+    what follows a # is a comment.
+
+    Raises:
+        ConfigError: there is no such file, it is no text, or names no corpus.
+    """
+    flag = f"--data-args-path {file}"
+    if not file.is_file():
+        raise ConfigError(f"{flag}: no such file")
+    if file.stat().st_size > LONGEST_FILE:
+        raise ConfigError(f"{flag}: too large for a list of corpora; is it one of them?")
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{flag}: not UTF-8 text ({error}); save it as UTF-8") from None
+    found = [word["plain"] or word["quoted"] for word in WORD.finditer(text)]
+    words = [word for word in found if word]  # a comment is neither
+    if not words:
+        raise ConfigError(f"{flag}: names no corpus; give what preprocess_data.py wrote")
+    return words
 
 
 def parse_blend(words: list[str], flag: str) -> Prefixes:
     """Prefixes and weights of 'prefix prefix ...' or 'weight prefix weight prefix ...'.
+
+    Args:
+        flag: what gave the words, for messages.
 
     Raises:
         ConfigError: no words, or a weight that cannot be.
     """
     if not words:
         raise ConfigError(f"{flag} is missing: name the corpus that preprocess_data.py wrote")
-    try:
-        weights = [float(word) for word in words[::2]]
-    except ValueError:
+    numbers = [_number(word) for word in words[::2]]
+    weights = [number for number in numbers if number is not None]
+    named_so = Path(f"{words[0]}.idx").exists()  # a corpus whose name is a number
+    if numbers[0] is None or (named_so and None in numbers):
         return words, None
+    if None in numbers:
+        raise ConfigError(
+            f"{flag} {words[2 * numbers.index(None)]}: stands where a weight is due; give 'weight "
+            "prefix weight prefix ...'"
+        )
     prefixes = words[1::2]
     if len(prefixes) != len(weights) or not prefixes:
         raise ConfigError(f"{flag} {' '.join(words)}: give 'weight prefix weight prefix ...'")
     for weight in weights:
         if not 0 < weight < math.inf:
-            raise ConfigError(f"{flag}: weight {weight} must be positive and finite")
+            raise ConfigError(
+                f"{flag.removesuffix(':')}: weight {weight} must be positive and finite"
+            )
     return prefixes, weights
+
+
+def _number(word: str) -> float | None:
+    try:
+        return float(word)
+    except ValueError:
+        return None

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from pose_megatron.config.flags import DataFlags
-from pose_megatron.data.blend import SPLITS, BlendBuilder, blends
+from pose_megatron.data.blend import SPLITS, BlendBuilder, blends, flag_of_blend
 from pose_megatron.data.epochs import readings
 from pose_megatron.data.materialized import MaterializedDataset
 from pose_megatron.data.source import Source
@@ -73,7 +73,7 @@ class PoseDataset(torch.utils.data.Dataset):
             documents = sorted({document for document, _, _ in source.pieces})
             wrong = lowest if lowest < 0 else highest
             raise ConfigError(
-                f"--data-path {source.corpus.prefix}: token id {wrong} in document "
+                f"{source.corpus.flag} {source.corpus.prefix}: token id {wrong} in document "
                 f"{documents[0]} is outside the vocabulary of {self.vocab_size}; the corpus was "
                 "made with another tokenizer"
             )
@@ -167,6 +167,10 @@ def _config(data: DataFlags, sampler: PoseSampler, sizes: list[int]) -> PoseData
     """megatron-core's settings of the three splits; a split that needs no samples is left out."""
     blend, per_split = blends(data)
     share = _split(DEFAULT_SPLIT if data.split is None else data.split)
+    named = [(flag_of_blend(data), blend)]
+    named += [
+        (f"--{name}-data-path", own) for name, own in zip(SPLITS, per_split or [], strict=False)
+    ]
     config = PoseDatasetConfig(
         random_seed=sampler.seed,
         sequence_length=data.seq_length,
@@ -176,6 +180,7 @@ def _config(data: DataFlags, sampler: PoseSampler, sizes: list[int]) -> PoseData
         path_to_cache=data.data_cache_path,
         short_documents=data.short_documents,
         packed_reach=sampler.target if data.packed_skips == "stream" else 0,
+        named_by={prefix: flag for flag, own in named if own for prefix in own[0]},
     )
     parts = config.split_matrix if blend else config.blend_per_split
     for i, (name, size) in enumerate(zip(SPLITS, sizes, strict=True)):

@@ -16,7 +16,7 @@ no table per sample.
 """
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from megatron.core.datasets.blended_megatron_dataset_config import BlendedMegatronDatasetConfig
@@ -39,10 +39,12 @@ class PoseDatasetConfig(BlendedMegatronDatasetConfig):
             to end.
         packed_reach: in packed mode, how many tokens of the stream a source may have; 0 keeps text
             skips inside a document.
+        named_by: by prefix, the flag that named the corpus, for messages.
     """
 
     short_documents: str = "drop"
     packed_reach: int = 0
+    named_by: dict[str, str] = field(default_factory=dict)
 
 
 class Spans(MegatronDataset):
@@ -90,7 +92,7 @@ class Spans(MegatronDataset):
 
     @staticmethod
     def build_low_level_dataset(dataset_path: str, config: PoseDatasetConfig) -> IndexedCorpus:
-        return IndexedCorpus(dataset_path)
+        return IndexedCorpus(dataset_path, config.named_by.get(dataset_path, "--data-path"))
 
     def __len__(self) -> int:
         return self.samples_per_epoch if self.num_samples is None else self.num_samples
@@ -160,7 +162,7 @@ class DocumentSpans(Spans):
     def _empty(self) -> str:
         longest = int(self.dataset.lengths[self.indices].max()) if len(self.indices) else 0
         return (
-            f"--data-path {self.dataset_path}: none of its {len(self.indices)} "
+            f"{self.dataset.flag} {self.dataset_path}: none of its {len(self.indices)} "
             f"{self.index_split.name} documents fills --seq-length {self.window} + 1 tokens (the "
             f"longest has {longest}); shorten the window, use --short-documents pack or "
             "--data-mode packed, or change --split"
@@ -200,9 +202,9 @@ class PackedSpans(Spans):
 
     def _empty(self) -> str:
         return (
-            f"--data-path {self.dataset_path}: its {len(self.indices)} {self.index_split.name} "
-            f"documents have {self.tokens} tokens, which do not fill --seq-length {self.window} + "
-            "1; shorten the window or change --split"
+            f"{self.dataset.flag} {self.dataset_path}: its {len(self.indices)} "
+            f"{self.index_split.name} documents have {self.tokens} tokens, which do not fill "
+            f"--seq-length {self.window} + 1; shorten the window or change --split"
         )
 
 

@@ -120,6 +120,54 @@ def test_a_file_says_what_the_flag_says(world, corpora, tmp_path):
     same(build(50, data_path=words).train, build(50, data_args_path=str(file)).train, 50)
 
 
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (b"0.5 a # books\n# 1 b\n\t0.5 c\n", ["0.5", "a", "0.5", "c"]),
+        (b"\xef\xbb\xbf0.5 a\r\n0.5 c\r\n", ["0.5", "a", "0.5", "c"]),
+        (b"# x\r1 a\r", ["1", "a"]),
+        (b"1 \"my books/a\" 2 'c c'", ["1", "my books/a", "2", "c c"]),
+        (b'1 a#b 2 bob\'s/c 3 "d#" 4 x"y', ["1", "a#b", "2", "bob's/c", "3", "d#", "4", 'x"y']),
+        (b"'a a' \"b'c\" \"d", ["a a", "b'c", '"d']),
+    ],
+)
+def test_a_file_may_have_comments_quotes_and_a_byte_order_mark(tmp_path, content, words):
+    file = tmp_path / "blend.txt"
+    file.write_bytes(content)
+    assert blends(DataFlags(data_args_path=str(file))) == blends(DataFlags(data_path=words))
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"# nothing\n", "blend.txt: names no corpus"),
+        ("0.5 a".encode("utf-16"), "blend.txt: not UTF-8 text .*save it as UTF-8"),
+        (b"0.5 a b 0.5", "blend.txt: b: stands where a weight is due"),
+        (b"0.5 a 0 b", "blend.txt: weight 0.0 must be positive"),
+        (b"0.5 nowhere/a", "blend.txt: nowhere/a: nowhere/a.idx is missing"),
+    ],
+)
+def test_what_is_wrong_in_a_file_names_the_file(world, tmp_path, content, message):
+    (tmp_path / "blend.txt").write_bytes(content)
+    with pytest.raises(ValueError, match=f"^--data-args-path .*{message}") as caught:
+        build(1, data_args_path=str(tmp_path / "blend.txt"))
+    assert "--data-path" not in str(caught.value)
+
+
+def test_a_corpus_is_named_with_the_flag_that_named_it(world, corpora, tmp_path):
+    with pytest.raises(ValueError, match=r"^--valid-data-path nowhere: nowhere\.idx is missing"):
+        build(1, valid=1, train_data_path=corpora[:1], valid_data_path=["nowhere"])
+    (tmp_path / "blend.txt").write_text(corpora[1])
+    with pytest.raises(ValueError, match=rf"^--data-args-path .*blend\.txt: {corpora[1]}: none of"):
+        build_datasets(
+            DataFlags(seq_length=400, data_args_path=str(tmp_path / "blend.txt")),
+            PoseSampler(400, 800),
+            10**6,
+            1,
+            0,
+        )
+
+
 def test_each_split_may_have_corpora_of_its_own(world, corpora):
     data = build_datasets(
         DataFlags(
@@ -176,7 +224,7 @@ def test_words_that_make_no_blend(data, message):
 
 def test_an_empty_file_and_a_missing_split_are_named(world, corpora, tmp_path):
     Path(tmp_path / "empty").write_text(" \n")
-    with pytest.raises(ValueError, match="--data-args-path .*empty is missing: name the corpus"):
+    with pytest.raises(ValueError, match="--data-args-path .*empty: names no corpus"):
         build(1, data_args_path=str(tmp_path / "empty"))
     with pytest.raises(ValueError, match="--valid-data-path is missing: 5 valid samples"):
         build(1, valid=5, train_data_path=corpora[:1])

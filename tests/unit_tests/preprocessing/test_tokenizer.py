@@ -233,7 +233,7 @@ def test_training_blames_the_flag_that_is_wrong(flag, value, texts):
         tokenizer_training.train(texts, *given.values())
     message = str(caught.value)
     assert message.startswith(flag if value is None else f"{flag} {value} must be from ")
-    assert "()" not in message and not any(other in message for other in given.keys() - {flag})
+    assert " ()" not in message and not any(other in message for other in given.keys() - {flag})
 
 
 def test_check_fails_loudly_when_the_forms_differ(tmp_path, spm_folder):
