@@ -3,20 +3,23 @@
 corpus.jsonl(.gz|.zst) ──read_lines, read_range──► Lines ──parse_line──► texts
 """
 
-import gzip
+import codecs
 import json
-import zlib
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import BinaryIO
 
 import orjson
 
 from pose_megatron.errors import ConfigError
+from pose_megatron.preprocessing.compression import blocks_of
 
 LONGEST = 256_000_000  # bytes of a line or text, unless --max-document-mb says otherwise
+HEAD = 1 << 16  # bytes that tell what a file is
+UTF_16_OR_32 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)
+PRETTY = re.compile(rb'\{\s*\n\s*"')  # an object over several lines, as printers write it
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,44 @@ class LineError(ValueError):
         return LineError, (self.reason, self.detail)
 
 
+def refuse_other_forms(path: Path) -> None:
+    """Refuses a file that is not JSON lines from its beginning, whose every line would be an error.
+
+    Raises:
+        ConfigError: it is one JSON array, has objects over several lines, or is not in UTF-8; or
+            its compressed data is broken.
+    """
+    with open(path, "rb") as file:
+        head = next(blocks_of(file, path, HEAD), b"")[:HEAD]
+    if head.startswith(UTF_16_OR_32) or (
+        b"\0" in head[:4] and head.lstrip(b"\0")[:1] in (b"{", b"[")
+    ):
+        raise ConfigError(
+            f"--input {path}: is in UTF-16 or UTF-32; make it UTF-8, as iconv -f UTF-16 -t UTF-8 "
+            "does"
+        )
+    head = head.removeprefix(codecs.BOM_UTF8).lstrip()
+    line, _, rest = head.partition(b"\n")
+    if head.startswith(b"[") and not (rest.strip() and _is_json(line)):
+        raise ConfigError(
+            f"--input {path}: is one JSON array, where JSON lines are due, one object a line; "
+            "jq -c '.[]' makes them of it"
+        )
+    if PRETTY.match(head):
+        raise ConfigError(
+            f"--input {path}: has objects over several lines, where JSON lines are due, one object "
+            "a line; jq -c . makes them of it"
+        )
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
 def read_lines(path: Path, size: int, longest: int = LONGEST) -> Iterator[Lines]:
     """The file in runs of whole lines of about `size` bytes each, decompressed.
 
@@ -103,16 +144,10 @@ def read_lines(path: Path, size: int, longest: int = LONGEST) -> Iterator[Lines]
         ConfigError: compressed data is broken or cut short.
     """
     with open(path, "rb") as file:
-        if path.suffix == ".gz":
-            blocks = _gzip_blocks(file, path, size)
-        elif path.suffix == ".zst":
-            blocks = _zstd_blocks(file, path, size)
-        else:
-            blocks = iter(lambda: file.read(size), b"")
         parts: list[bytes] = []
         held = left_out = 0  # bytes of a line's beginning, and those that were dropped
         dropping = False
-        for block in blocks:
+        for block in blocks_of(file, path, size):
             if dropping:
                 rest, newline, block = block.partition(b"\n")
                 left_out += len(rest) + len(newline)
@@ -178,24 +213,3 @@ def parse_line(line: bytes, keys: Sequence[str]) -> list[str]:
                 f"value of {key!r} is not a string", f"its type is {type(document[key]).__name__}"
             )
     return [document[key] for key in keys]
-
-
-def _gzip_blocks(file: BinaryIO, path: Path, size: int) -> Iterator[bytes]:
-    stream = gzip.GzipFile(fileobj=file)
-    try:
-        yield from iter(lambda: stream.read(size), b"")
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ConfigError(f"--input {path}: broken gzip file ({error})") from error
-
-
-def _zstd_blocks(file: BinaryIO, path: Path, size: int) -> Iterator[bytes]:
-    # pyarrow's reader: it takes no file cut short for a whole one, and gives so much at a time.
-    try:
-        import pyarrow
-    except ImportError:
-        raise ConfigError(f"--input {path}: needs the package pyarrow, install it") from None
-    try:
-        stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(file, mode="r"), "zstd")
-        yield from iter(lambda: stream.read(size), b"")
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ConfigError(f"--input {path}: broken zstd file ({error})") from error

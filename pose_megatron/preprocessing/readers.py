@@ -14,8 +14,17 @@ from itertools import chain
 from pathlib import Path
 
 from pose_megatron.errors import ConfigError
-from pose_megatron.preprocessing.jsonl import LONGEST, LineError, Lines, read_lines, read_range
+from pose_megatron.preprocessing.compression import compressed
+from pose_megatron.preprocessing.jsonl import (
+    LONGEST,
+    LineError,
+    Lines,
+    read_lines,
+    read_range,
+    refuse_other_forms,
+)
 from pose_megatron.preprocessing.tokenizer import replace_surrogates
+from pose_megatron.runtime.lfs_pointers import refuse_lfs_pointer
 
 SUFFIXES = (
     *(f".{kind}{packed}" for kind in ("jsonl", "json") for packed in ("", ".gz", ".zst")),
@@ -104,7 +113,8 @@ def corpus_files(patterns: Sequence[str | Path]) -> list[Path]:
     """The files that the patterns match, in the patterns' order, sorted within a pattern.
 
     Raises:
-        ConfigError: a pattern matches nothing or a folder, or a file is of an unknown kind.
+        ConfigError: a pattern matches nothing or a folder, or a file is of an unknown kind, or of
+            another form than JSON lines.
     """
     files: list[Path] = []
     for pattern in map(str, patterns):
@@ -126,6 +136,9 @@ def corpus_files(patterns: Sequence[str | Path]) -> list[Path]:
                 raise ConfigError(
                     f"--input {path}: unknown extension, use one of {', '.join(SUFFIXES)}"
                 )
+            refuse_lfs_pointer(path, ConfigError)
+            if path.suffix != ".parquet":
+                refuse_other_forms(path)
         files += found
     return files
 
@@ -134,7 +147,7 @@ def parts(
     files: Sequence[Path], workers: int = 1, start: Cursor = Cursor(), longest: int = LONGEST
 ) -> Iterator[Part]:
     """The parts of the corpus from `start` on, cut for `workers` processes."""
-    whole = sum(_compressed(path) for path in files) >= workers > 1
+    whole = sum(compressed(path) for path in files) >= workers > 1
     for index, path in enumerate(files[start.file :], start.file):
         offset, next_file = start.offset if index == start.file else 0, Cursor(index + 1)
         size = path.stat().st_size
@@ -150,7 +163,7 @@ def parts(
                     (group, group + 1),
                     longest=longest,
                 )
-        elif not _compressed(path):
+        elif not compressed(path):
             for begin in range(offset, size, PART_BYTES):
                 stop = min(begin + PART_BYTES, size)
                 end = Cursor(index, stop) if stop < size else next_file
@@ -213,7 +226,7 @@ def line_error(path: Path, before: int, number: int, error: LineError) -> Config
 
 def _spread(path: Path, count: int) -> list[Part]:
     """A few parts from all over one file, or the beginning of a compressed one."""
-    if _compressed(path):
+    if compressed(path):
         return [Part(path, 0, Cursor(), 0)]
     if path.suffix == ".parquet":
         groups = _parquet(path).metadata.num_row_groups
@@ -228,10 +241,6 @@ def _spread(path: Path, count: int) -> list[Part]:
         Part(path, 0, Cursor(), 0, (begin, min(begin + (1 << 16), size)))
         for begin in range(0, size, max(step, 1 << 16))
     ]
-
-
-def _compressed(path: Path) -> bool:
-    return path.suffix in (".gz", ".zst")
 
 
 def _batch(lines: Lines, keys: Sequence[str]) -> TextBatch:
@@ -302,16 +311,27 @@ def _empty(keys: Sequence[str]) -> TextBatch:
 def _add_row(batch: TextBatch, row: Sequence, longest: int) -> None:
     batch.lines += 1
     batch.newlines += 1
-    sizes = [len(text.encode()) for text in row if type(text) is str]
+    texts = [_text_of(value, key) for key, value in zip(batch.texts, row, strict=True)]
+    sizes = [len(text.encode()) for text in texts if isinstance(text, str)]
     batch.bytes += sum(sizes)
-    for key, text in zip(batch.texts, row, strict=True):
-        if type(text) is not str:
-            detail = f"its type is {type(text).__name__}"
-            error = LineError(f"value of {key!r} is not a string", detail)
-            batch.skipped.append((batch.lines, error))
-            return
-    if max(sizes) > longest:
-        batch.skipped.append((batch.lines, LineError.too_long(longest)))
+    errors = [text for text in texts if isinstance(text, LineError)]
+    if not errors and max(sizes) > longest:
+        errors = [LineError.too_long(longest)]
+    if errors:
+        batch.skipped.append((batch.lines, errors[0]))
         return
-    for key, text in zip(batch.texts, row, strict=True):
+    for key, text in zip(batch.texts, texts, strict=True):
+        assert isinstance(text, str)
         batch.texts[key].append(text)
+
+
+def _text_of(value: object, key: str) -> str | LineError:
+    """A string, also one that is kept as bytes; or why it is none."""
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError as error:
+            return LineError(f"value of {key!r} is not UTF-8", f"byte {error.start}")
+    if isinstance(value, str):
+        return value
+    return LineError(f"value of {key!r} is not a string", f"its type is {type(value).__name__}")

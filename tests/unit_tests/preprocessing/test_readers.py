@@ -114,6 +114,98 @@ def test_broken_compression_is_an_error(tmp_path, name):
             list(read_lines(path, 1000))
 
 
+@pytest.mark.parametrize("log, threads", [(28, 0), (31, 2)])
+def test_windows_above_those_that_zstd_takes_by_default_are_read(tmp_path, log, threads):
+    parameters = zstandard.ZstdCompressionParameters(
+        window_log=log, enable_ldm=True, threads=threads
+    )
+    frame = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    path, lines = tmp_path / "c.jsonl.zst", b"".join(b'{"text": "%d"}\n' % i for i in range(10_000))
+    path.write_bytes(frame.compress(lines) + frame.flush())  # of unknown size: the window counts
+    with pytest.raises(zstandard.ZstdError, match="too much memory"):
+        zstandard.ZstdDecompressor().decompressobj().decompress(path.read_bytes())
+    assert corpus_files([path]) == [path]
+    assert list(texts([path], ["text"], "stop")) == [str(i) for i in range(10_000)]
+    # The byte after the magic number and the frame's header says how large the window is.
+    wider = bytearray(path.read_bytes())
+    wider[5] = (32 - 10) << 3
+    path.write_bytes(wider)
+    with pytest.raises(ValueError, match=r"c\.jsonl\.zst: zstd needs more than 2 GiB .*--long=31"):
+        corpus_files([path])
+
+
+def test_zstd_frames_end_anywhere_and_may_be_skippable(tmp_path):
+    frame, skipped = zstandard.ZstdCompressor().compress, b"\x50\x2a\x4d\x18\x03\0\0\0abc"
+    path, line = tmp_path / "c.jsonl.zst", b'{"text": "a b"}\n'
+    whole = b"".join(frame(line * n) for n in range(300))
+    path.write_bytes(skipped + whole + skipped + frame(b""))
+    assert len(list(texts([path], ["text"], "stop"))) == sum(range(300))
+    for rest in (skipped[:-1], frame(line)[:-1], b"\0" * 9):
+        path.write_bytes(whole + rest)
+        with pytest.raises(ValueError, match=r"c\.jsonl\.zst: broken zstd file"):
+            list(texts([path], ["text"], "stop"))
+
+
+ROWS = [{"text": "a"}, {"text": "b\u00e9"}]
+
+
+@pytest.mark.parametrize("name", ["c.json", "c.jsonl", "c.json.gz", "c.jsonl.zst"])
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (json.dumps(ROWS), "is one JSON array, .*one object a line; jq -c '.*' makes them"),
+        (json.dumps(ROWS, indent=1), "is one JSON array"),
+        ("\ufeff\r\n" + json.dumps(ROWS, indent="\t"), "is one JSON array"),
+        (json.dumps(["a", "b"]) + "\n\n", "is one JSON array"),
+        ("[]", "is one JSON array"),
+        (json.dumps(ROWS * 20_000), "is one JSON array"),
+        (json.dumps(ROWS).replace("}, {", "},\n{"), "is one JSON array"),
+        (json.dumps(ROWS[0], indent=2), "has objects over several lines, .*jq -c . makes"),
+        ("\n".join(json.dumps(row, indent=4) for row in ROWS), "has objects over several lines"),
+        (json.dumps(ROWS[0], indent=2).replace("\n", "\r\n"), "has objects over several lines"),
+    ],
+)
+def test_json_that_is_not_one_object_a_line_is_named(tmp_path, name, content, message):
+    path = tmp_path / name
+    path.write_bytes(_compress(name, content.encode()))
+    with pytest.raises(ValueError, match=f"--input .*{name}: {message}"):
+        corpus_files([path])
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-be"])
+def test_other_encodings_are_named(tmp_path, encoding):
+    path = tmp_path / "c.jsonl"
+    path.write_bytes('{"text": "a"}\n'.encode(encoding))
+    with pytest.raises(ValueError, match=r"c\.jsonl: is in UTF-16 or UTF-32; make it UTF-8"):
+        corpus_files([path])
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\n\n",
+        b"\xef\xbb\xbf" + b'{"text": "a"}\r\n' * 2,
+        b'["text"]\n{"text": "a"}\n',  # the first line is wrong, not the file
+        b'{oops\n{"text": "a"}\n',
+        b"\0\0\0\0",
+    ],
+)
+def test_lines_that_are_wrong_alone_are_left_to_the_reader(tmp_path, content):
+    path = tmp_path / "c.jsonl"
+    path.write_bytes(content)
+    assert corpus_files([path]) == [path]
+    assert list(texts([path], ["text"], "skip")) == ["a"] * content.count(b'"a"')
+
+
+def test_a_pointer_in_place_of_a_file_is_named(tmp_path):
+    for name in ("c.jsonl", "c.jsonl.zst", "c.parquet"):
+        path = tmp_path / name
+        path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+        with pytest.raises(ValueError, match=f"{name} is a Git LFS pointer"):
+            corpus_files([path])
+
+
 def test_corpus_files_names_the_offender(tmp_path):
     good, bad = tmp_path / "a.jsonl", tmp_path / "b.txt"
     good.touch()
@@ -247,6 +339,48 @@ def test_parquet_rows_without_a_text_are_counted(tmp_path):
     path.write_bytes(whole[:4] + bytes(60) + whole[64:])
     with pytest.raises(ValueError, match=r"c\.parquet: broken Parquet file"):
         list(texts([path], ["text"], "stop"))
+
+
+TYPES = {
+    "string": pyarrow.string(),
+    "large_string": pyarrow.large_string(),
+    "string_view": pyarrow.string_view(),
+    "binary": pyarrow.binary(),
+    "large_binary": pyarrow.large_binary(),
+    "binary_view": pyarrow.binary_view(),
+    "fixed": pyarrow.binary(5),
+    "dictionary": pyarrow.dictionary(pyarrow.int32(), pyarrow.string()),
+    "dictionary of bytes": pyarrow.dictionary(pyarrow.int8(), pyarrow.binary()),
+}
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_every_type_of_parquet_that_holds_text_is_read(tmp_path, name):
+    path, words = tmp_path / "c.parquet", ["n\u00e4ch", "\0\0\0\0\0", "abcde", "n\u00e4ch"]
+    parquet.write_table(pyarrow.table({"text": pyarrow.array(words).cast(TYPES[name])}), path)
+    assert list(texts([path], ["text"], "stop")) == words
+
+
+def test_bytes_that_are_no_text_and_nested_columns_are_named(tmp_path):
+    path = tmp_path / "c.parquet"
+    columns = {
+        "text": pyarrow.array([b"a", b"ab\xff", None, b"b"], pyarrow.binary()),
+        "list": [["a"]] * 4,
+        "struct": [{"text": "a"}] * 4,
+    }
+    parquet.write_table(pyarrow.table(columns), path)
+    [part] = parts([path])
+    [batch] = part.batches(["text"])
+    assert batch.texts == {"text": ["a", "b"]} and batch.bytes == 2
+    assert [(number, str(error)) for number, error in batch.skipped] == [
+        (2, "value of 'text' is not UTF-8 (byte 2)"),
+        (3, "value of 'text' is not a string (its type is NoneType)"),
+    ]
+    with pytest.raises(ValueError, match=r"c\.parquet:2: value of 'text' is not UTF-8 .byte 2"):
+        list(texts([path], ["text"], "stop"))
+    for name, kind in (("list", "list"), ("struct", "dict")):
+        with pytest.raises(ValueError, match=f"'{name}' is not a string .its type is {kind}"):
+            list(texts([path], [name], "stop"))
 
 
 @pytest.mark.parametrize("name", ["c.jsonl", "c.jsonl.gz", "c.jsonl.zst", "c.parquet"])
