@@ -14,9 +14,10 @@ command continues from it.
 
 import argparse
 import os
+from collections import Counter
 
 from pose_megatron.commands.corpus_flags import add_corpus_flags
-from pose_megatron.preprocessing.tokenizer import TOKENIZER_TYPES
+from pose_megatron.preprocessing.tokenizer import CONTROL_TOKENS_IN_TEXT, TOKENIZER_TYPES
 from pose_megatron.runtime.cli import command, positive
 
 EXAMPLE = """example:
@@ -37,6 +38,19 @@ def parse() -> argparse.Namespace:
     p.add_argument("--tokenizer-type", required=True, choices=TOKENIZER_TYPES)
     p.add_argument("--tokenizer-model", required=True, help="tokenizer file or folder")
     p.add_argument("--append-eod", action="store_true", help="end each document with the eos token")
+    p.add_argument(
+        "--eod-token",
+        metavar="TOKEN|ID",
+        help="end it with this one instead; a chat tokenizer's eos ends turns",
+    )
+    p.add_argument(
+        "--control-tokens-in-text",
+        choices=CONTROL_TOKENS_IN_TEXT,
+        default="keep",
+        help="what a control token that is written in a text becomes: keep: what the tokenizer's "
+        "own library makes of it, mostly that token; split: ordinary text; fail: stop there "
+        "[%(default)s]",
+    )
     p.add_argument("--workers", type=positive, default=1, help="processes that tokenize")
     p.add_argument(
         "--tokenizer-library",
@@ -66,8 +80,21 @@ def sentence(summary: dict) -> str:
             f"{summary['documents']:,} documents, {summary['tokens']:,} tokens from "
             f"{megabytes:.1f} MB in {seconds:.1f} s ({megabytes / seconds:.1f} MB/s)",
             *(f"{count:,} {note}" for note, count in notes.items() if count),
+            *_control_tokens(summary["control_tokens_in_text"]),
         ]
     )
+
+
+def _control_tokens(found: dict) -> list[str]:
+    """What became of the control tokens that are written in texts."""
+    became = {"kept": "kept as control tokens", "split": "split as ordinary text"}
+    return [
+        f"{sum(found[how].values()):,} control tokens written in texts, {what} "
+        f"({', '.join(f'{token} {n:,}' for token, n in Counter(found[how]).most_common(5))}"
+        f"{', ...' if len(found[how]) > 5 else ''})"
+        for how, what in became.items()
+        if found[how]
+    ]
 
 
 @command

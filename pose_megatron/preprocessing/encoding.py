@@ -20,10 +20,11 @@ from threading import Thread
 import numpy as np
 
 from pose_megatron.errors import ConfigError
+from pose_megatron.preprocessing.control_tokens import ControlTokens
 from pose_megatron.preprocessing.fast_tokenizer import FastTokenizer, difference
 from pose_megatron.preprocessing.indexed_writer import token_dtype
 from pose_megatron.preprocessing.jsonl import LineError
-from pose_megatron.preprocessing.readers import Part
+from pose_megatron.preprocessing.readers import Part, TextBatch
 from pose_megatron.preprocessing.tokenizer import Tokenizer
 
 Ids = Sequence[int] | np.ndarray  # of one text
@@ -43,6 +44,8 @@ class Encoded:
         skipped: how many lines hold no document, by reason.
         first_skipped: (number within the part, error) of the first such lines.
         distrusted: what was wrong with gigatoken, where it was used no further; else None.
+        kept, split: as ControlTokens counts them.
+        refused: (number within the part, error) of a line with a control token that ended the part.
     """
 
     ids: dict[str, Path]
@@ -54,6 +57,9 @@ class Encoded:
     skipped: Counter = field(default_factory=Counter)
     first_skipped: list[tuple[int, LineError]] = field(default_factory=list)
     distrusted: str | None = None
+    kept: Counter = field(default_factory=Counter)
+    split: Counter = field(default_factory=Counter)
+    refused: tuple[int, LineError] | None = None
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,7 @@ class Encoder:
         stop_at_error: whether the first line without a document ends the part.
         stem: how the names of the files of ids begin.
         stopped: shared by all processes; they end early when it is true.
+        control: finds the control tokens that are written in texts.
     """
 
     tokenizer: Tokenizer
@@ -75,6 +82,7 @@ class Encoder:
     stop_at_error: bool
     stem: str
     stopped: ctypes.c_bool
+    control: ControlTokens = ControlTokens({})
 
     def __call__(self, part: Part, number: int) -> Encoded:
         paths = {key: Path(f"{self.stem}-{number}-{i}.ids") for i, key in enumerate(self.keys)}
@@ -91,9 +99,15 @@ class Encoder:
                         encoded.first_skipped.append((encoded.newlines + line, error))
                 if batch.skipped and self.stop_at_error:
                     break
+                if refused := self._refused(batch):
+                    encoded.refused = encoded.newlines + refused[0], refused[1]
+                    break
                 for key, texts in batch.texts.items():
                     documents, wrong = self._tokenize(number, texts)
                     encoded.distrusted = encoded.distrusted or wrong
+                    kept, split = self.control.count(texts, documents)
+                    encoded.kept += kept
+                    encoded.split += split
                     ids, counts = self._flat(documents)
                     files[key].write(ids.data)
                     lengths[key].append(counts)
@@ -105,6 +119,16 @@ class Encoder:
             key: np.concatenate([np.empty(0, np.int64), *counts]) for key, counts in lengths.items()
         }
         return encoded
+
+    def _refused(self, batch: TextBatch) -> tuple[int, LineError] | None:
+        """The first line with a control token, where none may be, and what is wrong with it."""
+        if not self.control.refused:
+            return None
+        for line, *row in zip(batch.numbers, *batch.texts.values(), strict=True):
+            for key, text in zip(batch.texts, row, strict=True):
+                for token in self.control.written(text):
+                    return line, LineError(f"control token {token} in the text of {key!r}")
+        return None
 
     def _flat(self, documents: Sequence[Ids]) -> tuple[np.ndarray, np.ndarray]:
         """The ids of all documents end to end, each with its EOD, and how many each has."""

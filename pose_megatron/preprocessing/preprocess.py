@@ -23,8 +23,9 @@ import numpy as np
 
 from pose_megatron.errors import ConfigError
 from pose_megatron.preprocessing import readers
+from pose_megatron.preprocessing.control_tokens import ControlTokens
 from pose_megatron.preprocessing.encoding import Encoder, encode_in_order
-from pose_megatron.preprocessing.fast_tokenizer import prove
+from pose_megatron.preprocessing.fast_tokenizer import difference, prove
 from pose_megatron.preprocessing.indexed_writer import digests, publish
 from pose_megatron.preprocessing.jsonl import LONGEST
 from pose_megatron.preprocessing.readers import Part
@@ -47,6 +48,8 @@ class PreprocessingJob:
     tokenizer_model: str
     json_keys: Sequence[str] = ("text",)
     append_eod: bool = False
+    eod_token: str | None = None
+    control_tokens_in_text: str = "keep"
     workers: int = 1
     on_error: str = "stop"
     tokenizer_library: str = "auto"
@@ -64,8 +67,10 @@ def preprocess(job: PreprocessingJob) -> dict:
     """
     files = readers.corpus_files(job.input)
     tokenizer = build_tokenizer(job.tokenizer_type, job.tokenizer_model)
-    eod = tokenizer.eod if job.append_eod else None  # raises now if there is none
-    made_from = _made_from(job, files, tokenizer)
+    if job.control_tokens_in_text == "split":
+        tokenizer.split_control_tokens()
+    eod = _eod(job, tokenizer)
+    made_from = _made_from(job, files, tokenizer, eod)
     with owned(job.output_prefix, f"--output-prefix {job.output_prefix}") as ownership:
         run = UnfinishedRun(job.output_prefix, made_from, job.overwrite)
         try:
@@ -76,13 +81,37 @@ def preprocess(job: PreprocessingJob) -> dict:
             ownership.check()
             for i, key in enumerate(job.json_keys):
                 publish(run.folder, str(i), _prefix(job, key))
-            summary = _summary(job, tokenizer, made_from, run.state)
+            summary = _summary(job, tokenizer, eod, made_from, run.state)
             write_atomically(_summary_path(job), json.dumps(summary, indent=2) + "\n")
             run.remove()
             return summary
         finally:
             if not ownership.is_lost:
                 run.close()
+
+
+def _eod(job: PreprocessingJob, tokenizer: Tokenizer) -> int | None:
+    """The id that ends each document, said on stderr; None for no such end.
+
+    Raises:
+        ConfigError: the tokenizer has no such token, or it has no use.
+    """
+    if job.append_eod and job.eod_token is None:
+        eod, hint = tokenizer.eod, "the tokenizer's end-of-sequence token"
+        if tokenizer.eos_ends_turns:
+            hint += "; in its chat template it ends turns, and --eod-token chooses another"
+    elif job.append_eod:
+        eod, hint = tokenizer.token_id(str(job.eod_token), "--eod-token"), "of --eod-token"
+    elif job.eod_token is not None:
+        raise ConfigError(f"--eod-token {job.eod_token} has no meaning without --append-eod")
+    else:
+        return None
+    print(
+        f"each document ends with {tokenizer.token_of(eod)} (id {eod}), {hint}",
+        file=sys.stderr,
+        flush=True,
+    )
+    return eod
 
 
 def _tokenize(
@@ -95,6 +124,9 @@ def _tokenize(
     fast, longest = None, job.max_document_mb * 10**6
     if job.tokenizer_library == "auto":
         fast, why = prove(tokenizer, readers.sample(files, job.json_keys, PROVEN_ON, longest))
+        probes = [f"x{token} {token}y" for token in [*tokenizer.control_tokens][:1000]]
+        if fast and (wrong := difference(fast, tokenizer, probes)):
+            fast, why = None, f"tokenizing with the tokenizer's own library: {wrong}"
         print(why, file=sys.stderr, flush=True)
     if run.state != State():
         print(
@@ -111,6 +143,7 @@ def _tokenize(
         job.on_error == "stop",
         f"{run.folder}/{os.getpid()}",
         get_context("fork").RawValue(ctypes.c_bool, False),
+        ControlTokens.of(tokenizer, job.control_tokens_in_text == "fail"),
     )
     parts = readers.parts(files, job.workers, run.state.cursor, longest)
     progress = Progress(files, job.log_interval, run.state)
@@ -129,6 +162,13 @@ def _tokenize(
                         "--overwrite",
                         file=sys.stderr,
                         flush=True,
+                    )
+                if encoded.refused:
+                    raise readers.line_error(
+                        part.path,
+                        run.state.lines_before(part),
+                        *encoded.refused,
+                        "take it out, or choose --control-tokens-in-text keep or split",
                     )
                 run.add(part, encoded)
                 progress.show(part, run.state)
@@ -161,7 +201,9 @@ def _require_tokens(job: PreprocessingJob, state: State) -> None:
             )
 
 
-def _made_from(job: PreprocessingJob, files: Sequence[Path], tokenizer: Tokenizer) -> dict:
+def _made_from(
+    job: PreprocessingJob, files: Sequence[Path], tokenizer: Tokenizer, eod: int | None
+) -> dict:
     """What the output bytes depend on, by flag."""
     return {
         "--input": [
@@ -173,12 +215,16 @@ def _made_from(job: PreprocessingJob, files: Sequence[Path], tokenizer: Tokenize
             *(hashlib.sha256(path.read_bytes()).hexdigest() for path in tokenizer.files),
         ],
         "--append-eod": job.append_eod,
+        "--eod-token": eod,
+        "--control-tokens-in-text": job.control_tokens_in_text,
         "--max-document-mb": job.max_document_mb,
         "--tokenizer-library": job.tokenizer_library,
     }
 
 
-def _summary(job: PreprocessingJob, tokenizer: Tokenizer, made_from: dict, state: State) -> dict:
+def _summary(
+    job: PreprocessingJob, tokenizer: Tokenizer, eod: int | None, made_from: dict, state: State
+) -> dict:
     outputs = {
         key: {
             "prefix": _prefix(job, key),
@@ -213,6 +259,13 @@ def _summary(job: PreprocessingJob, tokenizer: Tokenizer, made_from: dict, state
         "tokenizer_sha256": made_from["--tokenizer-model"][1:],
         "vocab_size": tokenizer.vocab_size,
         "append_eod": job.append_eod,
+        "eod_token": None if eod is None else tokenizer.token_of(eod),
+        "eod_id": eod,
+        "control_tokens_in_text": {
+            "handling": job.control_tokens_in_text,
+            "kept": dict(state.kept),
+            "split": dict(state.split),
+        },
     }
 
 

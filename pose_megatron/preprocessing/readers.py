@@ -32,6 +32,7 @@ SUFFIXES = (
 )
 PART_BYTES = 1 << 20  # of text: a few milliseconds of gigatoken, 200 of a Hugging Face tokenizer
 PARQUET_ROWS = 64  # decoded at a time: rows may be long
+SKIPPING = "mend the line, or skip such lines with --on-error skip"
 SPOTS = 32  # places of the corpus that a sample is taken from
 
 
@@ -41,6 +42,7 @@ class TextBatch:
 
     Attributes:
         texts: by key, one per document.
+        numbers: of each document's line, counted from 1 within the batch.
         lines: how many lines are not blank.
         newlines: how many lines there are, blank ones included.
         bytes: their size, decompressed.
@@ -55,6 +57,7 @@ class TextBatch:
     bytes: int = 0
     skipped: list[tuple[int, LineError]] = field(default_factory=list)
     replaced: int = 0
+    numbers: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -217,11 +220,11 @@ def sample(
     return kept
 
 
-def line_error(path: Path, before: int, number: int, error: LineError) -> ConfigError:
+def line_error(
+    path: Path, before: int, number: int, error: LineError, way_out: str = SKIPPING
+) -> ConfigError:
     """The error that stops at line `number`, counted after the `before` first lines of the file."""
-    return ConfigError(
-        f"{path}:{before + number}: {error}; mend the line, or skip such lines with --on-error skip"
-    )
+    return ConfigError(f"{path}:{before + number}: {error}; {way_out}")
 
 
 def _spread(path: Path, count: int) -> list[Part]:
@@ -250,6 +253,7 @@ def _batch(lines: Lines, keys: Sequence[str]) -> TextBatch:
         if isinstance(row, LineError):
             batch.skipped.append((number, row))
             continue
+        batch.numbers.append(number)
         for key, text in zip(keys, row, strict=True):
             clean = replace_surrogates(text)
             batch.replaced += clean is not text
@@ -320,6 +324,7 @@ def _add_row(batch: TextBatch, row: Sequence, longest: int) -> None:
     if errors:
         batch.skipped.append((batch.lines, errors[0]))
         return
+    batch.numbers.append(batch.lines)
     for key, text in zip(batch.texts, texts, strict=True):
         assert isinstance(text, str)
         batch.texts[key].append(text)

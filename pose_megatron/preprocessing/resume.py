@@ -51,6 +51,8 @@ class State:
     replaced: int = 0
     skipped: Counter = field(default_factory=Counter)
     first_skipped: tuple[str, ...] = ()
+    kept: Counter = field(default_factory=Counter)
+    split: Counter = field(default_factory=Counter)
     seconds: float = 0.0
     complete: bool = False
 
@@ -74,6 +76,8 @@ class State:
                 "empty": Counter(values["empty"]),
                 "skipped": Counter(values["skipped"]),
                 "first_skipped": tuple(values["first_skipped"]),
+                "kept": Counter(values["kept"]),
+                "split": Counter(values["split"]),
             }
         )
 
@@ -113,6 +117,8 @@ class State:
                     for line, error in encoded.first_skipped[:room]
                 ),
             ),
+            kept=self.kept + encoded.kept,
+            split=self.split + encoded.split,
             seconds=seconds,
         )
 
@@ -123,6 +129,7 @@ def _sound(state: State) -> bool:
     histograms = [n for counts in state.histogram.values() for n in counts.values()]
     counts = [*vars(state.cursor).values(), *state.file_lines, *sizes, *histograms]
     counts += [*state.empty.values(), *state.skipped.values()]
+    counts += [*state.kept.values(), *state.split.values()]
     counts += [state.lines, state.bytes, state.replaced]
     return (
         all(type(count) is int and count >= 0 for count in counts)

@@ -10,6 +10,7 @@ import json
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from pose_megatron.runtime.json_files import read_json
 from pose_megatron.runtime.lfs_pointers import refuse_lfs_pointer
 
 TOKENIZER_TYPES = ("SentencePieceTokenizer", "HuggingFaceTokenizer")
+CONTROL_TOKENS_IN_TEXT = ("keep", "split", "fail")
 # Texts that are rare in corpora, and that other implementations of a tokenizer get wrong.
 PROBES = (
     *("", " ", "  x", "x  ", "\n\n\n", "\t\tx\r\n", "</s> <s> <unk>", "naïve 日本 😀\0", "1234567"),
@@ -63,12 +65,14 @@ class Tokenizer(ABC):
         vocab_size: number of ids, without padding: every id is in [0, vocab_size).
         bos, pad: ids of these tokens, None where the tokenizer has none.
         files: the tokenizer's files, to be copied beside an exported Hugging Face checkpoint.
+        eos_ends_turns: whether its chat template writes the end-of-sequence token.
     """
 
     vocab_size: int
     bos: int | None
     pad: int | None
     files: list[Path]
+    eos_ends_turns: bool = False
     _path: Path
     _eos: int | None
 
@@ -83,6 +87,38 @@ class Tokenizer(ABC):
     @abstractmethod
     def text_of(self, token_id: int) -> str:
         """The text of one id, which may be a special token."""
+
+    @abstractmethod
+    def token_of(self, token_id: int) -> str | None:
+        """The token as the vocabulary writes it; None for an id that has none."""
+
+    @abstractmethod
+    def _id_of(self, token: str) -> int | None:
+        """The id of a token as the vocabulary writes it, if it is one."""
+
+    @property
+    @abstractmethod
+    def control_tokens(self) -> dict[str, int]:
+        """Ids of the control tokens, by their text."""
+
+    @abstractmethod
+    def split_control_tokens(self) -> None:
+        """From now on, control tokens that are written in a text are ordinary text."""
+
+    def token_id(self, token: str, flag: str) -> int:
+        """The id of a token that `flag` gives by its id, or as the vocabulary writes it.
+
+        Raises:
+            ConfigError: there is no such token.
+        """
+        found = int(token) if token.isdecimal() else self._id_of(token)
+        if found is None or found >= self.vocab_size or self.token_of(found) is None:
+            known = ", ".join(list(self.control_tokens)[:10])
+            raise ConfigError(
+                f"{flag} {token}: not a token of {self._path}, whose ids are below "
+                f"{self.vocab_size} and whose control tokens are {known or 'none'}"
+            )
+        return found
 
     def ids_ending(self, text: str) -> list[int]:
         """Every id whose text is `text` or ends with it."""
@@ -123,8 +159,8 @@ class Tokenizer(ABC):
         """
         if self._eos is None:
             raise ConfigError(
-                f"--tokenizer-model {self._path}: has no end-of-sequence token; name one that is "
-                'in its vocabulary (Hugging Face: "eos_token" in tokenizer_config.json)'
+                f"--tokenizer-model {self._path}: has no end-of-sequence token; choose a token "
+                'with --eod-token (Hugging Face: or name "eos_token" in tokenizer_config.json)'
             )
         return self._eos
 
@@ -170,6 +206,38 @@ class SentencePieceTokenizer(Tokenizer):
         # A control piece such as </s> decodes to nothing.
         return self._tokenizer.decode([token_id]) or self._tokenizer.id_to_piece(token_id)
 
+    def token_of(self, token_id: int) -> str | None:
+        return self._tokenizer.id_to_piece(token_id)
+
+    def _id_of(self, token: str) -> int | None:
+        found = self._tokenizer.piece_to_id(token)  # that of <unk>, where there is none
+        return found if self._tokenizer.id_to_piece(found) == token else None
+
+    @cached_property
+    def control_tokens(self) -> dict[str, int]:
+        return {
+            piece.piece.replace("▁", " "): i
+            for i, piece in enumerate(self._model().pieces)
+            if piece.type in (piece.CONTROL, piece.UNKNOWN) or _user_defined(piece)
+        }
+
+    def split_control_tokens(self) -> None:
+        model = self._model()
+        for piece in filter(_user_defined, model.pieces):
+            piece.type = piece.CONTROL  # the kind that is never looked for in a text
+        self._tokenizer.load(model_proto=model.SerializeToString())
+
+    def _model(self):
+        """sentencepiece's ModelProto."""
+        try:
+            from sentencepiece import sentencepiece_model_pb2
+        except ImportError:
+            raise ConfigError(
+                f"--tokenizer-model {self._path}: needs the package protobuf, install it"
+            ) from None
+        proto: Any = sentencepiece_model_pb2
+        return proto.ModelProto.FromString(self._tokenizer.serialized_model_proto())
+
     def as_json(self) -> dict:
         from gigatoken._load.sentencepiece import sentencepiece_to_tokenizer_json
 
@@ -200,7 +268,7 @@ class SentencePieceTokenizer(Tokenizer):
         """
         from gigatoken._load.sentencepiece import _fields
 
-        model = self._path.read_bytes()
+        model = self._tokenizer.serialized_model_proto()
         trainer = b"".join(v for field, v in _fields(model) if field == 2 and isinstance(v, bytes))
         trainer += b"\x98\x02\x01"  # field 35, byte_fallback: true
         size, varint = len(trainer), bytearray()
@@ -247,6 +315,10 @@ class HuggingFaceTokenizer(Tokenizer):
             self._id(names.get(name)) for name in ("bos_token", "pad_token", "eos_token")
         )
         self.files = _files(self._path)
+        if self._eos is not None:
+            template = self._path.with_name("chat_template.jinja")
+            templates = [str(config.get("chat_template")), *_start_of(template)]
+            self.eos_ends_turns = any(str(self.token_of(self._eos)) in text for text in templates)
 
     def tokenize_batch(self, texts: Sequence[str]) -> list[list[int]]:
         encodings = self._tokenizer.encode_batch_fast(
@@ -259,6 +331,20 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def text_of(self, token_id: int) -> str:
         return self._tokenizer.decode([token_id], skip_special_tokens=False)
+
+    def token_of(self, token_id: int) -> str | None:
+        return self._tokenizer.id_to_token(token_id)
+
+    def _id_of(self, token: str) -> int | None:
+        return self._tokenizer.token_to_id(token)
+
+    @property
+    def control_tokens(self) -> dict[str, int]:
+        added = self._tokenizer.get_added_tokens_decoder()
+        return {token.content: i for i, token in added.items() if token.special}
+
+    def split_control_tokens(self) -> None:
+        self._tokenizer.encode_special_tokens = True
 
     def as_json(self) -> dict:
         form = json.loads(self._tokenizer.to_str())
@@ -308,6 +394,11 @@ def _content(token: object) -> str:
     return content
 
 
+def _user_defined(piece) -> bool:
+    """Whether sentencepiece takes this piece whole from a text, and it is more than white space."""
+    return piece.type == piece.USER_DEFINED and bool(piece.piece.strip("▁ \n\t\r"))
+
+
 def _without_special(form: dict) -> dict:
     return form | {"added_tokens": [t for t in form["added_tokens"] if not t["special"]]}
 
@@ -327,6 +418,14 @@ def _files(path: Path) -> list[Path]:
     if path.name not in FOLDER_FILES:
         return [path]
     return [file for name in FOLDER_FILES if (file := path.with_name(name)).is_file()]
+
+
+def _start_of(path: Path) -> list[str]:
+    """The beginning of a text file, if there is one: more than any chat template has."""
+    if not path.is_file():
+        return []
+    with open(path, encoding="utf-8", errors="replace") as file:
+        return [file.read(1 << 20)]
 
 
 def _json(path: Path) -> dict:

@@ -50,7 +50,9 @@ def job(tmp_path, model, monkeypatch):
     monkeypatch.setattr(readers, "PART_BYTES", 6000)
     monkeypatch.setattr(resume, "SAVE_SECONDS", 0.0)
     paths = [tmp_path / name for name in ("a.jsonl", "b.jsonl")]
-    rows = [{"text": text, "title": str(i)} for i, text in enumerate([*TEXTS[:4], "", *TEXTS[4:]])]
+    rows = [
+        {"text": text, "title": f"{i} </s>"} for i, text in enumerate([*TEXTS[:4], "", *TEXTS[4:]])
+    ]
     for path in paths:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return PreprocessingJob(
@@ -167,7 +169,9 @@ def test_lines_are_counted_by_file_whatever_its_kind(job, tmp_path):
 @pytest.mark.parametrize(
     "change, flag",
     [
-        ({"append_eod": False}, "--append-eod"),
+        ({"append_eod": False}, "--append-eod and --eod-token"),
+        ({"eod_token": "<s>"}, "--eod-token"),
+        ({"control_tokens_in_text": "split"}, "--control-tokens-in-text"),
         ({"json_keys": ("title", "text")}, "--json-keys"),
         ({"input": "a only"}, "--input"),
         ({"input": "b mended"}, "--input"),
