@@ -296,7 +296,12 @@ def test_one_worker_overwrites_skips_lines_and_counts(tmp_path, tokenizer, piece
     assert summary["outputs"]["text"]["lengths"] == {
         f"{1 << i}-{(2 << i) - 1}": n for i, n in sorted(lengths.items())
     }
-    for note in ("1 lines skipped (not JSON)", "1 empty documents", "1 texts had lone surrogates"):
+    for note in (
+        "1 lines skipped (not JSON)",
+        "1 empty documents",
+        "1 texts had lone surrogates",
+        "1 control tokens written in texts, split as ordinary text (</s> 1)",
+    ):
         assert note in result.stdout
 
 
@@ -342,6 +347,15 @@ BAD_INPUT = [
     ("c.jsonl", GOOD, ("--workers", "0"), "--workers: must be at least 1, not 0"),
     ("c.jsonl", GOOD, ("--tokenizer-type", "Mine"), "--tokenizer-type: invalid choice: 'Mine'"),
     ("c.jsonl", GOOD, ("--output-prefix", "/dev/null/x"), "/dev/null"),
+    ("c.json", b"[" + GOOD + b"]", ("--on-error", "skip"), "c.json: is one JSON array, where JSON"),
+    ("c.jsonl", GOOD, ("--append-eod", "--eod-token", "<e>"), "--eod-token <e>: not a token of"),
+    ("c.jsonl", GOOD, ("--eod-token", "</s>"), "--eod-token </s> has no meaning without --append"),
+    (
+        "c.jsonl",
+        GOOD + b'{"text": "a</s>"}\n',
+        ("--control-tokens-in-text", "fail"),
+        "c.jsonl:2: control token </s> in the text of 'text'; take it out, or choose",
+    ),
 ]
 
 
@@ -489,6 +503,7 @@ def test_a_full_disk_is_said_and_the_run_goes_on_when_there_is_room(tmp_path, to
         ("c.jsonl", GOOD, (), "--vocab-size 800: sentencepiece cannot train it"),
         ("c.jsonl", None, (), "c.jsonl: no such file"),
         ("c.jsonl", GOOD, ("--output-dir", "TRAINED"), "tokenizer_config.json exists"),
+        ("c.jsonl", GOOD, ("--character-coverage", "99.95"), "--character-coverage 99.95 must be"),
     ],
 )
 def test_bad_training_ends_in_one_sentence(tmp_path, tokenizer, name, content, flags, message):

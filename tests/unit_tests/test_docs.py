@@ -48,6 +48,7 @@ FOREIGN = {
     "torchrun": {"--nproc-per-node", "--rdzv-endpoint", "--max-restarts", "--signals-to-handle"},
     "vLLM": {"--max-model-len"},
     "pip, in make's TORCH": {"--index-url"},
+    "zstd": {"--long"},
     "Megatron-LM, refused here": {"--reset-position-ids"},
     "Megatron's pretrain(), refused by the plugin": set(map(flag_name, _REFUSED)),
     "Megatron's pretrain()": {
