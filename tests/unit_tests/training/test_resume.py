@@ -13,7 +13,7 @@ from pose_megatron.config.arguments import parse
 from pose_megatron.config.flags import Arguments
 from pose_megatron.config.layout import lay_out
 from pose_megatron.errors import ConfigError
-from pose_megatron.pretrain import length
+from pose_megatron.training.description import length
 from pose_megatron.training.optimizer import learning_rate
 from pose_megatron.training.resume import CHANGES, FIXED, FREE, SHAPE, changes, settings
 from pose_megatron.training.run import assemble
