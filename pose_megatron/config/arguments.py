@@ -7,6 +7,7 @@ shape, and `layout.lay_out()` the sizes of a layout of ranks.
 import argparse
 import dataclasses
 import functools
+import math
 import sys
 import types
 import typing
@@ -173,11 +174,28 @@ def _check_ranges(args: Arguments) -> None:
         raise ConfigError(f"--min-lr {t.min_lr} is greater than --lr {t.lr}")
 
 
+def check_split(text: str) -> str:
+    """--split, if it is three shares.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    try:
+        shares = [float(share) for share in text.split(",")]
+    except ValueError:
+        shares = []
+    if len(shares) != 3 or not all(0 <= s < math.inf for s in shares) or not sum(shares):
+        raise ConfigError(f"--split {text} must be three shares, such as 969,30,1")
+    return text
+
+
 def _check_combinations(args: Arguments) -> None:
     """Flags that need, or exclude, each other."""
     t, p = args.training, args.parallel
     if args.model.model_class == "hybrid":
         require_hybrid()
+    if args.data.split is not None:
+        check_split(args.data.split)
     if args.data.packed_skips != "document" and args.data.data_mode != "packed":
         raise ConfigError(f"--packed-skips {args.data.packed_skips} needs --data-mode packed")
     if args.data.test_data_path and not args.logging.eval_iters:

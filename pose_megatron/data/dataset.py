@@ -9,7 +9,6 @@ the number of samples asked for. A sample reads L + N tokens.
 """
 
 import logging
-import math
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +16,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from pose_megatron.config.arguments import check_split
 from pose_megatron.config.flags import DataFlags
 from pose_megatron.data.blend import SPLITS, BlendBuilder, blends, flag_of_blend
 from pose_megatron.data.epochs import readings
@@ -166,7 +166,7 @@ def build_datasets(
 def _config(data: DataFlags, sampler: PoseSampler, sizes: list[int]) -> PoseDatasetConfig:
     """megatron-core's settings of the three splits; a split that needs no samples is left out."""
     blend, per_split = blends(data)
-    share = _split(DEFAULT_SPLIT if data.split is None else data.split)
+    share = check_split(DEFAULT_SPLIT if data.split is None else data.split)
     named = [(flag_of_blend(data), blend)]
     named += [
         (f"--{name}-data-path", own) for name, own in zip(SPLITS, per_split or [], strict=False)
@@ -193,13 +193,3 @@ def _config(data: DataFlags, sampler: PoseSampler, sizes: list[int]) -> PoseData
         if not size:
             parts[i] = None
     return config
-
-
-def _split(text: str) -> str:
-    try:
-        shares = [float(share) for share in text.split(",")]
-    except ValueError:
-        shares = []
-    if len(shares) != 3 or not all(0 <= s < math.inf for s in shares) or not sum(shares):
-        raise ConfigError(f"--split {text} must be three shares, such as 969,30,1")
-    return text

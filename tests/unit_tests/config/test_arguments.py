@@ -182,6 +182,8 @@ def test_unknown_and_abbreviated_flags_are_refused(words, message):
         (["--lr-warmup-iters", "10"], "--lr-warmup-iters 10 leaves nothing of --train-iters 10"),
         (["--lr", "1e-5", "--min-lr", "1e-4"], "--min-lr 0.0001 is greater than --lr 1e-05"),
         (["--finetune"], "--finetune .*--load"),
+        (["--split", "969,30"], "--split 969,30 must be three shares"),
+        (["--split", "1,nan,0"], "--split 1,nan,0 must be three shares"),
         (["--save-interval", "5"], "--save-interval .*--save"),
     ],
 )
