@@ -9,8 +9,8 @@ For each folder in FOLDER that holds a tokenizer.json or a tokenizer.model:
   own          documents (files of source code) that went to the own library
   times        rate on the source code over the own library's, on one thread, caches empty
 
-The ids must be equal, or the program fails. docs/benchmarks.md, "Real tokenizers", says how to fill
-the folder.
+The ids must be equal, or the program fails. docs/benchmarks.md, "Real tokenizers", says how to
+fill the folder.
 """
 
 import argparse

@@ -203,22 +203,6 @@ def test_a_vocabulary_without_some_bytes_is_used_where_they_do_not_occur(tmp_pat
     assert holds_on(st.text(max_size=20), tokenizer, fast)
 
 
-def test_merges_that_make_the_same_token_keep_their_order(tmp_path):
-    """gigatoken takes ids for ranks: one id for (ab, a) and (a, ba), whichever comes first."""
-
-    def tie(form):
-        model = form["model"]
-        for token in ("ab", "ba", "aba"):
-            model["vocab"].setdefault(token, len(model["vocab"]))
-        model["merges"] = [["a", "b"], ["b", "a"], ["a", "ba"], ["ab", "a"]]
-        del form["added_tokens"][1:]
-
-    tokenizer = changed(tmp_path / "hf", tie)
-    fast, why = prove(tokenizer, TEXTS)
-    assert fast, why
-    assert not holds_on(st.text(st.sampled_from("ab "), max_size=40), tokenizer, fast)
-
-
 @pytest.mark.parametrize("how", ["single_word", "lstrip", "rstrip", "normalized"])
 def test_added_tokens_that_take_more_than_their_text_are_left_to_the_library(tmp_path, how):
     def add(form):
