@@ -292,7 +292,7 @@ def _parquet_batches(
             for table in file.iter_batches(rows, [group], list(keys)):
                 columns = [table.column(key) for key in keys]
                 for i in range(table.num_rows):
-                    _add_row(batch, [column[i].as_py() for column in columns], longest)
+                    _add_row(batch, [column[i] for column in columns], longest)
                     if batch.bytes >= PART_BYTES:
                         yield batch
                         batch = _empty(keys)
@@ -315,7 +315,7 @@ def _empty(keys: Sequence[str]) -> TextBatch:
 def _add_row(batch: TextBatch, row: Sequence, longest: int) -> None:
     batch.lines += 1
     batch.newlines += 1
-    texts = [_text_of(value, key) for key, value in zip(batch.texts, row, strict=True)]
+    texts = [_text_of(scalar, key) for key, scalar in zip(batch.texts, row, strict=True)]
     sizes = [len(text.encode()) for text in texts if isinstance(text, str)]
     batch.bytes += sum(sizes)
     errors = [text for text in texts if isinstance(text, LineError)]
@@ -330,13 +330,13 @@ def _add_row(batch: TextBatch, row: Sequence, longest: int) -> None:
         batch.texts[key].append(text)
 
 
-def _text_of(value: object, key: str) -> str | LineError:
+def _text_of(scalar, key: str) -> str | LineError:
     """A string, also one that is kept as bytes; or why it is none."""
-    if isinstance(value, bytes):
-        try:
-            return value.decode()
-        except UnicodeDecodeError as error:
-            return LineError(f"value of {key!r} is not UTF-8", f"byte {error.start}")
-    if isinstance(value, str):
-        return value
-    return LineError(f"value of {key!r} is not a string", f"its type is {type(value).__name__}")
+    try:
+        value = scalar.as_py()
+        text = value.decode() if isinstance(value, bytes) else value
+    except UnicodeDecodeError as error:  # of bytes, or of strings that nobody checked
+        return LineError(f"value of {key!r} is not UTF-8", f"byte {error.start}")
+    if isinstance(text, str):
+        return text
+    return LineError(f"value of {key!r} is not a string", f"its type is {type(text).__name__}")

@@ -24,6 +24,8 @@ from pose_megatron.preprocessing.readers import Cursor, Part
 from pose_megatron.runtime.atomic_files import write_atomically
 from pose_megatron.runtime.json_files import read_json
 
+# What stopped at the first control token has none so far: any handling may go on from there.
+NONE_SO_FAR = ("--control-tokens-in-text", "fail")
 SAVE_SECONDS = 5.0  # from one saved state to the next
 
 
@@ -185,7 +187,11 @@ class UnfinishedRun:
             made_from, state = stored["made_from"], State.load(stored["state"])
             if json.loads(json.dumps(state.dump())) != stored["state"] or not _sound(state):
                 raise ValueError("values of other types")
-            changed = [flag for flag, value in self._made_from.items() if made_from[flag] != value]
+            changed = [
+                flag
+                for flag, value in self._made_from.items()
+                if made_from[flag] != value and (flag, made_from[flag]) != NONE_SO_FAR
+            ]
         except (ValueError, KeyError, TypeError, AttributeError):
             raise ConfigError(f"{self._path} is damaged, or of another version") from None
         if changed:

@@ -202,6 +202,27 @@ def test_fail_names_file_line_and_token_and_leaves_nothing(
         run(job, input=[str(ordinary)], **changes)
 
 
+def test_what_failed_goes_on_as_another_handling(job, chat, capsys):
+    job = dataclasses.replace(
+        job, tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(chat), append_eod=True
+    )
+    with open(job.input[0], "w") as file:
+        file.writelines(json.dumps({"text": text}) + "\n" for text in [*CODE, *TEXTS])
+    for handling, how in (("keep", "kept"), ("split", "split")):
+        with pytest.raises(ValueError, match=r"c\.jsonl:5: control token"):
+            preprocess(dataclasses.replace(job, control_tokens_in_text="fail"))
+        capsys.readouterr()
+        went_on = dataclasses.replace(job, control_tokens_in_text=handling)
+        summary = preprocess(went_on)
+        assert "going on after" in capsys.readouterr().err
+        assert sum(summary["control_tokens_in_text"][how].values()) == 4
+        written = Path(f"{job.output_prefix}_text_document.bin").read_bytes()
+        ids, _ = run(went_on)
+        assert np.frombuffer(written, np.uint16).tolist() == ids
+        for path in Path(job.output_prefix).parent.iterdir():
+            path.unlink()
+
+
 @pytest.mark.parametrize("kind", ["HuggingFaceTokenizer", "SentencePieceTokenizer"])
 def test_the_token_that_ends_a_document_is_said_and_chosen(job, chat, pieces, kind, capsys):
     if kind == "HuggingFaceTokenizer":

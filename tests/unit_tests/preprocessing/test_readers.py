@@ -378,6 +378,10 @@ def test_bytes_that_are_no_text_and_nested_columns_are_named(tmp_path):
     ]
     with pytest.raises(ValueError, match=r"c\.parquet:2: value of 'text' is not UTF-8 .byte 2"):
         list(texts([path], ["text"], "stop"))
+    unchecked = columns["text"].cast(pyarrow.string(), safe=False)
+    parquet.write_table(pyarrow.table(columns | {"text": unchecked}), path)
+    with pytest.raises(ValueError, match=r"c\.parquet:2: value of 'text' is not UTF-8 .byte 2"):
+        list(texts([path], ["text"], "stop"))
     for name, kind in (("list", "list"), ("struct", "dict")):
         with pytest.raises(ValueError, match=f"'{name}' is not a string .its type is {kind}"):
             list(texts([path], [name], "stop"))
