@@ -47,7 +47,8 @@ def own_save(save: str | None, model: ModelConfig, bf16: bool) -> Iterator[None]
             Path(save).mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=save):
                 pass
-            stack.enter_context(owned(save, f"--save {save}"))
+            # In the folder itself: the one around it may belong to others.
+            stack.enter_context(owned(Path(save, "save"), f"--save {save}"))
         except OSError as error:
             raise ConfigError(f"--save {save} cannot be written: {error}") from None
         # Weights as they are, float32 main copies where they are not float32, two moments.
