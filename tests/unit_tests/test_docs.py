@@ -47,7 +47,7 @@ FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
 FOREIGN = {
     "torchrun": {"--nproc-per-node", "--rdzv-endpoint", "--max-restarts", "--signals-to-handle"},
     "vLLM": {"--max-model-len"},
-    "pip, in make's TORCH": {"--index-url"},
+    "pip": {"--index-url", "--no-deps"},
     "zstd": {"--long"},
     "Megatron-LM, refused here": {"--reset-position-ids"},
     "Megatron's pretrain(), refused by the plugin": set(map(flag_name, _REFUSED)),
@@ -60,7 +60,7 @@ FOREIGN = {
         "--distributed-backend",
         "--moe-token-dispatcher-type",
     },
-    "benchmarks": {"--output", "--damages", "--large", "--only", "--pairs"},
+    "benchmarks": {"--output", "--damages", "--large", "--only", "--pairs", "--step", "--trials"},
 }
 
 # Megatron's own --help fails in 0.19.2: a % in one of its texts.
