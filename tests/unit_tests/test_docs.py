@@ -60,7 +60,16 @@ FOREIGN = {
         "--distributed-backend",
         "--moe-token-dispatcher-type",
     },
-    "benchmarks": {"--output", "--damages", "--large", "--only", "--pairs", "--step", "--trials"},
+    "benchmarks": {
+        "--output",
+        "--damages",
+        "--large",
+        "--only",
+        "--pairs",
+        "--seed",
+        "--step",
+        "--trials",
+    },
 }
 
 # Megatron's own --help fails in 0.19.2: a % in one of its texts.
