@@ -68,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
 def options(field: dataclasses.Field) -> dict:
     """What argparse's add_argument takes for a flag, without its default."""
     help = field.metadata["help"] or " "
-    if field.type is bool:
+    if _scalar(field.type) is bool:
         return {"help": help, "action": argparse.BooleanOptionalAction}
     kind, within = _scalar(field.type), field.metadata["within"]
     found = {

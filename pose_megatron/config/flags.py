@@ -80,9 +80,11 @@ class ModelFlags(Flags):
     make_vocab_size_divisible_by: int | None = flag(
         None, "pad the vocabulary to a multiple (default: 128)", within=_SIZE
     )
-    untie_embeddings_and_output_weights: bool = flag(False, "separate output layer, as in LLaMA")
-    add_qkv_bias: bool = flag(False, "biases for queries, keys and values, as in Qwen2")
-    qk_layernorm: bool = flag(False, "RMSNorm on each query and key head, as in Qwen3")
+    untie_embeddings_and_output_weights: bool | None = flag(
+        None, "separate output layer, as in LLaMA"
+    )
+    add_qkv_bias: bool | None = flag(None, "biases for queries, keys and values, as in Qwen2")
+    qk_layernorm: bool | None = flag(None, "RMSNorm on each query and key head, as in Qwen3")
     num_experts: int | None = flag(
         None,
         "make every MLP a mixture of so many experts, as in Mixtral and Qwen3-MoE",
@@ -94,8 +96,8 @@ class ModelFlags(Flags):
     moe_ffn_hidden_size: int | None = flag(
         None, "width of an expert (default: --ffn-hidden-size)", within=_SIZE
     )
-    moe_router_pre_softmax: bool = flag(
-        False, "weigh the experts by the softmax over all of them, not over those of the token"
+    moe_router_pre_softmax: bool | None = flag(
+        None, "weigh the experts by the softmax over all of them, not over those of the token"
     )
     norm_epsilon: float | None = flag(
         None, "RMSNorm epsilon (default: 1e-5)", within=real(at_least=_TINY, below=1)

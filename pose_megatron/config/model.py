@@ -61,14 +61,16 @@ def _shape_of_flags(flags: ModelFlags) -> dict:
         "num_attention_heads": heads,
         "num_query_groups": flags.num_query_groups if flags.group_query_attention else heads,
         "kv_channels": flags.kv_channels or hidden // heads,
-        "untie_embeddings_and_output_weights": flags.untie_embeddings_and_output_weights,
-        "add_qkv_bias": flags.add_qkv_bias,
-        "qk_layernorm": flags.qk_layernorm,
-        "family": family_of(flags.add_qkv_bias, flags.qk_layernorm, flags.num_experts is not None),
+        "untie_embeddings_and_output_weights": bool(flags.untie_embeddings_and_output_weights),
+        "add_qkv_bias": bool(flags.add_qkv_bias),
+        "qk_layernorm": bool(flags.qk_layernorm),
+        "family": family_of(
+            bool(flags.add_qkv_bias), bool(flags.qk_layernorm), flags.num_experts is not None
+        ),
         "num_experts": flags.num_experts,
         "moe_ffn_hidden_size": flags.moe_ffn_hidden_size,
         "moe_router_topk": flags.moe_router_topk,
-        "moe_router_pre_softmax": flags.moe_router_pre_softmax,
+        "moe_router_pre_softmax": bool(flags.moe_router_pre_softmax),
     }
     if flags.num_experts is not None:
         shape["moe_ffn_hidden_size"] = flags.moe_ffn_hidden_size or shape["ffn_hidden_size"]
@@ -100,7 +102,7 @@ def _shape_of_checkpoint(flags: ModelFlags, loaded: ModelConfig) -> dict:
         if name in ("max_position_embeddings", "rope_scaling", "family"):
             continue
         wanted = getattr(flags, name)
-        if wanted not in (None, False) and wanted != value:
+        if wanted is not None and wanted != value:
             raise ConfigError(
                 f"{flag_name(name)} {wanted} contradicts the checkpoint, which has {value}; "
                 "leave the flag out"

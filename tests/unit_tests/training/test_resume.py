@@ -334,6 +334,14 @@ def test_what_may_not_change_is_refused_by_name(run_of, saved, words, message):
         assert not list(changes(*run_of("--load", folder, "--finetune", *words.split())))
 
 
+@pytest.mark.parametrize("flag", ["qk-layernorm", "untie-embeddings-and-output-weights"])
+def test_a_switch_that_is_turned_off_is_refused_too(run_of, saved, flag):
+    folder = saved(f"--{flag}")
+    assert not list(changes(*run_of("--load", folder)))
+    with pytest.raises(ConfigError, match=f"--{flag} False contradicts the checkpoint, which has"):
+        run_of("--load", folder, f"--no-{flag}")
+
+
 def test_a_plain_rope_is_not_scaled_without_an_extension(run_of, saved, corpus):
     folder = saved("--rope-scaling", "none")
     with pytest.raises(ConfigError, match="a resumed run may only extend it"):
