@@ -503,7 +503,6 @@ def test_a_full_disk_is_said_and_the_run_goes_on_when_there_is_room(tmp_path, to
         ("c.jsonl", GOOD, (), "--vocab-size 800: sentencepiece cannot train it"),
         ("c.jsonl", None, (), "c.jsonl: no such file"),
         ("c.jsonl", GOOD, ("--output-dir", "TRAINED"), "tokenizer_config.json exists"),
-        ("c.jsonl", GOOD, ("--character-coverage", "99.95"), "--character-coverage 99.95 must be"),
     ],
 )
 def test_bad_training_ends_in_one_sentence(tmp_path, tokenizer, name, content, flags, message):
