@@ -109,13 +109,23 @@ def update(optimizer: MegatronOptimizer, clip_grad: float, finite: bool) -> tupl
 
 
 def load(optimizer: MegatronOptimizer, state: dict) -> None:
-    """Takes a checkpoint's state, but for what the flags say of the optimizer (resume.py)."""
-    names = ("betas", "eps", "max_lr", "min_lr", "lr_mult", "wd_mult")
-    groups = optimizer.param_groups
-    ours = [{name: group[name] for name in names if name in group} for group in groups]
+    """Takes a checkpoint's state, but for what the flags say of the optimizer (resume.py).
+
+    That is put into the state: megatron-core 0.19 finds parameter groups by their learning rates.
+    """
+    group = optimizer.param_groups[0]  # all have the same of these
+    names = ("betas", "eps", "max_lr", "min_lr")
+    _put({name: group[name] for name in names if name in group}, state)
     optimizer.load_state_dict(state)
-    for group, values in zip(optimizer.param_groups, ours, strict=True):
-        group.update(values)
+
+
+def _put(values: dict, state) -> None:
+    """Sets what a tree of dicts and lists holds by these names."""
+    if isinstance(state, dict):
+        state.update({name: value for name, value in values.items() if name in state})
+    if isinstance(state, dict | list):
+        for part in state.values() if isinstance(state, dict) else state:
+            _put(values, part)
 
 
 def init_optimizer_state(optimizer: MegatronOptimizer) -> None:
