@@ -35,11 +35,11 @@ def children_end_with_this() -> None:
 
 
 def leave_signals_to_parent(worker: int = 0) -> None:
-    """Has this process ignore the signals that stop a job, which may go to all of its processes:
-    its parent stops it once it is no longer needed.
+    """Has this process ignore Ctrl-C and SIGUSR1, which may go to all processes of a job: its
+    parent stops it once it is no longer needed, by SIGTERM.
 
     Args:
         worker: its number, which torch's DataLoader gives.
     """
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
