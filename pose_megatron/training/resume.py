@@ -10,7 +10,8 @@ moments, the schedule's progress and the samples consumed, is the checkpoint's.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from pose_megatron.config.flags import (
     TrainingFlags,
 )
 from pose_megatron.config.layout import Layout
-from pose_megatron.data.blend import blends
+from pose_megatron.data.blend import Prefixes, blends, parse_blend
 from pose_megatron.errors import ConfigError, flag_name
 from pose_megatron.training.run import Run
 
@@ -62,10 +63,6 @@ FREE = (
 SHAPE = tuple(
     name for name in _names(ModelFlags) if name not in FREE and name != "max_position_embeddings"
 )
-_PATHS = (
-    *("data_path", "train_data_path", "valid_data_path", "test_data_path", "materialized"),
-    "tokenizer_model",
-)
 # What Megatron-LM's args mean by the same name. Its seq_length is not among them: the checkpoints
 # that it exchanges with others have the window T there.
 _STOCK = (
@@ -82,51 +79,49 @@ def settings(run: Run, layout: Layout) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for group in (args.position, args.data, args.training, args.parallel):
         found |= dataclasses.asdict(group)
+    blended = _blends(args.data)
     found |= {
         "global_batch_size": layout.global_batch_size,
-        "data_path": args.data.data_path or _words_of(args.data.data_args_path),
         "position_sampler": run.sampler.name,
         "max_position_embeddings": run.model.max_position_embeddings,
+        **{name: _words(blend) for name, blend in blended.items()},
     }
-    for name in _PATHS:
-        found[name] = _absolute(found[name])
-    return {name: found[name] for name in (*CHANGES, *FIXED)} | {"corpora": _corpora(args.data)}
+    for name in ("materialized", "tokenizer_model"):
+        found[name] = str(Path(found[name]).resolve()) if found[name] else None
+    return {name: found[name] for name in (*CHANGES, *FIXED)} | {
+        "corpora": {} if args.data.materialized else _corpora(blended.values())
+    }
 
 
-def _corpora(data: DataFlags) -> dict[str, list[int]]:
-    """{prefix: bytes of its .idx and .bin}, as a corpus may be written anew under its name."""
-    words = (data.data_path, data.data_args_path, data.train_data_path, data.valid_data_path)
-    if data.materialized or not any(words):
-        return {}
+def _blends(data: DataFlags) -> dict[str, Prefixes | None]:
+    """The corpora that each flag names; --data-path also has those of --data-args-path."""
+    names = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
+    if not (data.data_args_path or any(getattr(data, name) for name in names)):
+        return dict.fromkeys(names)
     one, several = blends(data)
-    prefixes = {prefix for blend in (one, *(several or ())) if blend for prefix in blend[0]}
+    return dict(zip(names, (one, *(several or [None] * 3)), strict=True))
+
+
+def _words(blend: Prefixes | None) -> list[str]:
+    """A blend as a flag gives it, in the same words for the same files."""
+    if blend is None:
+        return []
+    prefixes, weights = blend
+    paths = [str(Path(prefix).resolve()) for prefix in prefixes]
+    return paths if weights is None else [*chain(*zip(map(str, weights), paths, strict=True))]
+
+
+def _corpora(blended: Iterable[Prefixes | None]) -> dict[str, list[int]]:
+    """{prefix: bytes of its .idx and .bin}, as a corpus may be written anew under its name."""
+    prefixes = {prefix for blend in blended if blend for prefix in blend[0]}
     return {
-        str(Path(prefix).resolve()): [
-            file.stat().st_size
-            for end in (".idx", ".bin")
-            if (file := Path(prefix + end)).is_file()
-        ]
+        str(Path(prefix).resolve()): [_size(prefix + end) for end in (".idx", ".bin")]
         for prefix in sorted(prefixes)
     }
 
 
-def _words_of(file: str | None) -> list[str]:
-    return Path(file).read_text(encoding="utf-8-sig").split() if file else []
-
-
-def _absolute(value: str | list[str] | None) -> str | list[str] | None:
-    """The same path however it is spelt; the weights of a blend stay as they are."""
-    if isinstance(value, list):
-        return [word if _is_number(word) else str(Path(word).resolve()) for word in value]
-    return str(Path(value).resolve()) if value else None
-
-
-def _is_number(word: str) -> bool:
-    try:
-        float(word)
-    except ValueError:
-        return False
-    return True
+def _size(file: str) -> int:
+    return Path(file).stat().st_size if Path(file).is_file() else 0
 
 
 def stored_settings(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -136,6 +131,8 @@ def stored_settings(checkpoint: Checkpoint) -> dict[str, Any]:
         return record["settings"]
     args = vars(checkpoint.common["args"])
     found = {name: args[name] for name in _STOCK if args.get(name) is not None}
+    if found.get("data_path"):
+        found["data_path"] = _words(parse_blend([*map(str, found["data_path"])], "data_path"))
     found["bf16"] = args.get("params_dtype") == torch.bfloat16
     if "global_batch_size" not in found and checkpoint.iteration:
         found["global_batch_size"] = checkpoint.consumed_samples // checkpoint.iteration

@@ -369,6 +369,17 @@ def test_another_spelling_of_a_path_is_no_other_corpus(
     assert not list(changes(*run_of("--load", folder, "--data-path", relative)))
 
 
+def test_a_list_of_corpora_is_what_it_names(saved, corpus, tmp_path):
+    """The same corpus by --data-args-path, with a comment, is no change."""
+    folder, file = saved(), tmp_path / "corpora.txt"
+    file.write_text(f'"{corpus}" # books\n', encoding="utf-8-sig")
+    run = assemble(parse([*WORDS, "--load", str(folder), "--data-args-path", str(file)]))
+    assert not list(changes(run, lay_out(run.args, run.model, 1)))
+    file.write_text(f"0.5 {corpus} 0.5 {corpus}")
+    (line,) = changes(run, lay_out(run.args, run.model, 1))
+    assert line.endswith(f"--data-path {corpus} -> 0.5 {corpus} 0.5 {corpus}")
+
+
 def test_a_checkpoint_without_our_record_is_compared_as_far_as_it_says(run_of, saved):
     """Such as one of Megatron-LM, whose args have its flags' names."""
     folder = saved()
