@@ -17,10 +17,9 @@ from pathlib import Path
 from pose_megatron.commands.corpus_flags import add_corpus_flags
 from pose_megatron.errors import ConfigError
 from pose_megatron.preprocessing import readers, tokenizer_training
-from pose_megatron.preprocessing.tokenizer_training import FILES
+from pose_megatron.preprocessing.tokenizer_training import COVERAGE, FILES, THREADS, VOCAB_SIZES
 from pose_megatron.runtime.atomic_files import staged_files
 from pose_megatron.runtime.cli import command, positive
-from pose_megatron.runtime.ranges import real
 
 EXAMPLE = """example:
   python tools/train_tokenizer.py --input corpus.jsonl --output-dir tokenizer --vocab-size 2048
@@ -37,13 +36,13 @@ def parse() -> argparse.Namespace:
     p.add_argument("--output-dir", type=Path, required=True, help="folder, created if missing")
     p.add_argument(
         "--vocab-size",
-        type=positive,
+        type=VOCAB_SIZES,
         required=True,
         help="tokens, with 256 bytes and 3 special ones",
     )
     p.add_argument(
         "--character-coverage",
-        type=real(above=0, at_most=1),
+        type=COVERAGE,
         default=0.9995,
         help="share of the text's characters with a token of their own, not bytes: from 0.98 to 1 "
         "(default: %(default)s)",
@@ -55,7 +54,7 @@ def parse() -> argparse.Namespace:
         help="bytes of text to train on, chosen at random (default: %(default)s)",
     )
     # a constant: the model file names it, and should be the same on every machine
-    p.add_argument("--threads", type=positive, default=2, help="default: %(default)s")
+    p.add_argument("--threads", type=THREADS, default=2, help="default: %(default)s")
     p.add_argument("--overwrite", action="store_true", help="replace an existing tokenizer")
     return p.parse_args()
 
@@ -68,7 +67,6 @@ def main() -> None:
     def say(doing: str) -> None:
         print(f"{time.monotonic() - started:5.1f} s  {doing}", file=sys.stderr, flush=True)
 
-    tokenizer_training.check_ranges(flags.vocab_size, flags.threads, flags.character_coverage)
     files = readers.corpus_files(flags.input)
     what = f"--output-dir {flags.output_dir}"
     with staged_files(flags.output_dir / "tokenizer", what, FILES, flags.overwrite) as draft:

@@ -15,15 +15,16 @@ from pathlib import Path
 
 from pose_megatron.errors import ConfigError
 from pose_megatron.preprocessing.tokenizer import PROBES
+from pose_megatron.runtime.ranges import LARGEST_INT32, real, whole
 
 FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
 SPECIAL = ("<unk>", "<s>", "</s>")
 SPACE = "▁"  # sentencepiece's sign for a space
 CHECK_CHARACTERS = 500_000  # of the corpus, on which both forms must agree
 # What sentencepiece takes; beyond it, it fails and gives no reason.
-COVERAGE = (0.98, 1.0)
-VOCAB_SIZES = (len(SPECIAL) + 256 + 1, (1 << 31) - 1)
-THREADS = (1, 1024)
+COVERAGE = real(at_least=0.98, at_most=1.0)
+VOCAB_SIZES = whole(len(SPECIAL) + 256 + 1, LARGEST_INT32)
+THREADS = whole(1, 1024)
 
 
 def train_tokenizer(
@@ -57,18 +58,20 @@ def train_tokenizer(
 
 
 def check_ranges(vocab_size: int, threads: int, character_coverage: float) -> None:
-    """Refuses what sentencepiece would refuse only after the corpus is read.
+    """Refuses what sentencepiece refuses without a reason.
 
     Raises:
         ConfigError: a value is out of range.
     """
-    for flag, value, (least, most), hint in (
+    for flag, value, within, hint in (
         ("--vocab-size", vocab_size, VOCAB_SIZES, "256 bytes and 3 special tokens are among them"),
         ("--threads", threads, THREADS, "the tokens do not depend on it"),
         ("--character-coverage", character_coverage, COVERAGE, "a share: 0.9995 is 99.95%"),
     ):
-        if not least <= value <= most:
-            raise ConfigError(f"{flag} {value} must be from {least} to {most} ({hint})")
+        if value not in within:
+            raise ConfigError(
+                f"{flag} {value} must be from {within.least} to {within.most} ({hint})"
+            )
 
 
 def train(texts: Sequence[str], vocab_size: int, threads: int, character_coverage: float) -> bytes:

@@ -524,6 +524,19 @@ def test_bad_training_ends_in_one_sentence(tmp_path, tokenizer, name, content, f
     assert not list(tmp_path.glob("out/*"))
 
 
+@pytest.mark.parametrize(
+    "flag, value, range_of_it",
+    [("--character-coverage", "99.95", "[0.98, 1]"), ("--threads", "5000", "[1, 1024]")],
+)
+def test_a_value_that_sentencepiece_would_refuse_is_named(tmp_path, flag, value, range_of_it):
+    (tmp_path / "c.jsonl").write_bytes(GOOD)
+    words = ["--input", tmp_path / "c.jsonl", "--output-dir", tmp_path / "out"]
+    result = call("train_tokenizer.py", *words, "--vocab-size", VOCAB_SIZE, flag, value)
+    assert result.returncode == 2
+    assert f"argument {flag}: must be in {range_of_it}, not {value}" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("tool", ["preprocess_data.py", "train_tokenizer.py", "merge_datasets.py"])
 def test_help_ends_with_an_example(tool):
     result = call(tool, "--help")
