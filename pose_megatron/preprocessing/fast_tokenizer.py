@@ -169,8 +169,9 @@ def prove(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[FastTokenizer | N
     """
     try:
         fast = FastTokenizer(tokenizer)
-        added = [token["content"] for token in fast.definition.form["added_tokens"][:1000]]
-        found = [f"x{token} {token}y" for token in added]
+        tokens = [token["content"] for token in fast.definition.form["added_tokens"][:1000]]
+        tokens += [*tokenizer.control_tokens][:1000]
+        found = [f"x{token} {token}y" for token in dict.fromkeys(tokens)]
         wrong = difference(fast, tokenizer, [*PROBES, *found, *fast.definition.probes])
         before = fast.own_texts
         wrong = wrong or difference(fast, tokenizer, texts)
