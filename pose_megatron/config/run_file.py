@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from pose_megatron.errors import ConfigError
 from pose_megatron.runtime.json_files import compose_yaml
+from pose_megatron.runtime.ranges import WRITTEN
 
 # The core schema: https://yaml.org/spec/1.2.2/#103-core-schema
 _WORDS = {
@@ -23,10 +24,10 @@ _WORDS = {
     **dict.fromkeys(("false", "False", "FALSE"), False),
 }
 _NUMBERS = (
-    (re.compile(r"[-+]?[0-9]+"), int),
+    (WRITTEN[int], int),
     (re.compile(r"0o[0-7]+"), lambda text: int(text[2:], 8)),
     (re.compile(r"0x[0-9a-fA-F]+"), lambda text: int(text[2:], 16)),
-    (re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?"), float),
+    (WRITTEN[float], float),
     (
         re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"),
         lambda text: float(text.replace(".", "")),

@@ -12,7 +12,7 @@ import math
 import re
 from dataclasses import dataclass
 
-_WRITTEN = {
+WRITTEN = {
     int: re.compile(r"[-+]?[0-9]+"),
     float: re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?"),
 }
@@ -56,7 +56,7 @@ class Range:
         Raises:
             argparse.ArgumentTypeError: it writes none of this kind.
         """
-        if _WRITTEN[self.kind].fullmatch(text) and len(text) < 400:
+        if WRITTEN[self.kind].fullmatch(text) and len(text) < 400:
             return self.kind(text)
         if _NOT_FINITE.fullmatch(text):
             return float(text.replace(".", ""))
