@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -34,7 +34,7 @@ def end_at_once(code: int | None = None) -> None:
             _say()
         os._exit(CODE if code is None else code)
 
-    _handle(end)
+    handle(end)
     sys.unraisablehook = _without_interrupts
 
 
@@ -46,7 +46,7 @@ def raise_interrupts() -> None:
     """
     global _since
     _since = None
-    _handle(_raise)
+    handle(_raise)
 
 
 def rest() -> None:
@@ -62,9 +62,13 @@ def is_interrupted() -> bool:
     return _since is not None
 
 
-def _handle(handler: Callable[[int, FrameType | None], None]) -> None:
-    for number in SIGNALS:
-        if signal.getsignal(number) != signal.SIG_IGN:  # a shell's background job ignores Ctrl-C
+def handle(
+    handler: Callable[[int, FrameType | None], None], signals: Iterable[signal.Signals] = SIGNALS
+) -> None:
+    """Has the signals handled so, but for those that this process was started to ignore, as nohup
+    and shells start background jobs."""
+    for number in signals:
+        if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, handler)
 
 

@@ -14,6 +14,8 @@ from collections import deque
 import torch
 import torch.distributed as dist
 
+from pose_megatron.runtime.interrupts import handle
+
 
 class Stop:
     """Whether to stop; every rank makes one, and asks it at the same places.
@@ -38,9 +40,7 @@ class Stop:
         self._votes: deque[tuple[dist.Work, torch.Tensor]] = deque()
         timeout = datetime.timedelta(minutes=timeout_minutes)
         self._group = dist.new_group(backend="gloo", timeout=timeout)
-        for number in self.SIGNALS:
-            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup and shells set it
-                signal.signal(number, self._catch)
+        handle(self._catch, self.SIGNALS)
 
     def _catch(self, number: int, frame) -> None:
         now = time.monotonic()
