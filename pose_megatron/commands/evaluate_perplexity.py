@@ -5,6 +5,7 @@ import dataclasses
 
 from pose_megatron.commands.target_flags import add_target_flags, bos_of, open_tokenizer, target_of
 from pose_megatron.errors import ConfigError
+from pose_megatron.evaluation.lengths import check_cut, check_stride
 from pose_megatron.runtime.cli import command, positive
 from pose_megatron.runtime.startup import prepare_megatron
 
@@ -39,25 +40,13 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _check_flags(flags: argparse.Namespace) -> None:
-    """What `perplexities` and `long_documents` would say after seconds of imports."""
-    shortest, longest = min(flags.context_lengths), max(flags.context_lengths)
-    if flags.stride and flags.stride > shortest:
-        raise ConfigError(
-            f"--stride {flags.stride} must lie between 1 and the shortest context length, "
-            f"{shortest}"
-        )
-    if flags.max_document_tokens and flags.max_document_tokens <= longest:
-        raise ConfigError(
-            f"--max-document-tokens {flags.max_document_tokens} must exceed the longest context "
-            f"length, {longest}"
-        )
-
-
 @command
 def main() -> None:
     flags = parse()
-    _check_flags(flags)
+    if flags.stride:
+        check_stride(flags.stride, flags.context_lengths)
+    if flags.max_document_tokens:
+        check_cut(flags.max_document_tokens, max(flags.context_lengths))
     prepare_megatron()
     from tqdm import tqdm
 

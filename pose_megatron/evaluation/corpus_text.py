@@ -7,6 +7,7 @@ import torch
 
 from pose_megatron.data.indexed_corpus import IndexedCorpus
 from pose_megatron.errors import ConfigError
+from pose_megatron.evaluation.lengths import check_cut
 from pose_megatron.positions.draws import Draw
 
 
@@ -28,10 +29,7 @@ def long_documents(
     Raises:
         ConfigError: no document is long enough, or one holds another model's token ids.
     """
-    if max_tokens <= longest:
-        raise ConfigError(
-            f"--max-document-tokens {max_tokens} must exceed the longest context length, {longest}"
-        )
+    check_cut(max_tokens, longest)
     corpus = IndexedCorpus(prefix)
     long_enough = (corpus.lengths > longest).nonzero()[0][:max_documents]
     if not len(long_enough):

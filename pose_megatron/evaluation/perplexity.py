@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pose_megatron.errors import ConfigError
+from pose_megatron.evaluation.lengths import check_stride
 
 Logits = Callable[[Tensor, int], Tensor]  # (tokens [b, s], last) -> float32 [b, last, vocabulary]
 
@@ -63,11 +64,7 @@ def perplexities(
         ConfigError: no documents, one too short, or a stride above a context length.
     """
     longest = max(context_lengths)
-    if not 1 <= stride <= min(context_lengths):
-        raise ConfigError(
-            f"--stride {stride} must lie between 1 and the shortest context length, "
-            f"{min(context_lengths)}"
-        )
+    check_stride(stride, context_lengths)
     if not documents:
         raise ConfigError(f"no document has more than {longest} tokens to evaluate on")
     for i, document in enumerate(documents):
