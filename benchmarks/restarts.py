@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import psutil
@@ -119,14 +119,19 @@ class Job:
 ONE_NODE = ("--standalone", "--nproc-per-node", "2", "--max-restarts", "3")
 
 
-def two_nodes() -> tuple[str, ...]:
+def start_two_nodes(job: Job) -> tuple[str, ...]:
+    """Two agents, of which the first keeps the rendezvous; the words to start another one."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    return (
+    launch = (
         *("--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--max-restarts"),
         *("3", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "job"),
     )
+    job.start(*launch)
+    time.sleep(2)
+    job.start(*launch)
+    return launch
 
 
 def kill_rank(job: Job, chance: random.Random) -> None:
@@ -144,30 +149,32 @@ def kill_both_ranks(job: Job, chance: random.Random) -> None:
 
 
 def kill_agent(job: Job, chance: random.Random) -> None:
-    agent = job.start(*ONE_NODE)
-    job.wait_for_steps(chance.randint(1, STEPS // 2))
-    agent.kill()
-    agent.wait()
     job.start(*ONE_NODE)
+    replace_agent(job, chance, signal.SIGKILL, ONE_NODE)
 
 
 def kill_rank_of_two_nodes(job: Job, chance: random.Random) -> None:
-    launch = two_nodes()
-    job.start(*launch)
-    time.sleep(2)  # the first one keeps the rendezvous
-    job.start(*launch)
+    start_two_nodes(job)
     job.wait_for_steps(chance.randint(1, STEPS // 2))
     chance.choice(job.wait_for(job.ranks)).kill()
 
 
 def replace_node(job: Job, chance: random.Random) -> None:
-    launch = two_nodes()
-    job.start(*launch)
-    time.sleep(2)
-    lost = job.start(*launch)
+    replace_agent(job, chance, signal.SIGKILL, start_two_nodes(job))
+
+
+def preempt(job: Job, chance: random.Random) -> None:
+    job.start(*ONE_NODE)
+    replace_agent(job, chance, signal.SIGTERM, ONE_NODE)
+
+
+def replace_agent(
+    job: Job, chance: random.Random, number: signal.Signals, launch: Sequence[str]
+) -> None:
+    """The last agent gets a signal, and once it has ended, another one takes its place."""
     job.wait_for_steps(chance.randint(1, STEPS // 2))
-    lost.kill()
-    lost.wait()
+    job.agents[-1].send_signal(number)
+    job.agents[-1].wait(timeout=SECONDS)
     job.start(*launch)
 
 
@@ -180,15 +187,6 @@ def kill_writer(job: Job, chance: random.Random) -> None:
         return [child for rank in job.ranks() for child in rank.children()]
 
     chance.choice(job.wait_for(writers)).kill()
-
-
-def preempt(job: Job, chance: random.Random) -> None:
-    """SIGTERM to the agent, and the same command again."""
-    agent = job.start(*ONE_NODE)
-    job.wait_for_steps(chance.randint(1, STEPS // 2))
-    agent.send_signal(signal.SIGTERM)
-    agent.wait(timeout=SECONDS)
-    job.start(*ONE_NODE)
 
 
 TRIALS = {
