@@ -19,10 +19,12 @@ import pytest
 import sentencepiece
 import zstandard
 from pyarrow import parquet
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer
 
 warnings.simplefilter("ignore")
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
+
+from tests.byte_level import train
 
 ROOT = Path(__file__).parents[2]
 STDLIB = Path(sysconfig.get_path("stdlib"))
@@ -106,17 +108,7 @@ def test_trained_folder_loads_in_transformers_with_the_same_ids(tokenizer, piece
 def byte_level(tmp_path_factory):
     """A Hugging Face byte-level BPE as transformers loads it."""
     folder = tmp_path_factory.mktemp("byte_level")
-    model = Tokenizer(models.BPE())
-    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    model.train_from_iterator(
-        TEXTS,
-        trainers.BpeTrainer(
-            vocab_size=VOCAB_SIZE,
-            special_tokens=["<eos>"],
-            show_progress=False,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        ),
-    )
+    model = train(TEXTS, VOCAB_SIZE)
     model.save(str(folder / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<eos>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))

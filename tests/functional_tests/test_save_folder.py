@@ -1,45 +1,26 @@
 """--save is one run's: what other runs have left there is neither overwritten nor removed."""
 
-import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from pose_megatron.checkpoints.megatron import directory
-
-ROOT = Path(__file__).resolve().parents[2]
-WORDS = """
-    --num-layers 2 --hidden-size 32 --num-attention-heads 2 --vocab-size 257 --seq-length 32
-    --max-position-embeddings 256 --rope-scaling linear --init-method-std 0.1 --split 100,0,0
-    --micro-batch-size 2 --global-batch-size 4 --num-workers 0 --lr 1e-2 --log-interval 1
-    --lr-decay-style constant""".split()
+from tests.functional_tests.test_stop_and_go import Job
 
 
 @pytest.fixture(scope="module")
-def start(stdlib_corpus):
+def start(stdlib_corpus, tmp_path_factory):
     """start(*words): pretrain_pose.py as a process."""
-
-    def begin(*words) -> subprocess.Popen:
-        env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-        program = [sys.executable, "-u", str(ROOT / "pretrain_pose.py"), *WORDS]
-        return subprocess.Popen(
-            [*program, "--data-path", stdlib_corpus, *map(str, words)],
-            env=env | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-
-    return begin
+    job = Job(tmp_path_factory.mktemp("logs"), stdlib_corpus)
+    return lambda *words: job.start("log", "--lr-decay-style", "constant", *words)
 
 
 def end(process: subprocess.Popen, code: int = 0) -> str:
-    out, _ = process.communicate(timeout=180)
+    out = "".join(process.communicate(timeout=180))
     assert process.returncode == code, out[-4000:]
     assert "Traceback" not in out
     return out

@@ -12,11 +12,12 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
-from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, models
 
 from pose_megatron.preprocessing import readers
 from pose_megatron.preprocessing.control_tokens import ControlTokens
 from pose_megatron.preprocessing.preprocess import PreprocessingJob, preprocess
+from tests import byte_level
 
 STDLIB = Path(sysconfig.get_path("stdlib"))
 CODE = [(STDLIB / f"{name}.py").read_text("utf-8")[:9000] for name in ("argparse", "heapq", "ast")]
@@ -35,14 +36,7 @@ TEXTS = [
 def chat(tmp_path_factory):
     """A folder as of a chat model: eos ends turns."""
     folder = tmp_path_factory.mktemp("chat")
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trainer = trainers.BpeTrainer(
-        vocab_size=500,
-        show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )
-    tokenizer.train_from_iterator(CODE, trainer)
+    tokenizer = byte_level.train(CODE, 500, special=[])
     tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in CHAT])
     tokenizer.add_tokens(["<think>"])
     tokenizer.save(str(folder / "tokenizer.json"))

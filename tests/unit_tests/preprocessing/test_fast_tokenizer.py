@@ -18,6 +18,7 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 from pose_megatron.preprocessing import fast_tokenizer
 from pose_megatron.preprocessing.fast_tokenizer import FastTokenizer, difference, prove
 from pose_megatron.preprocessing.tokenizer import build_tokenizer
+from tests.byte_level import train
 
 TEXTS = [
     (Path(sysconfig.get_path("stdlib")) / name).read_text("utf-8")
@@ -26,17 +27,7 @@ TEXTS = [
 
 
 def byte_level(folder, **config):
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.train_from_iterator(
-        TEXTS,
-        trainers.BpeTrainer(
-            vocab_size=600,
-            special_tokens=["<eos>"],
-            show_progress=False,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        ),
-    )
+    tokenizer = train(TEXTS, 600)
     tokenizer.add_tokens([AddedToken("ArgumentParser", normalized=False)])
     folder.mkdir()
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -89,17 +80,7 @@ def test_proven_ids_are_the_librarys_on_any_string(tokenizers, name):
 def test_letters_newer_than_a_librarys_unicode_keep_their_ids(tmp_path):
     """U+16EBB became a letter in Unicode 17; it split words in one library and not in the other."""
     text = 'None,\n    "\U00016ebb",\n    "\U00016ebc",\n    " \U00016ebb"'
-    own = Tokenizer(models.BPE())
-    own.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    own.train_from_iterator(
-        [text] * 4,
-        trainers.BpeTrainer(
-            vocab_size=400,
-            special_tokens=["<eos>"],
-            show_progress=False,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        ),
-    )
+    own = train([text] * 4, 400)
     own.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<eos>"}')
     fast = FastTokenizer(build_tokenizer("HuggingFaceTokenizer", tmp_path))

@@ -10,10 +10,11 @@ import pytest
 import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import decoders, processors
 
 from pose_megatron.preprocessing import tokenizer_training
 from pose_megatron.preprocessing.tokenizer import build_tokenizer, replace_surrogates
+from tests import byte_level
 
 ROOT = Path(__file__).parents[3]
 STDLIB = Path(sysconfig.get_path("stdlib"))
@@ -32,18 +33,8 @@ def spm_folder(tmp_path_factory):
 def hf_folder(tmp_path_factory):
     """A byte-level BPE that adds <bos> and cuts at 5 tokens unless told otherwise."""
     folder = tmp_path_factory.mktemp("hf")
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = byte_level.train(TEXTS, 400, ["<bos>", "<eos>"])
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(
-        TEXTS,
-        trainers.BpeTrainer(
-            vocab_size=400,
-            special_tokens=["<bos>", "<eos>"],
-            show_progress=False,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        ),
-    )
     tokenizer.add_tokens(["ArgumentParser"])
     tokenizer.post_processor = processors.TemplateProcessing("<bos> $A", None, [("<bos>", 0)])
     tokenizer.enable_truncation(5)

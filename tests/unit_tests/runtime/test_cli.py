@@ -1,12 +1,12 @@
 """How programs of several ranks end: one sentence, from the rank whose mistake it is."""
 
-import contextlib
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import pytest
+
+from tests.processes import running
 
 MISTAKE = """
 import sys
@@ -23,20 +23,13 @@ sys.exit(main())
 """
 
 
-@contextlib.contextmanager
-def started_rank(rank: int, seconds: float) -> Iterator[subprocess.Popen]:
+def started_rank(rank: int, seconds: float):
     """A rank of two that have not met, as torchrun starts it; ended at the end if it still waits."""
-    with subprocess.Popen(
-        [sys.executable, "-c", MISTAKE.format(seconds=seconds)],
+    return running(
+        MISTAKE.format(seconds=seconds),
         env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2"},
-        stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
+    )
 
 
 def test_before_the_ranks_have_met_rank_0_speaks_at_once():

@@ -5,11 +5,9 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +15,7 @@ import pytest
 from pose_megatron.errors import ConfigError
 from pose_megatron.runtime import ownership
 from pose_megatron.runtime.ownership import owned
+from tests.processes import running
 
 HOLDER = """
 import sys, time
@@ -33,19 +32,9 @@ except ConfigError as error:
 """
 
 
-@contextlib.contextmanager
-def started(path: Path, code: str = HOLDER) -> Iterator[subprocess.Popen]:
+def started(path: Path, code: str = HOLDER):
     """A process that owns `path` until it gets a line, or says why it does not."""
-    with subprocess.Popen(
-        [sys.executable, "-c", code, path],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
+    return running(code, path, stdin=subprocess.PIPE)
 
 
 @pytest.fixture
