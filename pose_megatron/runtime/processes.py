@@ -10,6 +10,7 @@ import functools
 import os
 import signal
 import sys
+import threading
 
 
 def end_with_parent(parent: int) -> None:
@@ -35,11 +36,20 @@ def children_end_with_this() -> None:
 
 
 def leave_signals_to_parent(worker: int = 0) -> None:
-    """Has this process ignore Ctrl-C and SIGUSR1, which may go to all processes of a job: its
-    parent stops it once it is no longer needed, by SIGTERM.
+    """Has this process ignore the signals that stop a job and may go to all of its processes: its
+    parent ends it once it is no longer needed, by a SIGTERM of its own.
 
     Args:
         worker: its number, which torch's DataLoader gives.
     """
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # elsewhere SIGTERM ends it, whoever sends it
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_by_parents_sigterm, daemon=True).start()
+
+
+def _end_by_parents_sigterm() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)

@@ -113,7 +113,7 @@ def test_a_signal_in_the_middle_of_a_step(start, tmp_path, ranks, layout):
         assert torch.equal(stopped[name], wanted[name]), name
 
 
-@pytest.mark.parametrize("name", ["SIGUSR1", "SIGINT"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
 def test_a_signal_to_all_processes_in_the_middle_of_a_validation(start, tmp_path, name):
     """As a cluster sends it, also to the processes that load the samples."""
     process = start(f"{SHORT_STEPS} --eval-interval {STEPS - 1} --eval-iters 100000")
