@@ -3,7 +3,6 @@
 import shutil
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -98,11 +97,9 @@ def test_two_runs_do_not_share_a_folder(start, tmp_path):
     first.send_signal(signal.SIGKILL)
     first.communicate()
     at = directory.find(save).iteration
-    began = time.monotonic()
     words[1] = at + 1
     out = end(start(*words))
     assert f"iteration {at + 1}/{at + 1}" in out
-    assert time.monotonic() - began < 60, "a killed owner holds nothing"
     assert not (save / ".save.owner").exists()
 
 

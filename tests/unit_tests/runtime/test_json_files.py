@@ -67,10 +67,10 @@ def test_a_large_file_is_refused_before_it_is_read(tmp_path):
 def test_yaml_that_cannot_be_read_is_one_sentence(tmp_path, text, said):
     path, before = tmp_path / "run.yaml", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     path.write_text(text)
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(ConfigError, match=rf"run\.yaml .*{said}") as caught:
         read_yaml(path)
-    assert len(str(caught.value)) < 500 and time.monotonic() - started < 60
+    assert len(str(caught.value)) < 500 and time.process_time() - started < 60
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # kB
 
 
