@@ -5,6 +5,10 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
+# Seconds after which a test takes a process for hung: even on a machine whose cores do the work of
+# ten, none that ends needs as long.
+PATIENCE = 900
+
 
 @contextlib.contextmanager
 def running(code: str, *words, **options) -> Iterator[subprocess.Popen]:

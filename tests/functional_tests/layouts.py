@@ -388,7 +388,7 @@ def measure(folder: Path, corpus: str) -> dict[str, dict]:
         # On CPU also where there are GPUs: float32 is the same there everywhere.
         env |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         run = subprocess.run(
-            [sys.executable, *program], env=env, capture_output=True, text=True, timeout=300
+            [sys.executable, *program], env=env, capture_output=True, text=True, timeout=900
         )
         if run.returncode:
             raise RuntimeError(run.stdout[-2000:] + run.stderr[-6000:])

@@ -4,6 +4,8 @@ import json
 import subprocess
 import sys
 
+from tests.processes import PATIENCE
+
 
 def test_it_measures_both_sides(root, tmp_path):
     run = subprocess.run(
@@ -29,7 +31,7 @@ def test_it_measures_both_sides(root, tmp_path):
         ],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE,
     )
     assert run.returncode == 0, run.stderr[-3000:]
     figures = json.loads((tmp_path / "figures.json").read_text())

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests.functional_tests.families import CASES, convert_tool, make, stored
+from tests.processes import PATIENCE
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOL = ROOT / "tools" / "checkpoint" / "convert.py"
@@ -195,7 +196,7 @@ def start(load, save, before: str = "", **options) -> subprocess.CompletedProces
         env=env,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE,
         **options,
     )
 

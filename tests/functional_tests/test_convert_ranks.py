@@ -17,6 +17,7 @@ from tests.functional_tests.families import (
     vivid,
 )
 from tests.functional_tests.relayout import RELAYOUTS
+from tests.processes import PATIENCE
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOL = ROOT / "tools" / "checkpoint" / "convert.py"
@@ -38,7 +39,7 @@ def torchrun(ranks: int, *words, check: bool = True) -> subprocess.CompletedProc
         env=env,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=PATIENCE,
     )
     assert not check or done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     return done

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.processes import PATIENCE
+
 # A blend, packed, with a sampler that reads tokens, a plain share and a target that grows.
 FLAGS = """
     --seq-length 32 --max-position-embeddings 512 --rope-scaling linear --num-layers 2
@@ -33,7 +35,7 @@ def start(root: Path, program: str, *words: str, ranks: int = 1) -> subprocess.P
 
 
 def said(job: subprocess.Popen) -> str:
-    out, errors = job.communicate(timeout=150)
+    out, errors = job.communicate(timeout=PATIENCE)
     assert job.returncode == 0, out[-2000:] + errors[-4000:]
     return out
 

@@ -16,6 +16,7 @@ import torch
 
 from pose_megatron.checkpoints.megatron import directory
 from pose_megatron.checkpoints.megatron.torch_dist import open_weights
+from tests.processes import PATIENCE
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = """
@@ -27,7 +28,6 @@ STEPS = 2
 # Two steps of 4 samples, and then one that lasts for minutes.
 ENDLESS_STEP = "--rampup-batch-size 4 3996 8 --global-batch-size 4000 --train-samples 9000"
 SHORT_STEPS = f"--global-batch-size 4 --train-samples {4 * STEPS}"
-AT_ONCE = 60  # seconds, on a busy machine
 
 
 @pytest.fixture
@@ -101,12 +101,12 @@ def test_a_signal_in_the_middle_of_a_step(start, tmp_path, ranks, layout):
     wait_for(process, f"iteration {STEPS}/")
     time.sleep(2)  # it is in the third step, which would last for minutes
     ranks_of(process)[-1].send_signal(signal.SIGTERM)
-    assert process.wait(timeout=AT_ONCE) == 0, process.log.read_text()[-4000:]
+    assert process.wait(timeout=PATIENCE) == 0, process.log.read_text()[-4000:]
     log = process.log.read_text()
     assert f"Stopping: saving iteration {STEPS} (SIGTERM)" in log
     assert f"stopped at {STEPS} by SIGTERM" in log and f"iteration {STEPS + 1}/" not in log
     whole = start(f"{SHORT_STEPS} {layout} --save {tmp_path / 'whole'}", ranks)
-    assert whole.wait(timeout=180) == 0, whole.log.read_text()[-4000:]
+    assert whole.wait(timeout=PATIENCE) == 0, whole.log.read_text()[-4000:]
     assert directory.find(tmp_path / "save").consumed_samples == 4 * STEPS
     stopped, wanted = (open_weights(tmp_path / name, STEPS) for name in ("save", "whole"))
     for name in wanted.shapes:
@@ -122,7 +122,7 @@ def test_a_signal_to_all_processes_in_the_middle_of_a_validation(start, tmp_path
     rank = psutil.Process(process.pid)
     for one in (*rank.children(recursive=True), rank):
         one.send_signal(getattr(signal, name))
-    assert process.wait(timeout=AT_ONCE) == 0, process.log.read_text()[-4000:]
+    assert process.wait(timeout=PATIENCE) == 0, process.log.read_text()[-4000:]
     log = process.log.read_text()
     assert f"Stopping: saving iteration {STEPS - 1} ({name})" in log
     assert "validation at" not in log and "Traceback" not in log
@@ -133,7 +133,7 @@ def test_the_clock_stops_a_validation(start, tmp_path):
     process = start(
         f"{SHORT_STEPS} --eval-interval {STEPS - 1} --eval-iters 100000 --exit-duration-in-mins 0.1"
     )
-    assert process.wait(timeout=AT_ONCE) == 0, process.log.read_text()[-4000:]
+    assert process.wait(timeout=PATIENCE) == 0, process.log.read_text()[-4000:]
     log = process.log.read_text()
     assert f"Stopping: saving iteration {STEPS - 1} (--exit-duration-in-mins)" in log
     assert "validation at" not in log
@@ -145,14 +145,14 @@ def test_nothing_is_saved_where_nothing_was_trained(start, tmp_path):
     wait_for(process, "training ")
     time.sleep(15)  # seconds of imports, and then of the first step
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=AT_ONCE) == 0, process.log.read_text()[-4000:]
+    assert process.wait(timeout=PATIENCE) == 0, process.log.read_text()[-4000:]
     assert "Stopping: nothing was trained yet (SIGTERM)" in process.log.read_text()
     assert not directory.exists(tmp_path / "save")
 
 
 def one_sentence(process, code: int = 1) -> str:
     """The only error of a run, which has ended with `code`."""
-    assert process.wait(timeout=AT_ONCE) == code, process.log.read_text()[-4000:]
+    assert process.wait(timeout=PATIENCE) == code, process.log.read_text()[-4000:]
     log = process.log.read_text()
     errors = re.findall(r"error: (.*)", log)
     assert len(errors) == 1, log[-4000:]

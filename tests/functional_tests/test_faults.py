@@ -4,6 +4,8 @@ import json
 import subprocess
 import sys
 
+from tests.processes import PATIENCE
+
 
 def test_a_few_of_each_kind(root, tmp_path):
     words = ["--damages", "18", "--seed", "1", "--only", "code beside weights", "--pairs", "1"]
@@ -11,7 +13,7 @@ def test_a_few_of_each_kind(root, tmp_path):
         [sys.executable, root / "benchmarks/faults", *words, "--output", tmp_path / "figures.json"],
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=PATIENCE,
     )
     assert run.returncode == 0, run.stdout + run.stderr[-3000:]
     figures = json.loads((tmp_path / "figures.json").read_text())

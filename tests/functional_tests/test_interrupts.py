@@ -10,6 +10,7 @@ import time
 import pytest
 
 from pose_megatron.commands.__main__ import MODULES
+from tests.processes import PATIENCE
 from tests.unit_tests.test_commands import TOOLS
 
 # Runs a tool, and sends it a signal when it begins to import a module.
@@ -39,7 +40,7 @@ def run(root, tmp_path, module, number, tool, *words):
         env={**os.environ, "PYTHONPATH": str(root)},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=PATIENCE,
         # pytest may run in the background, where Ctrl-C is ignored
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
@@ -76,13 +77,13 @@ def test_while_it_works(root, tmp_path, stdlib_corpus, number):
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     ) as process:
-        end = time.monotonic() + 120
+        end = time.monotonic() + PATIENCE
         while not list(tmp_path.glob(".x.draft/*")) and process.poll() is None:
             assert time.monotonic() < end
             time.sleep(0.05)
         assert json.loads((tmp_path / ".x.owner").read_text())["pid"] == process.pid
         process.send_signal(number)
-        _, error = process.communicate(timeout=120)
+        _, error = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130, error
     assert error.endswith("materialize_positions.py: interrupted\n") and "Traceback" not in error
     assert not list(tmp_path.iterdir())

@@ -27,6 +27,7 @@ from tests.functional_tests.megatron_runs import (
     start_weights,
     theirs,
 )
+from tests.processes import PATIENCE
 
 pytestmark = pytest.mark.skipif(
     not common_state_is_an_object(), reason="megatron.training comes with megatron-core 0.19"
@@ -157,7 +158,10 @@ def test_mistakes_end_in_one_sentence(folder, stdlib_corpus, words, message):
     flags += f"--load {weights} --finetune {words}"
     program = ROOT / "examples/megatron/pretrain_gpt_pose.py"
     done = subprocess.run(
-        [sys.executable, str(program), *flags.split()], capture_output=True, text=True, timeout=120
+        [sys.executable, str(program), *flags.split()],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
     )
     assert done.returncode == 1 and "Traceback" not in done.stderr
     (sentence,) = (line for line in done.stderr.splitlines() if "error:" in line)
@@ -175,7 +179,10 @@ def test_a_dead_writer_ends_the_run(folder, stdlib_corpus, tmp_path):
     )
     program = ROOT / "examples/megatron/pretrain_gpt_pose.py"
     done = subprocess.run(
-        [sys.executable, str(program), *flags.split()], capture_output=True, text=True, timeout=120
+        [sys.executable, str(program), *flags.split()],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
     )
     assert done.returncode == 1, (done.stdout + done.stderr)[-4000:]
     (sentence,) = (line for line in done.stderr.splitlines() if "error:" in line)

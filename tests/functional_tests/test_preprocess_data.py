@@ -25,6 +25,7 @@ warnings.simplefilter("ignore")
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 
 from tests.byte_level import train
+from tests.processes import PATIENCE
 
 ROOT = Path(__file__).parents[2]
 STDLIB = Path(sysconfig.get_path("stdlib"))
@@ -43,7 +44,7 @@ def command(tool, *arguments):
 
 def call(tool, *arguments):
     return subprocess.run(
-        command(tool, *arguments), env=ENVIRONMENT, capture_output=True, text=True, timeout=120
+        command(tool, *arguments), env=ENVIRONMENT, capture_output=True, text=True, timeout=PATIENCE
     )
 
 
@@ -426,7 +427,7 @@ def test_stopped_runs_go_on_to_the_same_bytes(tmp_path, tokenizer):
             ),
         )
     for stop, (folder, _, process) in runs.items():
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + PATIENCE
         while not any(p.stat().st_size > 1_000_000 for p in folder.glob("c.partial/0.bin")):
             assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
             time.sleep(0.02)
@@ -435,7 +436,7 @@ def test_stopped_runs_go_on_to_the_same_bytes(tmp_path, tokenizer):
         else:
             process.send_signal(stop)
     for stop, (folder, _, process) in runs.items():
-        _, error = process.communicate(timeout=120)  # its workers, too, hold stderr
+        _, error = process.communicate(timeout=PATIENCE)  # its workers, too, hold stderr
         left = {path.name for path in folder.iterdir()}
         assert left == {"c.partial"} | ({".c.owner"} if stop == signal.SIGKILL else set())
         if stop == signal.SIGKILL:

@@ -9,6 +9,7 @@ import pytest
 
 from pose_megatron.checkpoints.megatron import directory
 from tests.functional_tests.test_stop_and_go import Job
+from tests.processes import PATIENCE
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +20,7 @@ def start(stdlib_corpus, tmp_path_factory):
 
 
 def end(process: subprocess.Popen, code: int = 0) -> str:
-    out = "".join(process.communicate(timeout=180))
+    out = "".join(process.communicate(timeout=PATIENCE))
     assert process.returncode == code, out[-4000:]
     assert "Traceback" not in out
     return out

@@ -19,6 +19,7 @@ import torch
 from pose_megatron.checkpoints.megatron import directory
 from pose_megatron.checkpoints.megatron.torch_dist import open_weights
 from pose_megatron.runtime.megatron_core import common_state_is_an_object
+from tests.processes import PATIENCE
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = """
@@ -59,7 +60,7 @@ class Job:
 
     def run(self, name: str, *words) -> tuple[dict[int, dict], str]:
         process = self.start(name, *words)
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=PATIENCE)
         assert process.returncode == 0, out[-2000:] + err[-2000:]
         return self.log(name), out
 
@@ -100,7 +101,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(job, straight):
         if line.startswith("iteration      5/"):
             process.send_signal(signal.SIGTERM)
             break
-    rest, err = process.communicate(timeout=120)
+    rest, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, err
     at = int(re.search(r"stopped at (\d+) by SIGTERM", rest)[1])
     assert (folder / "latest_checkpointed_iteration.txt").read_text() == str(at)
@@ -188,7 +189,7 @@ def refusals(job, request):
 
     def refuse(words: str) -> str:
         process = job.start("refused", "--train-iters", 2, *words.format(job.folder).split())
-        _, err = process.communicate(timeout=120)
+        _, err = process.communicate(timeout=PATIENCE)
         assert process.returncode == 1 and "Traceback" not in err
         return err
 
@@ -217,7 +218,7 @@ def test_the_optimizer_must_be_the_one_that_saved(job, straight):
         job.folder / "straight",
         "--use-distributed-optimizer",
     )
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 1 and "Traceback" not in err
     assert "was saved without --use-distributed-optimizer: resume the same way" in err
 
@@ -234,7 +235,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_can_be_taken(
     words = ["--train-iters", 6, "--lr-decay-style", "constant", "--load", folder]
     if damage == "*.distcp":
         process = job.start("damaged", *words)
-        _, err = process.communicate(timeout=120)
+        _, err = process.communicate(timeout=PATIENCE)
         assert process.returncode == 1 and err.count("error:") == 1 and "Traceback" not in err
         assert "iter_0000006 cannot be loaded" in err
     log, out = job.run(f"fell back {damage}", *words, "--load-fallback")
@@ -272,7 +273,7 @@ def test_a_run_killed_again_and_again_comes_to_the_same_end(job, straight, backg
                 process.kill()
                 break
         # Read to the end: what the killed rank had started has ended too, or this would wait.
-        process.communicate(timeout=120)
+        process.communicate(timeout=PATIENCE)
     job.run(name, *words)
     assert losses(job.log(name)) == losses(straight[0])
 
@@ -306,7 +307,7 @@ def test_a_kill_before_common_pt_is_written_loses_nothing(job, tmp_path):
         [sys.executable, "-c", KILLED_BEFORE_COMMON_PT, *WORDS, "--data-path", job.corpus, *words],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE,
         cwd=ROOT,
     )
     assert process.returncode == -signal.SIGKILL, process.stderr

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tests.processes import PATIENCE
+
 ROOT = Path(__file__).resolve().parents[2]
 SCALARS = (
     "loss",
@@ -35,7 +37,7 @@ def run(tmp_path_factory, stdlib_corpus):
         env=env | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE,
     )
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
     rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.processes import PATIENCE
+
 ROOT = Path(__file__).resolve().parents[2]
 # Per-sample positions far beyond the window, two samples in a micro-batch, two micro-batches.
 COMMON = """
@@ -57,7 +59,7 @@ def launch(ranks: int, words: list[str]) -> subprocess.CompletedProcess:
         env=env | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=150,
+        timeout=PATIENCE,
     )
 
 

@@ -13,6 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.processes import PATIENCE
+
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 150
 WORDS = f"""
@@ -67,7 +69,7 @@ class Job:
 
 
 def end(process: subprocess.Popen) -> str:
-    out, _ = process.communicate(timeout=180)
+    out, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, out[-4000:]
     return out
 
@@ -131,7 +133,7 @@ def test_a_node_is_killed_and_replaced(one_node, tmp_path, stdlib_corpus):
         time.sleep(0.05)
     lost.kill()
     # Its rank holds the same pipe: this returns only once the rank has ended, too.
-    lost.communicate(timeout=60)
+    lost.communicate(timeout=PATIENCE)
     replacement = job.agent(*launch)
     out = end(host)
     end(replacement)

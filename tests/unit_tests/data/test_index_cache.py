@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from pose_megatron.data.index_cache import cached
+from tests.processes import PATIENCE
 
 
 def table(seed: int) -> dict[str, np.ndarray]:
@@ -57,7 +58,7 @@ def test_jobs_that_start_together_share_whole_entries(tmp_path):
     jobs = [fork.Process(target=_job, args=(str(tmp_path), barrier, results)) for _ in range(3)]
     for job in jobs:
         job.start()
-    assert [results.get(timeout=60) for _ in jobs] == [0, 0, 0]
+    assert [results.get(timeout=PATIENCE) for _ in jobs] == [0, 0, 0]
     for job in jobs:
         job.join()
     assert len(list(tmp_path.iterdir())) == 20  # and no drafts

@@ -11,6 +11,7 @@ import pytest
 
 from pose_megatron.positions.coverage import contained, coverage
 from pose_megatron.positions.sampler import PoseSampler
+from tests.processes import PATIENCE
 
 
 def distances(positions) -> set[int]:
@@ -164,7 +165,7 @@ def test_the_papers_figure_as_a_user_draws_it(root, tmp_path):
         ],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE,
     )
     assert run.returncode == 0, run.stderr
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from tests.processes import running
+from tests.processes import PATIENCE, running
 
 MISTAKE = """
 import sys
@@ -34,7 +34,7 @@ def started_rank(rank: int, seconds: float):
 
 def test_before_the_ranks_have_met_rank_0_speaks_at_once():
     with started_rank(0, seconds=1000) as process:
-        _, error = process.communicate(timeout=60)
+        _, error = process.communicate(timeout=PATIENCE)
     assert (process.returncode, error) == (1, "-c: error: --seq-length 0 is too short\n")
 
 
@@ -44,13 +44,13 @@ def test_another_rank_says_nothing_while_torchrun_may_still_end_it():
         with pytest.raises(subprocess.TimeoutExpired):
             process.wait(timeout=1)
         process.terminate()
-        _, error = process.communicate(timeout=60)
+        _, error = process.communicate(timeout=PATIENCE)
     assert process.returncode != 0 and error == ""
 
 
 def test_another_rank_that_nobody_ends_speaks_for_itself():
     with started_rank(1, seconds=0) as process:
-        _, error = process.communicate(timeout=60)
+        _, error = process.communicate(timeout=PATIENCE)
     assert (process.returncode, error) == (1, "-c: error: --seq-length 0 is too short\n")
 
 
@@ -65,5 +65,5 @@ def test_a_reader_may_leave_early(flag):
 def test_with_a_traceback_asked_for_every_rank_speaks_at_once(monkeypatch):
     monkeypatch.setenv("POSE_TRACEBACK", "1")
     with started_rank(1, seconds=1000) as process:
-        _, error = process.communicate(timeout=60)
+        _, error = process.communicate(timeout=PATIENCE)
     assert error.endswith("ValueError: --seq-length 0 is too short\n")

@@ -15,7 +15,7 @@ import pytest
 from pose_megatron.errors import ConfigError
 from pose_megatron.runtime import ownership
 from pose_megatron.runtime.ownership import owned
-from tests.processes import running
+from tests.processes import PATIENCE, running
 
 HOLDER = """
 import sys, time
@@ -53,7 +53,7 @@ def test_a_second_process_is_told_who_is_at_work(tmp_path):
         assert f"delete {tmp_path}/.out.owner" in said and said.count("\n") == 1
         with started(tmp_path / "other") as third:
             assert third.stdout.readline() == "owns\n"
-        first.communicate("\n", timeout=30)
+        first.communicate("\n", timeout=PATIENCE)
     assert [path.name for path in tmp_path.iterdir()] == [".other.owner"]  # it was killed
 
 
