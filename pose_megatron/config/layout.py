@@ -76,18 +76,7 @@ def lay_out(args: Arguments, model: ModelConfig, world_size: int, consumed: int 
         ConfigError: naming the flag, its value and the way out.
     """
     p, t = args.parallel, args.training
-    tp, pp, cp = (
-        p.tensor_model_parallel_size,
-        p.pipeline_model_parallel_size,
-        p.context_parallel_size,
-    )
-    if world_size % (tp * pp * cp):
-        raise ConfigError(
-            f"{world_size} ranks do not divide into --tensor-model-parallel-size {tp} x "
-            f"--pipeline-model-parallel-size {pp} x --context-parallel-size {cp}; start a "
-            f"multiple of {tp * pp * cp} ranks"
-        )
-    dp = world_size // (tp * pp * cp)
+    dp = divide_ranks(p, model, world_size)
     batch = t.global_batch_size or t.micro_batch_size * dp
     rampup = None
     if t.rampup_batch_size:
@@ -99,12 +88,33 @@ def lay_out(args: Arguments, model: ModelConfig, world_size: int, consumed: int 
                 f"from {first} to --global-batch-size {batch}"
             )
     layout = Layout(dp, t.micro_batch_size, batch, rampup)
-    _check_shape(p, model)
-    _check_experts(p, model, dp * cp, t.moe_aux_loss_coeff)
+    _check_experts(p, model, dp * p.context_parallel_size, t.moe_aux_loss_coeff)
     check_batches(args, layout, consumed)
-    _check_interleaving(p, model.num_layers // pp, layout, layout.batch_sizes(consumed))
+    layers = model.num_layers // p.pipeline_model_parallel_size
+    _check_interleaving(p, layers, layout, layout.batch_sizes(consumed))
     _check_window(args, model)
     return layout
+
+
+def divide_ranks(p: ParallelFlags, model: ModelConfig, world_size: int) -> int:
+    """Divides a model over the ranks of a job; returns how many replicas of it they hold.
+
+    Raises:
+        ConfigError: the ranks, or the model's shape, do not divide.
+    """
+    tp, pp, cp = (
+        p.tensor_model_parallel_size,
+        p.pipeline_model_parallel_size,
+        p.context_parallel_size,
+    )
+    if world_size % (tp * pp * cp):
+        raise ConfigError(
+            f"{world_size} ranks do not divide into --tensor-model-parallel-size {tp} x "
+            f"--pipeline-model-parallel-size {pp} x --context-parallel-size {cp}; start a "
+            f"multiple of {tp * pp * cp} ranks"
+        )
+    _check_shape(p, model)
+    return world_size // (tp * pp * cp)
 
 
 def check_batches(args: Arguments, layout: Layout, consumed: int = 0) -> None:
