@@ -9,14 +9,22 @@ from pose_megatron.preprocessing.tokenizer import TOKENIZER_TYPES, Tokenizer, bu
 from pose_megatron.rope.names import METHOD_NAMES
 from pose_megatron.runtime.cli import positive
 from pose_megatron.runtime.ranges import LARGEST_INT32, real, whole
+from pose_megatron.runtime.ranks import print_rank_0
 
 if TYPE_CHECKING:  # it needs torch, and comes after the flags are read
     from pose_megatron.evaluation.target import EvaluationTarget
 
 
+LAYOUT = {
+    "tensor-model": "ranks that share each layer",
+    "pipeline-model": "ranks that hold consecutive layers",
+    "context": "ranks that share a text",
+}
+
+
 def add_target_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--load", required=True, help="Megatron checkpoint folder")
+    add("--load", required=True, help="folder of a Megatron checkpoint, or a Hugging Face folder")
     add("--iteration", type=whole(0), help="default: the latest")
     add(
         "--context-lengths",
@@ -25,7 +33,7 @@ def add_target_flags(parser: argparse.ArgumentParser) -> None:
         required=True,
         metavar="TOKENS",
     )
-    add("--batch-tokens", type=positive, default=16384, help="input tokens of one forward pass")
+    add("--batch-tokens", type=positive, default=4096, help="tokens of one forward pass [4096]")
     add(
         "--rope-scaling",
         choices=METHOD_NAMES,
@@ -43,14 +51,25 @@ def add_target_flags(parser: argparse.ArgumentParser) -> None:
     add("--prepend-bos", action="store_true", help="begin with the token that begins a sequence")
     add("--bf16", action="store_true", help="compute in bfloat16 (default: float32)")
     add("--name", help="label in tables and plots (default: the folder's name)")
-    add("--output", help="JSON lines file to append to")
+    add("--output", help="JSON lines file to append to; the same command goes on where it ended")
+    for name, what in LAYOUT.items():
+        add(f"--{name}-parallel-size", type=positive, default=1, help=f"{what} (torchrun) [1]")
 
 
 def target_of(flags: argparse.Namespace) -> dict:
     """The arguments of `evaluation.target.find_target`."""
-    names = ("load", "context_lengths", "iteration", "bf16", "name")
-    rope = ("rope_scaling", "rope_scaling_factor", "rope_scaling_config")
-    return {name: getattr(flags, name) for name in (*names, *rope)}
+    names = ["load", "context_lengths", "iteration", "bf16", "name"]
+    names += ["rope_scaling", "rope_scaling_factor", "rope_scaling_config"]
+    names += [f"{name.replace('-', '_')}_parallel_size" for name in LAYOUT]
+    return {name: getattr(flags, name) for name in names}
+
+
+def introduce(target: "EvaluationTarget") -> None:
+    """Prints what is evaluated."""
+    print_rank_0(f"{target.name}: rope scaling {target.model.rope_scaling}")
+    if beyond := [length for length in target.lengths if length > target.window]:
+        lengths = ", ".join(f"{length:,}" for length in beyond)
+        print_rank_0(f"{target.name}: {lengths} tokens are beyond its window of {target.window:,}")
 
 
 def open_tokenizer(flags: argparse.Namespace, target: "EvaluationTarget") -> Tokenizer:
@@ -59,8 +78,8 @@ def open_tokenizer(flags: argparse.Namespace, target: "EvaluationTarget") -> Tok
     Raises:
         ConfigError: there is neither.
     """
-    path = flags.tokenizer_model or target.found.root / "tokenizer"
-    if not flags.tokenizer_model and not path.is_dir():
+    path = flags.tokenizer_model or target.tokenizer
+    if not flags.tokenizer_model and not target.tokenizer.is_dir():
         raise ConfigError(
             f"--load {flags.load} carries no tokenizer; name one with --tokenizer-model"
         )

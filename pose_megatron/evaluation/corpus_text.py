@@ -1,14 +1,21 @@
 """Text of an indexed corpus, for evaluations: whole documents, or a haystack."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
+from megatron.core.datasets.indexed_dataset import get_bin_path, get_idx_path
 
 from pose_megatron.data.indexed_corpus import IndexedCorpus
 from pose_megatron.errors import ConfigError
 from pose_megatron.evaluation.lengths import check_cut
 from pose_megatron.positions.draws import Draw
+
+
+def files_of(prefix: str | None) -> list[Path]:
+    """The two files of a corpus; none without one."""
+    return [Path(get_idx_path(prefix)), Path(get_bin_path(prefix))] if prefix else []
 
 
 def long_documents(

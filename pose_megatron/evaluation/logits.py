@@ -1,18 +1,14 @@
 """A checkpoint's logits, computed in one process."""
 
-from collections import Counter
 from collections.abc import Callable, Mapping
 
 import torch
-from megatron.core import parallel_state
 from torch import Tensor
 
 from pose_megatron.checkpoints.megatron.directory import Checkpoint
-from pose_megatron.models.build import build_model, transformer_config
+from pose_megatron.evaluation.stage import load_stage
 from pose_megatron.models.gpt import PoseModel
 from pose_megatron.models.shape import ModelConfig
-from pose_megatron.runtime import distributed
-from pose_megatron.training import checkpointing
 
 
 def logits_function(stage: PoseModel, vocab_size: int) -> Callable[..., Tensor]:
@@ -48,34 +44,8 @@ def logits_function(stage: PoseModel, vocab_size: int) -> Callable[..., Tensor]:
 def load_logits(
     found: Checkpoint,
     model: ModelConfig | None = None,
-    bf16: bool = False,
     rounded_to: Mapping[str, torch.dtype] | None = None,
 ) -> Callable[..., Tensor]:
-    """`logits_function` of a checkpoint, in float32 or bfloat16.
-
-    Args:
-        model: shape and rope to use in place of the checkpoint's own.
-        rounded_to: precisions by the names of Megatron's tensors; the weights are rounded to them
-            first, and computed with in the other.
-    """
-    model = model or found.model
-    if not parallel_state.model_parallel_is_initialized():
-        distributed.initialize()
-    stage = build_model(transformer_config(model, bf16=bf16), model)
-    checkpointing.load(found, [stage])
-    if rounded_to is not None:
-        round_to(rounded_to, stage)
-    return logits_function(stage.eval(), model.vocab_size)
-
-
-@torch.no_grad()
-def round_to(dtypes: Mapping[str, torch.dtype], model: torch.nn.Module) -> None:
-    """Rounds the weights to the values they would have in these precisions; keeps their own dtype.
-
-    Args:
-        dtypes: by the parameters' names. What is not among them is rounded as most of them are:
-            libraries keep the experts of a layer in one parameter.
-    """
-    ((most, _),) = Counter(dtypes.values()).most_common(1)
-    for name, parameter in model.named_parameters():
-        parameter.copy_(parameter.to(dtypes.get(name, most)))
+    """`logits_function` of a checkpoint, in float32; arguments as in load_stage."""
+    stage = load_stage(found, model, rounded_to=rounded_to)
+    return logits_function(stage, (model or found.model).vocab_size)

@@ -24,7 +24,8 @@ from pose_megatron.checkpoints.huggingface.format import HuggingFace
 from pose_megatron.checkpoints.megatron.directory import Checkpoint
 from pose_megatron.checkpoints.megatron.torch_dist import weights_of
 from pose_megatron.errors import ConfigError, gist
-from pose_megatron.evaluation.logits import load_logits, round_to
+from pose_megatron.evaluation.logits import load_logits
+from pose_megatron.evaluation.stage import round_to
 from pose_megatron.rope.scaling import inverse_frequencies
 from pose_megatron.runtime.distributed import device
 from pose_megatron.runtime.json_files import naming

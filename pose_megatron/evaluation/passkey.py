@@ -4,26 +4,33 @@
     needles     K lines that each give a name its number, at K places of the haystack
     question    one of these lines again, up to its number, which is the answer
 
-A prompt with its answer has exactly C tokens, at positions 0 to C - 1. From trial to trial the
-needle in question moves from the front to the back; the others, with other names, distract. This
-is the task of Mohtashami and Jaggi (2023), and with K > 1 the multi-key needles of RULER (Hsieh et
-al., 2024), in our own words and as text to be continued, so that base models can do it.
+A haystack is read once, and asked for each of its needles: its K prompts are the same tokens up to
+the question. A prompt with its answer has exactly C tokens, at positions 0 to C - 1. Over all
+prompts of a length, the needle in question moves evenly from the front to the back; the others,
+with other names, distract. This is the task of Mohtashami and Jaggi (2023), and with K > 1 the
+multi-key needles of RULER (Hsieh et al., 2024), in our own words and as text to be continued, so
+that base models can do it.
 
 Perplexity hardly shows whether far tokens are read; this does.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pose_megatron.errors import ConfigError
-from pose_megatron.evaluation.perplexity import Logits
+from pose_megatron.evaluation.reading import UNASKED, Reader
+from pose_megatron.evaluation.record import Record
+from pose_megatron.evaluation.replicas import batches, shared
 from pose_megatron.positions.draws import PASSKEYS, Draw
+
+Encode = Callable[[str], Sequence[int]]  # text to token ids, none added at either end
+Hay = Callable[[Draw, int], np.ndarray]  # `count` ids, which may depend on the draw
 
 FILLER = (
     "The mill stands where the two streams meet. In the morning a cart brings grain, and in the "
@@ -53,7 +60,24 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class Answer:
+class Haystack:
+    """A text with its questions.
+
+    Attributes:
+        prompts: one for each needle.
+        shared: how many tokens they all begin with.
+    """
+
+    prompts: list[Prompt]
+    shared: int
+
+    @property
+    def tokens(self) -> int:
+        """How many go through a model, where all of `shared` are read once."""
+        return self.shared + sum(len(p.tokens) - 1 - self.shared for p in self.prompts)
+
+
+class Answer(NamedTuple):
     """What the model made of a prompt.
 
     Attributes:
@@ -61,29 +85,30 @@ class Answer:
         found: whether the most likely token is right at each place of the answer, so that greedy
             decoding gives the answer.
         loss: nats per token of the answer.
+        right: share of the answer's digits that are right, each foreseen from the right ones before
+            its token.
     """
 
     depth: float
     found: bool
     loss: float
+    right: float
 
 
-def prompts(
-    encode: Callable[[str], Sequence[int]],
-    haystack: Callable[[Draw, int], np.ndarray],
+def haystacks(
+    encode: Encode,
+    hay: Hay,
     length: int,
     trials: int,
     needles: int = 1,
     seed: int = 0,
     first: Sequence[int] = (),
-) -> list[Prompt]:
-    """Prompts for one context length, the same for every model with this tokenizer.
+) -> list[Haystack]:
+    """Haystacks for one context length, the same for every model with this tokenizer.
 
     Args:
-        encode: text to token ids, none added at either end.
-        haystack: (draw, count) to `count` ids, which may depend on the draw.
         length: C.
-        trials: how many prompts; their depths are evenly spaced from 0 to 1.
+        trials: how many haystacks; the depths of all their needles are evenly spaced from 0 to 1.
         needles: K.
         first: ids that every prompt begins with.
 
@@ -92,7 +117,7 @@ def prompts(
     """
     if not 1 <= needles <= len(NAMES):
         raise ConfigError(f"--needles {needles} must lie between 1 and {len(NAMES)}")
-    made = []
+    made, last = [], trials * needles - 1
     for trial in range(trials):
         draw = Draw(seed, length, trial, PASSKEYS)
         names = _different(draw, len(NAMES), needles)
@@ -102,64 +127,143 @@ def prompts(
         texts = [
             list(encode(f"{line} {number}\n")) for line, number in zip(lines, numbers, strict=True)
         ]
-        question, answer = _split(encode, lines[0], f" {numbers[0]}")
-        room = length - len(first) - sum(map(len, texts)) - len(question) - len(answer)
+        asked = [
+            _split(encode, line, f" {number}") for line, number in zip(lines, numbers, strict=True)
+        ]
+        longest = max(len(question) + len(answer) for question, answer in asked)
+        room = length - len(first) - sum(map(len, texts)) - longest
         if room < 0:
             raise ConfigError(
                 f"--context-lengths {length}: {needles} needles and the question take "
                 f"{length - room} tokens"
             )
-        depth = trial / (trials - 1) if trials > 1 else 0.5
-        places = [round(depth * room), *(draw.integer(0, room) for _ in lines[1:])]
-        hay = haystack(draw, room)
+        # Of K needles in a haystack the first ones of all haystacks are at the front, and so on.
+        depths = [(trial + trials * k) / last if last else 0.5 for k in range(needles)]
+        straw = hay(draw, room + longest)
         parts: list[Sequence[int] | np.ndarray] = [first]
         before = 0
-        for place, text in sorted(zip(places, texts, strict=True)):
-            parts += [hay[before:place], text]
+        for depth, needle in zip(depths, texts, strict=True):
+            place = round(depth * room)
+            parts += [straw[before:place], needle]
             before = place
-        parts += [hay[before:], question, answer]
-        tokens = np.concatenate([np.asarray(part, dtype=np.int64) for part in parts])
-        made.append(Prompt(torch.from_numpy(tokens), len(answer), depth))
+        parts.append(straw[before:room])
+        text = _joined(parts)
+        prompts = []
+        for depth, (question, answer) in zip(depths, asked, strict=True):
+            rest = straw[room : room + longest - len(question) - len(answer)]
+            whole = _joined([text, rest, question, answer])
+            prompts.append(Prompt(torch.from_numpy(whole), len(answer), depth))
+        made.append(Haystack(prompts, len(text)))
     return made
 
 
-def filler(encode: Callable[[str], Sequence[int]]) -> Callable[[Draw, int], np.ndarray]:
+def filler(encode: Encode) -> Hay:
     """A haystack of FILLER, repeated."""
     ids = np.asarray(encode(FILLER), dtype=np.int64)
     return lambda draw, count: np.resize(ids, count)
 
 
-def answers(
-    logits: Logits,
-    asked: Sequence[Prompt],
-    batch_tokens: int = 16384,
-    progress: Callable[[int], object] = lambda tokens: None,
-) -> Iterator[Answer]:
-    """The model's answers to prompts of one length, in their order.
+class Passkeys:
+    """A model's answers, haystack by haystack.
 
     Args:
-        logits: the model's.
-        batch_tokens: about how many tokens go into one call.
-        progress: called with the number of tokens just done.
+        decode: token ids to text.
+        record: what is done already, and where parts go.
     """
-    size = max(batch_tokens // len(asked[0].tokens), 1)
-    for batch in (asked[k : k + size] for k in range(0, len(asked), size)):
-        tokens = torch.stack([prompt.tokens for prompt in batch])
-        scored = logits(tokens[:, :-1], max(prompt.answer for prompt in batch))
-        for prompt, row in zip(batch, scored, strict=True):
-            right, row = prompt.tokens[-prompt.answer :].to(row.device), row[-prompt.answer :]
-            yield Answer(
-                prompt.depth,
-                bool((row.argmax(-1) == right).all()),
-                F.cross_entropy(row.float(), right).item(),
-            )
-        progress(tokens.numel())
+
+    def __init__(self, reader: Reader, decode: Callable[[Sequence[int]], str], record: Record):
+        self.reader, self.decode, self.record = reader, decode, record
+
+    def answers(self, asked: Sequence[Haystack], length: int) -> list[Answer]:
+        """To all questions of some haystacks of C = `length` tokens, in their order."""
+
+        def part(i: int) -> dict:
+            return {"context_length": length, "haystack": i}
+
+        every = range(len(asked))
+        todo = [i for i in every if self.record.found(**part(i)) is None]
+        rows = max(self.reader.batch_tokens // length, 1)
+        for some, found in shared(
+            batches(todo, rows), lambda some: self._read([asked[i] for i in some])
+        ):
+            for i, answers in zip(some, found, strict=True):
+                self.record.add(answers, **part(i))
+        return [Answer(*answer) for i in every for answer in self.record.found(**part(i))]
+
+    def _read(self, some: Sequence[Haystack]) -> list[list[Answer]]:
+        """For each haystack, side by side, the answers to its questions."""
+        first = [haystack.prompts[0].tokens for haystack in some]
+        multiple = self.reader.multiple
+        same = min(haystack.shared for haystack in some) // multiple * multiple
+        self.reader.begin(len(some), len(first[0]) - 1)
+        if same:
+            self.reader.read(torch.stack([tokens[:same] for tokens in first]))
+        answers: list[list[Answer]] = [[] for _ in some]
+        for prompts in zip(*(haystack.prompts for haystack in some), strict=True):
+            rows = torch.stack([prompt.tokens[same:] for prompt in prompts])
+            labels = torch.full_like(rows[:, 1:], UNASKED)
+            for row, label, prompt in zip(rows, labels, prompts, strict=True):
+                label[-prompt.answer :] = row[-prompt.answer :]
+            scores = self.reader.read(rows[:, :-1], labels, keep=False)
+            for mine, prompt, loss, best in zip(
+                answers, prompts, scores.loss, scores.best.tolist(), strict=True
+            ):
+                right = prompt.tokens[-prompt.answer :].tolist()
+                found = best[-prompt.answer :]
+                mean = loss[-prompt.answer :].mean().item()
+                digits = _digits(self.decode, found, right)
+                mine.append(Answer(prompt.depth, found == right, mean, digits))
+        return answers
 
 
-def interval(found: int, trials: int) -> tuple[float, float]:
-    """Wilson's 95 % confidence interval for the share found / trials."""
+def summary(answers: Sequence[Answer], needles: int) -> dict:
+    """What a results file says of a context length; `needles` answers are from one haystack."""
+    by_haystack = [[answer.found for answer in some] for some in batches(answers, needles)]
+    low, high = interval(by_haystack)
+    n = len(answers)
+    return {
+        "passkey": sum(answer.found for answer in answers) / n,
+        "low": low,
+        "high": high,
+        "digits": sum(answer.right for answer in answers) / n,
+        "loss": sum(answer.loss for answer in answers) / n,
+        "answers": [[a.depth, a.found, round(a.loss, 4)] for a in answers],
+    }
+
+
+def effective_length(found: Mapping[int, float], threshold: float) -> int:
+    """The longest context length up to which all have found at least the threshold; 0: none has."""
+    effective = 0
+    for length in sorted(found):
+        if found[length] < threshold:
+            break
+        effective = length
+    return effective
+
+
+def interval(answers: Sequence[Sequence[bool]]) -> tuple[float, float]:
+    """95 % confidence interval for the share of answers that were found.
+
+    Wilson's; where haystacks gave several answers each, which are alike, for so many independent
+    answers as have the same spread between haystacks (Kish's design effect).
+
+    Args:
+        answers: by haystack, as many of each.
+    """
+    n = float(sum(map(len, answers)))
+    found = sum(map(sum, answers))
+    share, each = found / n, len(answers[0])
+    if each > 1 and len(answers) > 1 and 0 < share < 1:
+        means = [sum(some) / each for some in answers]
+        between = sum((mean - share) ** 2 for mean in means) / (len(means) - 1)
+        n /= max(between * each / (share * (1 - share)), 1.0)
+    return wilson(share, n)
+
+
+def wilson(share: float, trials: float) -> tuple[float, float]:
+    """Wilson's 95 % confidence interval for a share of independent trials."""
     z = 1.959963984540054
-    share, spread = found / trials, z * z / trials
+    spread = z * z / trials
     middle = (share + spread / 2) / (1 + spread)
     half = z * math.sqrt(share * (1 - share) / trials + spread / (4 * trials)) / (1 + spread)
     return max(middle - half, 0.0), min(middle + half, 1.0)
@@ -181,3 +285,17 @@ def _split(encode, question: str, answer: str) -> tuple[list[int], list[int]]:
     while same < min(len(whole), len(alone)) and whole[same] == alone[same]:
         same += 1
     return whole[:same], whole[same:]
+
+
+def _joined(parts: Sequence[Sequence[int] | np.ndarray]) -> np.ndarray:
+    return np.concatenate([np.asarray(part, dtype=np.int64) for part in parts])
+
+
+def _digits(decode, found: Sequence[int], right: Sequence[int]) -> float:
+    """Share of the characters of the right tokens that stand in the same places of the others."""
+    same = total = 0
+    for one, other in zip(found, right, strict=True):
+        wanted, got = decode([other]).strip(), decode([one]).strip()
+        total += len(wanted)
+        same += sum(a == b for a, b in zip(wanted, got, strict=False))
+    return same / total if total else float(found == right)

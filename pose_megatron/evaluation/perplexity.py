@@ -1,17 +1,25 @@
-"""How well a model uses its window: sliding-window perplexity, by any logits function."""
+"""How well a model foresees text, by how much of it stands before.
+
+Two measures. By position, a document goes through the model once, and its tokens are scored in bins
+of position: one pass gives the whole row, but each bin scores other tokens, so compare models with
+each other in a bin. In sliding windows every context length scores the same tokens, so that lengths
+can be compared; each window is a pass of its own.
+"""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pose_megatron.errors import ConfigError
 from pose_megatron.evaluation.lengths import check_stride
-
-Logits = Callable[[Tensor, int], Tensor]  # (tokens [b, s], last) -> float32 [b, last, vocabulary]
+from pose_megatron.evaluation.reading import UNASKED, Reader
+from pose_megatron.evaluation.record import Record
+from pose_megatron.evaluation.replicas import batches, shared
 
 
 @dataclass(frozen=True)
@@ -19,11 +27,11 @@ class Perplexity:
     """exp of the token-weighted mean loss at one context length.
 
     Attributes:
-        context_length: tokens that the model sees at once, C.
+        context_length: tokens that the model sees at once at most, C.
         perplexity: infinite when the loss overflows exp.
         loss: nats per scored token.
         standard_error: of `loss`, from the spread of its means per document; NaN for one document.
-        tokens: scored tokens, the same ones at every context length.
+        tokens: scored tokens.
         documents: how many documents they come from.
     """
 
@@ -35,36 +43,105 @@ class Perplexity:
     documents: int
 
 
-def perplexities(
-    logits: Logits,
-    documents: Sequence[Tensor],
-    context_lengths: Sequence[int],
-    stride: int,
-    batch_tokens: int = 16384,
-    progress: Callable[[int], object] = lambda tokens: None,
-    bos: int | None = None,
-) -> Iterator[Perplexity]:
-    """Perplexity at each context length, over the same scored tokens.
+class Loss(NamedTuple):
+    """The loss of a document's scored tokens: their sum in nats, and their number."""
 
-    Windows of C inputs end at longest, longest + stride, ... of each document, and each scores its
-    last `stride` tokens: a scored token is preceded by C - stride + 1 to C tokens. Where windows
-    end does not depend on C, so the perplexities of different C compare like with like.
+    total: float
+    tokens: int
+
+
+class Perplexities:
+    """A model's perplexities on some documents, part by part.
 
     Args:
-        logits: the model's; positions are 0 to C - 1 in every window.
-        documents: int64 [n], each with n > longest context length.
-        context_lengths: C in tokens, each at least `stride`.
-        stride: tokens scored per window.
-        batch_tokens: about how many input tokens go into one call.
-        progress: called with the number of input tokens just done.
-        bos: the token that every window begins with, in the place of its first one; the scored
+        documents: int64 [n] each, n > the longest context length.
+        context_lengths: C in tokens, ascending.
+        record: what is done already, and where parts go.
+        bos: the token that stands in the place of the first one of whatever is read; the scored
             tokens are the same.
+        say: called with a line for each document by position.
 
     Raises:
-        ConfigError: no documents, one too short, or a stride above a context length.
+        ConfigError: no documents, or one too short.
     """
-    longest = max(context_lengths)
-    check_stride(stride, context_lengths)
+
+    def __init__(
+        self,
+        reader: Reader,
+        documents: Sequence[Tensor],
+        context_lengths: Sequence[int],
+        record: Record,
+        bos: int | None = None,
+        say: Callable[[str], object] = lambda line: None,
+    ):
+        _check_documents(documents, context_lengths[-1])
+        self.reader, self.documents, self.lengths = reader, documents, context_lengths
+        self.record, self.bos, self.say = record, bos, say
+
+    def by_position(self) -> Iterator[Perplexity]:
+        """Of the tokens with 1 to C_1 tokens before them, with C_1 + 1 to C_2, and so on, each
+        under the longest length that it has; all of them after the last document."""
+        rows = max(self.reader.batch_tokens // self.lengths[-1], 1)
+        every = range(len(self.documents))
+        todo = [i for i in every if self.record.found(document=i) is None]
+        for some, losses in shared(batches(todo, rows), self._rows):
+            for i, row in zip(some, losses, strict=True):
+                self.record.add(row, document=i)
+                means = " ".join(f"{total / tokens:.3f}" for total, tokens in row)
+                self.say(f"document {i + 1} of {len(every)}: loss {means}")
+        for k, length in enumerate(self.lengths):
+            yield summary(length, [Loss(*self.record.found(document=i)[k]) for i in every])
+
+    def in_windows(self, stride: int) -> Iterator[Perplexity]:
+        """Each length's after its last window.
+
+        Windows of C inputs end at longest, longest + stride, ... of each document, and each scores
+        its last `stride` tokens: a scored token is preceded by C - stride + 1 to C tokens. Where
+        windows end does not depend on C, so that different C score the same tokens.
+
+        Raises:
+            ConfigError: the stride is above a context length.
+        """
+        check_stride(stride, self.lengths)
+        every = range(len(self.documents))
+        for length in self.lengths:
+            parts = [{"document": i, "context_length": length} for i in every]
+            todo = [i for i in every if self.record.found(**parts[i]) is None]
+            for i, loss in shared(todo, partial(self._windows, length=length, stride=stride)):
+                self.record.add(loss, **parts[i])
+            yield summary(length, [Loss(*self.record.found(**part)) for part in parts])
+
+    def _rows(self, numbers: Sequence[int]) -> list[list[Loss]]:
+        """For each of these documents, side by side, its loss in each bin."""
+        rows = torch.stack([self.documents[i][: self.lengths[-1] + 1] for i in numbers])
+        losses = self._losses(rows, rows[:, 1:])
+        starts = [0, *self.lengths[:-1]]
+        return [
+            [Loss(row[a:b].sum().item(), b - a) for a, b in zip(starts, self.lengths, strict=True)]
+            for row in losses
+        ]
+
+    def _windows(self, number: int, length: int, stride: int) -> Loss:
+        """A document's loss in windows of `length` inputs."""
+        document, total = self.documents[number], 0.0
+        ends = range(self.lengths[-1], len(document), stride)
+        for some in batches(ends, max(self.reader.batch_tokens // length, 1)):
+            windows = torch.stack([document[end - length : end + 1] for end in some])
+            labels = torch.full_like(windows[:, 1:], UNASKED)
+            labels[:, -stride:] = windows[:, -stride:]
+            total += self._losses(windows, labels).sum().item()
+        return Loss(total, len(ends) * stride)
+
+    def _losses(self, rows: Tensor, labels: Tensor) -> Tensor:
+        """float64, of rows with their last token."""
+        tokens = rows[:, :-1].clone()
+        if self.bos is not None:
+            tokens[:, 0] = self.bos
+        self.reader.begin(*tokens.shape)
+        return self.reader.read(tokens, labels, keep=False).loss.double()
+
+
+def _check_documents(documents: Sequence[Tensor], longest: int) -> None:
     if not documents:
         raise ConfigError(f"no document has more than {longest} tokens to evaluate on")
     for i, document in enumerate(documents):
@@ -73,32 +150,14 @@ def perplexities(
                 f"document {i} has {len(document)} tokens, not more than the longest context "
                 f"length, {longest}"
             )
-    ends = [
-        (i, end)
-        for i, document in enumerate(documents)
-        for end in range(longest, len(document), stride)
-    ]
-    for length in context_lengths:
-        sums, counts = [0.0] * len(documents), [0] * len(documents)
-        size = max(batch_tokens // length, 1)
-        for batch in (ends[k : k + size] for k in range(0, len(ends), size)):
-            windows = torch.stack([documents[i][end - length : end + 1] for i, end in batch])
-            if bos is not None:
-                windows[:, 0] = bos
-            scored = logits(windows[:, :-1], stride)
-            losses = F.cross_entropy(scored.transpose(1, 2), windows[:, -stride:], reduction="none")
-            for (i, _), loss in zip(batch, losses.double().sum(1).tolist(), strict=True):
-                sums[i] += loss
-                counts[i] += stride
-            progress(len(batch) * length)
-        yield _summary(length, sums, counts)
 
 
-def _summary(length: int, sums: list[float], counts: list[int]) -> Perplexity:
-    tokens, n = sum(counts), len(sums)
-    loss = sum(sums) / tokens
+def summary(context_length: int, losses: Sequence[Loss]) -> Perplexity:
+    """Over documents."""
+    tokens, n = sum(loss.tokens for loss in losses), len(losses)
+    mean = sum(loss.total for loss in losses) / tokens
     # Spread of a ratio of sums over documents (Cochran, "Sampling Techniques", section 2.11).
-    spread = sum((s - loss * c) ** 2 for s, c in zip(sums, counts, strict=True))
+    spread = sum((loss.total - mean * loss.tokens) ** 2 for loss in losses)
     error = math.sqrt(spread * n / (n - 1)) / tokens if n > 1 else math.nan
-    perplexity = math.exp(loss) if loss < 700 else math.inf
-    return Perplexity(length, perplexity, loss, error, tokens, n)
+    perplexity = math.exp(mean) if mean < 700 else math.inf
+    return Perplexity(context_length, perplexity, mean, error, tokens, n)

@@ -21,7 +21,7 @@ from pose_megatron.errors import ConfigError
 METRICS = ("perplexity", "passkey")
 # What an evaluation finds; all else that a result says is a condition. `tokens` and `documents` are
 # how many are scored, which is the same at each context length of a run.
-_FOUND = {"context_length", "loss", "standard_error", "low", "high", "answers", *METRICS}
+_FOUND = {"context_length", "loss", "standard_error", "low", "high", "digits", "answers", *METRICS}
 # Conditions that are the model's: other names have others.
 _MODEL = {"load", "iteration", "rope_scaling", "rope_scaling_factor", "rope_scaling_config"}
 _UNKNOWN = "not recorded"
@@ -87,7 +87,7 @@ def read(files: list[str], metric: str, apart: bool = False) -> list[Curve]:
         for number, line in enumerate(Path(file).read_bytes().splitlines(), 1):
             try:
                 row = json.loads(line)
-                if row["metric"] == metric:
+                if row["metric"] == metric and "part" not in row:
                     row[metric] = float(row[metric])
                     length = operator.index(row["context_length"])
                     curve = Curve(str(row["name"]), _conditions(row))

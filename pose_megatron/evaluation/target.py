@@ -1,42 +1,84 @@
-"""The checkpoint under evaluation, as it is or with an interpolation put on it."""
+"""The model under evaluation, as it is or with an interpolation put on it."""
 
 import dataclasses
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from pose_megatron.checkpoints.megatron.directory import Checkpoint, find
-from pose_megatron.config.flags import ModelFlags
+from megatron.core import parallel_state
+
+from pose_megatron.checkpoints.huggingface.config_json import read_config
+from pose_megatron.checkpoints.huggingface.format import HuggingFace
+from pose_megatron.checkpoints.megatron import directory
+from pose_megatron.checkpoints.megatron.directory import Checkpoint
+from pose_megatron.config.flags import ModelFlags, ParallelFlags
+from pose_megatron.config.layout import divide_ranks
 from pose_megatron.config.model import resolve_model
-from pose_megatron.errors import ConfigError
-from pose_megatron.evaluation.logits import load_logits
+from pose_megatron.errors import ConfigError, flag_name
+from pose_megatron.evaluation.reading import Reader
+from pose_megatron.models.families import family_named
 from pose_megatron.models.shape import ModelConfig
+from pose_megatron.runtime import distributed
+from pose_megatron.runtime.ranks import world_size
 
 
 @dataclass(frozen=True)
 class EvaluationTarget:
-    """A checkpoint under evaluation.
+    """A model under evaluation: a Megatron checkpoint, or a Hugging Face folder.
 
     Attributes:
         name: what tables and plots call it.
         lengths: context lengths C in tokens, ascending.
+        root: the --load folder.
+        found: the checkpoint; None for a Hugging Face folder.
         model: shape and rope, with the interpolation to evaluate.
+        window: the context length that model and interpolation are made for, in tokens.
         bf16: whether to compute in bfloat16; else in float32.
+        layout: tensor_, pipeline_model_parallel_size and context_parallel_size.
     """
 
     name: str
     lengths: list[int]
-    found: Checkpoint
+    root: Path
+    found: Checkpoint | None
     model: ModelConfig
+    window: int
     bf16: bool
+    layout: Mapping[str, Any] = field(default_factory=dict)
 
-    def load_logits(self):
-        """Loads the weights; the logits function of logits.py, in one process."""
-        return load_logits(self.found, self.model, self.bf16)
+    def open_reader(self, batch_tokens: int) -> Reader:
+        """Loads the weights, on all ranks of the job."""
+        if not parallel_state.model_parallel_is_initialized():
+            distributed.initialize(**self.layout)
+        if self.found is None:
+            from pose_megatron.evaluation.transformers_reader import load_transformers
+
+            return load_transformers(self.root, self.model, self.bf16, batch_tokens)
+        from pose_megatron.evaluation.megatron_reader import MegatronReader
+        from pose_megatron.evaluation.stage import load_stage
+
+        stage = load_stage(self.found, self.model, self.bf16, **self.layout)
+        return MegatronReader(stage, self.model.vocab_size, batch_tokens)
+
+    @property
+    def tokenizer(self) -> Path:
+        """Where a tokenizer would be that it carries."""
+        return self.root if self.found is None else self.found.root / "tokenizer"
+
+    @property
+    def tokenizer_files(self) -> list[Path]:
+        return [path for path in self.tokenizer.glob("*") if path.is_file()]
+
+    @property
+    def files(self) -> list[Path]:
+        """What its weights are read from."""
+        folder = self.root if self.found is None else self.found.path
+        return [path for path in folder.iterdir() if path.is_file()]
 
     @property
     def row(self) -> dict:
-        """What all of its results have in common, for report.append."""
+        """What all of its results have in common."""
         rope = self.model.rope_scaling
         options = {
             f.name: value
@@ -45,8 +87,8 @@ class EvaluationTarget:
             and f.name not in ("method", "factor", "over")
         }
         return {
-            "load": str(self.found.root),
-            "iteration": self.found.iteration,
+            "load": str(self.root),
+            "iteration": self.found.iteration if self.found else None,
             "rope_scaling": rope.method,
             "rope_scaling_factor": rope.factor,
             "rope_scaling_config": options | ({"over": str(rope.over)} if rope.over else {}),
@@ -64,26 +106,47 @@ def find_target(
     rope_scaling_config: str | None = None,
     bf16: bool = False,
     name: str | None = None,
+    **layout: Any,
 ) -> EvaluationTarget:
-    """Finds a checkpoint and reads its description, no weights.
+    """Finds a model and reads its description, no weights.
 
     Args:
-        load: Megatron checkpoint folder.
+        load: a Megatron checkpoint's folder, or one with config.json.
         context_lengths: C in tokens, in any order.
         iteration: default: the latest.
         rope_scaling: interpolates up to the longest context a checkpoint that is not interpolated;
             `_factor` and `_config` as the flags of pretrain_pose.py.
         name: default: the folder's.
+        layout: sizes of model parallelism; 1 where not given.
 
     Raises:
-        ConfigError: a length below 2, a model that is not ours, or one that is interpolated
-            already.
+        ConfigError: a length below 2, a model that is not ours, one that is interpolated already,
+            or a layout that it cannot have.
         DamagedCheckpoint: there is no checkpoint, or it cannot be read.
     """
     lengths = sorted(set(context_lengths))
     if lengths[0] < 2:
         raise ConfigError(f"--context-lengths {lengths[0]} must be at least 2")
-    found = find(load, iteration)
+    found = None
+    if (Path(load) / HuggingFace.mark).is_file() and not directory.exists(load):
+        if iteration is not None:
+            raise ConfigError(f"--iteration {iteration}: {load} is a Hugging Face folder")
+        original = read_config(Path(load), 1)
+        if not (family := family_named(original.family)).in_transformers:
+            raise ConfigError(
+                f"--load {load}: transformers has no class for {family.title}; convert it with "
+                "tools/checkpoint/convert.py --loader hf --saver megatron"
+            )
+    else:
+        found = directory.find(load, iteration)
+        original = found.model
+    ways = [f"{flag_name(name)} {size}" for name, size in layout.items() if size > 1]
+    if found is None and ways:
+        raise ConfigError(
+            f"{ways[0]}: transformers computes a Hugging Face folder in one process; convert "
+            f"{load} with tools/checkpoint/convert.py --loader hf --saver megatron"
+        )
+    divide_ranks(ParallelFlags(**layout), original, world_size())
     model = resolve_model(
         ModelFlags(
             rope_scaling=rope_scaling,
@@ -92,14 +155,18 @@ def find_target(
             max_position_embeddings=lengths[-1] if rope_scaling else None,
         ),
         lengths[0],
-        found.model,
+        original,
         None,
     )
     scaling = model.rope_scaling
     if rope_scaling not in (None, "none") and scaling.factor == 1:
         raise ConfigError(
             f"--rope-scaling {rope_scaling} up to --context-lengths {lengths[-1]} has factor 1, as "
-            f"the window is {found.model.max_position_embeddings}: give --rope-scaling-factor, the "
+            f"the window is {original.max_position_embeddings}: give --rope-scaling-factor, the "
             "same for all lengths that are to be compared"
         )
-    return EvaluationTarget(name or Path(load).name, lengths, found, model, bf16)
+    window = original.max_position_embeddings if rope_scaling is None else lengths[-1]
+    if rope_scaling is None and original.rope_scaling.interpolation.keeps_window:
+        window = int(window * original.rope_scaling.factor)
+    root = Path(load)
+    return EvaluationTarget(name or root.name, lengths, root, found, model, window, bf16, layout)

@@ -107,7 +107,7 @@ PROGRAMS = {
     "resume": lambda root, hf: start("--load", root),
     "finetune": lambda root, hf: start("--load", root, "--finetune"),
     "pretrained": lambda root, hf: start("--pretrained-checkpoint", root),
-    "evaluate": lambda root, hf: find_target(str(root), [32]).load_logits(),
+    "evaluate": lambda root, hf: find_target(str(root), [32]).open_reader(64),
     "verify": lambda root, hf: check(directory.find(root), hf),
     "convert": lambda root, hf: convert(
         root, root.parent / "out", loader="megatron", saver="hf", quiet=True
