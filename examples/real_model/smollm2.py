@@ -132,7 +132,10 @@ def main() -> None:
     model = Gguf(source)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(model.weights(), folder / "model.safetensors", {"format": "pt"})
-    AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(
+        source.parent, gguf_file=source.name, local_files_only=True, trust_remote_code=False
+    )
+    tokenizer.save_pretrained(folder)
     (folder / "config.json").write_text(json.dumps(model.config(), indent=2) + "\n")
     print(f"{folder}: {source.name}, {model.config()['num_hidden_layers']} layers")
 
