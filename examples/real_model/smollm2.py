@@ -107,11 +107,11 @@ class Gguf:
 
 
 def _name(name: str, path: Path) -> str:
-    *place, part, kind = name.split(".")
-    if not place and part in WHOLE:
-        return f"{WHOLE[part]}.{kind}"
-    if len(place) == 2 and place[0] == "blk" and part in LAYER:
-        return f"model.layers.{place[1]}.{LAYER[part]}.{kind}"
+    match name.split("."):
+        case [part, "weight"] if part in WHOLE:
+            return f"{WHOLE[part]}.weight"
+        case ["blk", layer, part, "weight"] if part in LAYER:
+            return f"model.layers.{layer}.{LAYER[part]}.weight"
     sys.exit(f"{path}: tensor '{name}' is none of a LLaMA's")
 
 
