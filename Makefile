@@ -62,7 +62,7 @@ test-current-on-3.11: $(SUBSTITUTE)/.ready
 	PYTHONPATH=$(CURDIR)/$(SUBSTITUTE) python -m pytest $(CURRENT_TESTS_IN_SHORT)
 
 OUT ?= runs/benchmarks
-BENCHMARKS := step_overhead full_length resume dataset convert preprocess
+BENCHMARKS := step_overhead full_length resume dataset convert preprocess evaluate
 
 bench: $(BIN)/.ready
 	mkdir -p $(OUT)

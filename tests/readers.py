@@ -30,7 +30,7 @@ class LogitsReader(Reader):
             logits = torch.zeros(len(tokens), n, self.vocab_size)
             if first < n:
                 logits[:, first:] = self.logits(text, n - first)
-            scores.append(score(logits, labels))
+            scores.append(score(logits.clone(), labels))
             self.progress(tokens.numel())
         self._text = text
         return scores

@@ -99,7 +99,7 @@ def score(
 
     Args:
         logits: [b, n, v]: of the tokens first_id to first_id + v - 1, all of the vocabulary or this
-            rank's part of it.
+            rank's part of it. They are overwritten.
         labels: int64 [b, n].
         group: the ranks that hold the other parts; all of them call it, and have the same result.
     """
@@ -116,7 +116,7 @@ def score(
     label = logits.new_zeros(labels.shape)
     if logits.size(-1):
         label = logits.gather(-1, own.where(is_own, 0)[..., None])[..., 0].where(is_own, 0)
-    total = (logits - highest[..., None]).exp_().sum(-1)
+    total = logits.sub_(highest[..., None]).exp_().sum(-1)
     total, label = _reduced(torch.stack([total, label]), dist.ReduceOp.SUM, group)
     none = torch.iinfo(torch.int64).max
     best = _reduced(best.where(high == highest, none), dist.ReduceOp.MIN, group)

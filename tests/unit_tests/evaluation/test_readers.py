@@ -166,7 +166,7 @@ def test_scores_are_those_of_cross_entropy():
     labels = torch.randint(7, (2, 5), generator=generator)
     labels[0, 0] = UNASKED
     logits[1, 1, 2:4] = logits[1, 1].max() + 1  # two are equally likely
-    scores = score(logits, labels)
+    scores = score(logits.clone(), labels)
     expected = F.cross_entropy(
         logits.transpose(1, 2), labels, reduction="none", ignore_index=UNASKED
     )
