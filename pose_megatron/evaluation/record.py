@@ -1,7 +1,7 @@
 """What an evaluation has found so far: written as it comes, found again by the same command.
 
-A part is a line of JSON beside the results: what one document, or one haystack, gave. Parts count
-for a run under equal conditions on unchanged files, and for no plot.
+A part is what one document, or one haystack, gave: a line of JSON in OUTPUT.parts, beside the
+results in OUTPUT. Parts count for a run under equal conditions on unchanged files.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from pose_megatron.runtime.ranks import rank
 
 
 class Record:
-    """The lines of one evaluation in a results file; all ranks hold it, rank 0 writes.
+    """The lines of one evaluation in its files; all ranks hold it, rank 0 writes.
 
     Args:
         path: --output; None: nothing is kept.
@@ -26,13 +26,13 @@ class Record:
     """
 
     def __init__(self, path: str | None, conditions: Mapping[str, Any], files: Iterable[Path]):
-        self.path = path
+        self.path, self._parts = path, f"{path}.parts" if path else None
         self.conditions = json.loads(json.dumps(dict(conditions)))
         self._files = fingerprint(files)
-        lines = _lines(path) if path and rank() == 0 else []
-        parts = [row for row in lines if "part" in row and self._is_ours(row)]
-        self._found = {_key(row["part"]): row["found"] for row in parts}
-        self._rows = [row for row in lines if "part" not in row]
+        reads = path is not None and rank() == 0
+        parts = _lines(f"{path}.parts") if reads else []
+        self._found = {_key(row["part"]): row["found"] for row in parts if self._is_ours(row)}
+        self._rows = _lines(str(path)) if reads else []
 
     def share(self) -> None:
         """Gives every rank what rank 0 has found; once the ranks have met."""
@@ -49,7 +49,7 @@ class Record:
         self._found[_key(part)] = found
         own = {"part": part, "found": found, "files": self._files}
         if rank() == 0:
-            append(self.path, [self.conditions | own])
+            append(self._parts, [self.conditions | own])
 
     def finish(self, row: Mapping[str, Any]) -> None:
         """Writes a result, unless it stands there already."""
@@ -77,7 +77,7 @@ def _key(part: Mapping[str, Any]) -> str:
 
 
 def _lines(path: str) -> list[dict]:
-    """What a results file holds; a line that is none, `results.read` names."""
+    """The objects in a file of JSON lines; what else it holds, `results.read` names."""
     rows = []
     if Path(path).is_file():
         for line in Path(path).read_bytes().splitlines():

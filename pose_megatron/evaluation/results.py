@@ -87,7 +87,7 @@ def read(files: list[str], metric: str, apart: bool = False) -> list[Curve]:
         for number, line in enumerate(Path(file).read_bytes().splitlines(), 1):
             try:
                 row = json.loads(line)
-                if row["metric"] == metric and "part" not in row:
+                if row["metric"] == metric:
                     row[metric] = float(row[metric])
                     length = operator.index(row["context_length"])
                     curve = Curve(str(row["name"]), _conditions(row))

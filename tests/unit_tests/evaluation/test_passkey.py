@@ -265,7 +265,7 @@ def test_a_killed_run_is_gone_on_with_from_its_last_haystack(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         answers(dies, made, 300, record())
-    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 2
+    assert len((tmp_path / "results.jsonl.parts").read_text().splitlines()) == 2
     again = answers(reader(250), made, 300, record())
     assert again == answers(reader(250), made, 300)
     assert answers(None, made, 300, record()) == again
