@@ -151,8 +151,9 @@ def test_passkeys_of_the_extended_model(quickstart, tmp_path):
         (name, n) for name in ("base", "pose-yarn", "interpolated") for n in (128, 512)
     ]
     for row in rows:
-        assert [depth for depth, _, _ in row["answers"]] == [0, 0.25, 0.5, 0.75, 1]
-        assert row["passkey"] == sum(found for _, found, _ in row["answers"]) / 5
+        depths = sorted(depth for depth, _, _ in row["answers"])  # of two needles in five texts
+        assert depths == pytest.approx([i / 9 for i in range(10)])
+        assert row["passkey"] == sum(found for _, found, _ in row["answers"]) / 10
         assert row["low"] <= row["passkey"] <= row["high"] and 0 < row["loss"] < 30
     done = run(
         sys.executable,
