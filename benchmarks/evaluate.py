@@ -19,13 +19,14 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import trainers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
 from pose_megatron.checkpoints.convert import convert
 from pose_megatron.evaluation.perplexity import Perplexities
 from pose_megatron.evaluation.record import Record
 from pose_megatron.evaluation.target import find_target
+from pose_megatron.evaluation.transformers_reader import load_model
 from pose_megatron.runtime.distributed import device
 from pose_megatron.runtime.startup import prepare_megatron
 
@@ -58,10 +59,7 @@ def main() -> None:
         target = find_target(str(megatron), args.lengths, bf16=args.bf16)
         reader = target.open_reader(args.batch_tokens)
         dtype = torch.bfloat16 if args.bf16 else torch.float32
-        theirs = AutoModelForCausalLM.from_pretrained(
-            hf, dtype=dtype, local_files_only=True, trust_remote_code=False
-        )
-    theirs.eval().to(device())
+        theirs = load_model(hf, dtype)
     document = torch.randint(49152, (longest + 8 * stride,), device=device())
 
     def ours() -> Perplexities:

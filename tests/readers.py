@@ -20,7 +20,7 @@ class LogitsReader(Reader):
         self._text = torch.zeros(rows, 0, dtype=torch.int64)
         self._most = tokens
 
-    def _read(self, chunks, start, keep):
+    def _read(self, chunks, start):
         text, scores = self._text[:, :start], []
         for tokens, labels in chunks:
             self.seen.append(tokens.clone())

@@ -93,10 +93,9 @@ def main() -> None:
         "prepend_bos": flags.prepend_bos,
         **target.row,
     }
-    files = [*target.files, *target.tokenizer_files, *corpus_text.files_of(flags.data_path)]
-    record = Record(flags.output, conditions, files)
     reader = target.open_reader(flags.batch_tokens)
-    record.share()
+    files = [*target.files, *corpus_text.files_of(flags.data_path)]
+    record = Record(flags.output, conditions, files)
 
     found = {}
     tokens = sum(h.tokens for some in asked.values() for h in some)

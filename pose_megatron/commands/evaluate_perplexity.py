@@ -99,9 +99,8 @@ def main() -> None:
         "tokenizer_model": flags.tokenizer_model if flags.prepend_bos else None,
         **target.row,
     }
-    record = Record(flags.output, conditions, [*target.files, *files_of(flags.data_path)])
     reader = target.open_reader(flags.batch_tokens)
-    record.share()
+    record = Record(flags.output, conditions, [*target.files, *files_of(flags.data_path)])
 
     lengths = target.lengths if stride else [longest]
     windows = sum(len(range(longest, len(document), stride or end)) for document in documents)

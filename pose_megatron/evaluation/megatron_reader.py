@@ -52,10 +52,7 @@ class MegatronReader(Reader):
         if rotary.scaling.depends_on_length:
             rotary.set_length(tokens)
 
-    def _read(
-        self, chunks: Sequence[tuple[Tensor, Tensor]], start: int, keep: bool
-    ) -> list[Scores]:
-        # What is not to be kept is overwritten next.
+    def _read(self, chunks: Sequence[tuple[Tensor, Tensor]], start: int) -> list[Scores]:
         scores: list[Scores] = []
         for _, alike in groupby(chunks, key=lambda chunk: chunk[0].size(1)):
             batch = list(alike)

@@ -23,9 +23,10 @@ from pose_megatron.checkpoints.huggingface import rope_check
 from pose_megatron.checkpoints.huggingface.format import HuggingFace
 from pose_megatron.checkpoints.megatron.directory import Checkpoint
 from pose_megatron.checkpoints.megatron.torch_dist import weights_of
-from pose_megatron.errors import ConfigError, gist
+from pose_megatron.errors import ConfigError
 from pose_megatron.evaluation.logits import load_logits
 from pose_megatron.evaluation.stage import round_to
+from pose_megatron.evaluation.transformers_reader import load_model
 from pose_megatron.rope.scaling import inverse_frequencies
 from pose_megatron.runtime.distributed import device
 from pose_megatron.runtime.json_files import naming
@@ -139,24 +140,8 @@ def logits_differences(
 
 def _both(found: Checkpoint, folder: Path) -> tuple[Callable[..., Tensor], torch.nn.Module]:
     """Both models in float32, each rounded to the precision that the other's files have."""
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
     reader, stored = HuggingFace().open(folder), weights_of(found).dtypes
-    try:
-        theirs = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=torch.float32,
-            local_files_only=True,
-            trust_remote_code=False,
-            attn_implementation="eager",
-        )
-    except (MemoryError, OSError):
-        raise
-    except Exception as error:  # of many classes, for a config.json that it refuses
-        raise ConfigError(f"{folder}: transformers cannot load it ({gist(error)})") from error
-    theirs.eval().to(device())
+    theirs = load_model(folder, torch.float32, attn_implementation="eager")
     mappings = [mapping for mapping in reader.mappings if mapping.name in stored]
     round_to({part: stored[m.name] for m in mappings for part in m.parts}, theirs)
     return load_logits(found, rounded_to=reader.dtypes), theirs

@@ -26,7 +26,7 @@ from torch import Tensor
 from pose_megatron.errors import ConfigError
 from pose_megatron.evaluation.reading import UNASKED, Reader
 from pose_megatron.evaluation.record import Record
-from pose_megatron.evaluation.replicas import batches, shared
+from pose_megatron.evaluation.replicas import batches
 from pose_megatron.positions.draws import PASSKEYS, Draw
 
 Encode = Callable[[str], Sequence[int]]  # text to token ids, none added at either end
@@ -176,19 +176,10 @@ class Passkeys:
 
     def answers(self, asked: Sequence[Haystack], length: int) -> list[Answer]:
         """To all questions of some haystacks of C = `length` tokens, in their order."""
-
-        def part(i: int) -> dict:
-            return {"context_length": length, "haystack": i}
-
-        every = range(len(asked))
-        todo = [i for i in every if self.record.found(**part(i)) is None]
+        parts = [{"context_length": length, "haystack": i} for i in range(len(asked))]
         rows = max(self.reader.batch_tokens // length, 1)
-        for some, found in shared(
-            batches(todo, rows), lambda some: self._read([asked[i] for i in some])
-        ):
-            for i, answers in zip(some, found, strict=True):
-                self.record.add(answers, **part(i))
-        return [Answer(*answer) for i in every for answer in self.record.found(**part(i))]
+        found = self.record.complete(parts, lambda some: self._read([asked[i] for i in some]), rows)
+        return [Answer(*answer) for answers in found for answer in answers]
 
     def _read(self, some: Sequence[Haystack]) -> list[list[Answer]]:
         """For each haystack, side by side, the answers to its questions."""

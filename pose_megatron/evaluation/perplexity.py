@@ -19,7 +19,7 @@ from pose_megatron.errors import ConfigError
 from pose_megatron.evaluation.lengths import check_stride
 from pose_megatron.evaluation.reading import UNASKED, Reader
 from pose_megatron.evaluation.record import Record
-from pose_megatron.evaluation.replicas import batches, shared
+from pose_megatron.evaluation.replicas import batches
 
 
 @dataclass(frozen=True)
@@ -81,16 +81,17 @@ class Perplexities:
     def by_position(self) -> Iterator[Perplexity]:
         """Of the tokens with 1 to C_1 tokens before them, with C_1 + 1 to C_2, and so on, each
         under the longest length that it has; all of them after the last document."""
+        n = len(self.documents)
+
+        def say(number: int, row: list[Loss]) -> None:
+            means = " ".join(f"{total / tokens:.3f}" for total, tokens in row)
+            self.say(f"document {number + 1} of {n}: loss {means}")
+
         rows = max(self.reader.batch_tokens // self.lengths[-1], 1)
-        every = range(len(self.documents))
-        todo = [i for i in every if self.record.found(document=i) is None]
-        for some, losses in shared(batches(todo, rows), self._rows):
-            for i, row in zip(some, losses, strict=True):
-                self.record.add(row, document=i)
-                means = " ".join(f"{total / tokens:.3f}" for total, tokens in row)
-                self.say(f"document {i + 1} of {len(every)}: loss {means}")
+        parts = [{"document": i} for i in range(n)]
+        found = self.record.complete(parts, self._rows, rows, say)
         for k, length in enumerate(self.lengths):
-            yield summary(length, [Loss(*self.record.found(document=i)[k]) for i in every])
+            yield summary(length, [Loss(*row[k]) for row in found])
 
     def in_windows(self, stride: int) -> Iterator[Perplexity]:
         """Each length's after its last window.
@@ -103,13 +104,11 @@ class Perplexities:
             ConfigError: the stride is above a context length.
         """
         check_stride(stride, self.lengths)
-        every = range(len(self.documents))
         for length in self.lengths:
+            every = range(len(self.documents))
             parts = [{"document": i, "context_length": length} for i in every]
-            todo = [i for i in every if self.record.found(**parts[i]) is None]
-            for i, loss in shared(todo, partial(self._windows, length=length, stride=stride)):
-                self.record.add(loss, **parts[i])
-            yield summary(length, [Loss(*self.record.found(**part)) for part in parts])
+            found = self.record.complete(parts, partial(self._windows, length, stride))
+            yield summary(length, [Loss(*loss) for loss in found])
 
     def _rows(self, numbers: Sequence[int]) -> list[list[Loss]]:
         """For each of these documents, side by side, its loss in each bin."""
@@ -121,9 +120,13 @@ class Perplexities:
             for row in losses
         ]
 
-    def _windows(self, number: int, length: int, stride: int) -> Loss:
-        """A document's loss in windows of `length` inputs."""
-        document, total = self.documents[number], 0.0
+    def _windows(self, length: int, stride: int, numbers: Sequence[int]) -> list[Loss]:
+        """For each of these documents, one after the other, its loss in windows of `length`
+        inputs."""
+        return [self._in_windows(self.documents[i], length, stride) for i in numbers]
+
+    def _in_windows(self, document: Tensor, length: int, stride: int) -> Loss:
+        total = 0.0
         ends = range(self.lengths[-1], len(document), stride)
         for some in batches(ends, max(self.reader.batch_tokens // length, 1)):
             windows = torch.stack([document[end - length : end + 1] for end in some])

@@ -68,7 +68,7 @@ class Reader(ABC):
         labels = torch.full_like(tokens, UNASKED) if labels is None else labels
         size = max(self.batch_tokens // len(tokens) // self.multiple, 1) * self.multiple
         chunks = list(zip(tokens.split(size, 1), labels.split(size, 1), strict=True))
-        scores = self._read(chunks, self.kept, keep)
+        scores = self._read(chunks, self.kept)
         if keep:
             self.kept += tokens.size(1)
         return Scores(
@@ -80,10 +80,9 @@ class Reader(ABC):
     def _begin(self, rows: int, tokens: int) -> None: ...
 
     @abstractmethod
-    def _read(
-        self, chunks: Sequence[tuple[Tensor, Tensor]], start: int, keep: bool
-    ) -> list[Scores]:
-        """The scores of (tokens, labels), one chunk behind the other from position `start` on."""
+    def _read(self, chunks: Sequence[tuple[Tensor, Tensor]], start: int) -> list[Scores]:
+        """The scores of (tokens, labels), one chunk behind the other from position `start` on,
+        where what stood there before is forgotten."""
 
 
 def first_asked(labels: Tensor) -> int:

@@ -6,18 +6,21 @@ results in OUTPUT. Parts count for a run under equal conditions on unchanged fil
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
+from pose_megatron.evaluation.replicas import batches, shared
 from pose_megatron.evaluation.results import append
 from pose_megatron.runtime.ranks import rank
 
 
 class Record:
-    """The lines of one evaluation in its files; all ranks hold it, rank 0 writes.
+    """The lines of one evaluation in its files; all ranks hold it, rank 0 reads and writes.
+
+    It is made once the ranks have met.
 
     Args:
         path: --output; None: nothing is kept.
@@ -26,20 +29,37 @@ class Record:
     """
 
     def __init__(self, path: str | None, conditions: Mapping[str, Any], files: Iterable[Path]):
-        self.path, self._parts = path, f"{path}.parts" if path else None
+        self.path = path
         self.conditions = json.loads(json.dumps(dict(conditions)))
         self._files = fingerprint(files)
-        reads = path is not None and rank() == 0
-        parts = _lines(f"{path}.parts") if reads else []
-        self._found = {_key(row["part"]): row["found"] for row in parts if self._is_ours(row)}
-        self._rows = _lines(str(path)) if reads else []
-
-    def share(self) -> None:
-        """Gives every rank what rank 0 has found; once the ranks have met."""
-        found = [self._found]
+        self._parts = f"{path}.parts" if path else None
+        parts = [row for row in _lines(self._parts) if self._is_ours(row)]
+        found = [{_key(row["part"]): row["found"] for row in parts}]
         if dist.get_world_size() > 1:
             dist.broadcast_object_list(found, src=0)
         self._found = found[0]
+        self._rows = {_key(row) for row in _lines(path)}
+
+    def complete(
+        self,
+        parts: Sequence[Mapping[str, Any]],
+        work: Callable[[Sequence[int]], Sequence[Any]],
+        at_once: int = 1,
+        done: Callable[[int, Any], object] = lambda number, found: None,
+    ) -> list:
+        """What all parts gave: those that are not done are measured now, and written as they end.
+
+        Args:
+            work: what the parts of these numbers give; each replica has its own.
+            at_once: how many of them a replica measures side by side.
+            done: called with each part's number and what it gave.
+        """
+        todo = [i for i, part in enumerate(parts) if self.found(**part) is None]
+        for some, results in shared(batches(todo, at_once), work):
+            for i, found in zip(some, results, strict=True):
+                self.add(found, **parts[i])
+                done(i, found)
+        return [self.found(**part) for part in parts]
 
     def found(self, **part: Any) -> Any:
         """What this part gave; None if it is not done."""
@@ -53,8 +73,8 @@ class Record:
 
     def finish(self, row: Mapping[str, Any]) -> None:
         """Writes a result, unless it stands there already."""
-        whole = self.conditions | json.loads(json.dumps(dict(row)))
-        if rank() == 0 and whole not in self._rows:
+        whole = self.conditions | dict(row)
+        if rank() == 0 and _key(whole) not in self._rows:
             append(self.path, [whole])
 
     def _is_ours(self, row: Mapping[str, Any]) -> bool:
@@ -72,14 +92,14 @@ def fingerprint(files: Iterable[Path]) -> str:
     return known.hexdigest()
 
 
-def _key(part: Mapping[str, Any]) -> str:
-    return json.dumps(part, sort_keys=True)
+def _key(row: Mapping[str, Any]) -> str:
+    return json.dumps(row, sort_keys=True)
 
 
-def _lines(path: str) -> list[dict]:
-    """The objects in a file of JSON lines; what else it holds, `results.read` names."""
+def _lines(path: str | None) -> list[dict]:
+    """The objects in a file of JSON lines, on rank 0; what else it holds, `results.read` names."""
     rows = []
-    if Path(path).is_file():
+    if path and rank() == 0 and Path(path).is_file():
         for line in Path(path).read_bytes().splitlines():
             try:
                 row = json.loads(line)

@@ -15,6 +15,12 @@ from pose_megatron.runtime import distributed
 from pose_megatron.training import checkpointing
 
 
+def meet(**layout: Any) -> None:
+    """Joins the ranks of the job, where the program has not yet."""
+    if not parallel_state.model_parallel_is_initialized():
+        distributed.initialize(**layout)
+
+
 def load_stage(
     found: Checkpoint,
     model: ModelConfig | None = None,
@@ -31,8 +37,7 @@ def load_stage(
         layout: tensor_, pipeline_model_parallel_size and context_parallel_size; one rank without.
     """
     model = model or found.model
-    if not parallel_state.model_parallel_is_initialized():
-        distributed.initialize(**layout)
+    meet(**layout)
     stage = build_model(transformer_config(model, bf16=bf16, **layout), model)
     checkpointing.load(found, [stage])
     if rounded_to is not None:

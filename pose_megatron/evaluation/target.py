@@ -6,8 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron.core import parallel_state
-
 from pose_megatron.checkpoints.huggingface.config_json import read_config
 from pose_megatron.checkpoints.huggingface.format import HuggingFace
 from pose_megatron.checkpoints.megatron import directory
@@ -17,9 +15,9 @@ from pose_megatron.config.layout import divide_ranks
 from pose_megatron.config.model import resolve_model
 from pose_megatron.errors import ConfigError, flag_name
 from pose_megatron.evaluation.reading import Reader
+from pose_megatron.evaluation.stage import load_stage, meet
 from pose_megatron.models.families import family_named
 from pose_megatron.models.shape import ModelConfig
-from pose_megatron.runtime import distributed
 from pose_megatron.runtime.ranks import world_size
 
 
@@ -49,14 +47,12 @@ class EvaluationTarget:
 
     def open_reader(self, batch_tokens: int) -> Reader:
         """Loads the weights, on all ranks of the job."""
-        if not parallel_state.model_parallel_is_initialized():
-            distributed.initialize(**self.layout)
         if self.found is None:
             from pose_megatron.evaluation.transformers_reader import load_transformers
 
+            meet()
             return load_transformers(self.root, self.model, self.bf16, batch_tokens)
         from pose_megatron.evaluation.megatron_reader import MegatronReader
-        from pose_megatron.evaluation.stage import load_stage
 
         stage = load_stage(self.found, self.model, self.bf16, **self.layout)
         return MegatronReader(stage, self.model.vocab_size, batch_tokens)
@@ -67,14 +63,11 @@ class EvaluationTarget:
         return self.root if self.found is None else self.found.root / "tokenizer"
 
     @property
-    def tokenizer_files(self) -> list[Path]:
-        return [path for path in self.tokenizer.glob("*") if path.is_file()]
-
-    @property
     def files(self) -> list[Path]:
-        """What its weights are read from."""
+        """What its weights and its tokenizer are read from."""
         folder = self.root if self.found is None else self.found.path
-        return [path for path in folder.iterdir() if path.is_file()]
+        tokenizer = [] if self.found is None else self.found.tokenizer_files
+        return [*filter(Path.is_file, folder.iterdir()), *tokenizer]
 
     @property
     def row(self) -> dict:

@@ -1,6 +1,6 @@
 """Reading with a Hugging Face folder, through transformers."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +34,9 @@ class TransformersReader(Reader):
             _set_length(rotary, tokens)
 
     @torch.no_grad()
-    def _read(
-        self, chunks: Sequence[tuple[Tensor, Tensor]], start: int, keep: bool
-    ) -> list[Scores]:
-        kept = [(layer.keys, layer.values) for layer in self._cache.layers]
+    def _read(self, chunks: Sequence[tuple[Tensor, Tensor]], start: int) -> list[Scores]:
+        for layer in self._cache.layers:
+            layer.keys, layer.values = layer.keys[:, :, :start], layer.values[:, :, :start]
         scores = []
         for tokens, labels in chunks:
             tokens, labels = tokens.to(device()), labels.to(device())
@@ -60,11 +59,6 @@ class TransformersReader(Reader):
             )
             start += tokens.size(1)
             self.progress(tokens.numel())
-        if not kept and not keep:
-            self._cache = type(self._cache)()
-        elif not keep:
-            for layer, (keys, values) in zip(self._cache.layers, kept, strict=True):
-                layer.keys, layer.values = keys, values
         return scores
 
     def _rotaries(self) -> list[Any]:
@@ -95,29 +89,48 @@ def load_transformers(
     Raises:
         ConfigError: transformers refuses the folder.
     """
+    keys: dict[str, Any] = {}
+    if model is not None:
+        keys = to_hf(
+            model.rope_scaling,
+            base=model.rotary_base,
+            rotary_dim=model.rotary_dim,
+            max_position_embeddings=model.max_position_embeddings,
+        )
+    loaded = load_model(folder, torch.bfloat16 if bf16 else torch.float32, keys)
+    return TransformersReader(loaded, batch_tokens)
+
+
+def load_model(
+    folder: Path, dtype: torch.dtype, keys: Mapping[str, Any] | None = None, **options: Any
+) -> Any:
+    """A folder's model as transformers has it, on its device and in evaluation mode.
+
+    Args:
+        keys: of config.json, in place of the folder's.
+        options: of from_pretrained.
+
+    Raises:
+        ConfigError: transformers refuses the folder.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        if model is not None:
-            keys = to_hf(
-                model.rope_scaling,
-                base=model.rotary_base,
-                rotary_dim=model.rotary_dim,
-                max_position_embeddings=model.max_position_embeddings,
-            )
-            config = type(config).from_dict(config.to_dict() | keys)
-        loaded = AutoModelForCausalLM.from_pretrained(
+        if keys:
+            config = type(config).from_dict(config.to_dict() | dict(keys))
+        model = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
-            dtype=torch.bfloat16 if bf16 else torch.float32,
+            dtype=dtype,
             local_files_only=True,
             trust_remote_code=False,
+            **options,
         )
     except (MemoryError, OSError):
         raise
     except Exception as error:  # of many classes, for a config.json that it refuses
         raise ConfigError(f"{folder}: transformers cannot load it ({gist(error)})") from error
-    return TransformersReader(loaded.eval().to(device()), batch_tokens)
+    return model.eval().to(device())

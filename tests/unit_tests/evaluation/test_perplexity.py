@@ -201,7 +201,9 @@ def test_a_part_is_found_while_its_files_are_the_same(tmp_path):
     record = Record(str(results), NOTHING, [file])
     assert record.found(document=0) is None
     for _ in range(2):  # a result stands there once
-        record.finish({"context_length": 4, "perplexity": 2.0})
+        record.finish({"context_length": 4, "perplexity": 2.0, "edges": (4,), "error": math.nan})
         record = Record(str(results), NOTHING, [file])
     rows = [json.loads(line) for line in results.read_text().splitlines()]
+    (row,) = rows
+    assert math.isnan(row.pop("error")) and row.pop("edges") == [4]
     assert rows == [NOTHING | {"context_length": 4, "perplexity": 2.0}]
