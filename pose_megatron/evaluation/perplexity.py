@@ -33,6 +33,7 @@ class Perplexity:
         standard_error: of `loss`, from the spread of its means per document; NaN for one document.
         tokens: scored tokens.
         documents: how many documents they come from.
+        by_document: the loss of each, so that models can be compared on the same document.
     """
 
     context_length: int
@@ -41,6 +42,7 @@ class Perplexity:
     standard_error: float
     tokens: int
     documents: int
+    by_document: list[float]
 
 
 class Loss(NamedTuple):
@@ -163,4 +165,5 @@ def summary(context_length: int, losses: Sequence[Loss]) -> Perplexity:
     spread = sum((loss.total - mean * loss.tokens) ** 2 for loss in losses)
     error = math.sqrt(spread * n / (n - 1)) / tokens if n > 1 else math.nan
     perplexity = math.exp(mean) if mean < 700 else math.inf
-    return Perplexity(context_length, perplexity, mean, error, tokens, n)
+    means = [loss.total / loss.tokens for loss in losses]
+    return Perplexity(context_length, perplexity, mean, error, tokens, n, means)

@@ -21,7 +21,17 @@ from pose_megatron.errors import ConfigError
 METRICS = ("perplexity", "passkey")
 # What an evaluation finds; all else that a result says is a condition. `tokens` and `documents` are
 # how many are scored, which is the same at each context length of a run.
-_FOUND = {"context_length", "loss", "standard_error", "low", "high", "digits", "answers", *METRICS}
+_FOUND = {
+    "context_length",
+    "loss",
+    "standard_error",
+    "by_document",
+    "low",
+    "high",
+    "digits",
+    "answers",
+    *METRICS,
+}
 # Conditions that are the model's: other names have others.
 _MODEL = {"load", "iteration", "rope_scaling", "rope_scaling_factor", "rope_scaling_config"}
 _UNKNOWN = "not recorded"
