@@ -51,7 +51,7 @@ def main() -> int:
         "--large", action="store_true", help="hostile files that unpack to 10 GB, not 1"
     )
     parser.add_argument(
-        "--only", metavar="WORDS", help="hostile files with these words in the name"
+        "--only", default="", metavar="WORDS", help="hostile files with these words in the name"
     )
     parser.add_argument(
         "--pairs", type=int, default=2, help="pairs and kills, so many of each for every tool [2]"

@@ -11,6 +11,11 @@ import sys
 from pathlib import Path
 
 from pose_megatron.errors import ConfigError
+from pose_megatron.preprocessing.indexed_writer import (
+    PARTS_OF_SAMPLES,
+    IndexedReader,
+    check_digests,
+)
 from pose_megatron.runtime.cli import command
 from pose_megatron.runtime.ranges import whole
 
@@ -105,20 +110,25 @@ def main() -> None:
 
 def token_files(path: Path) -> list[str]:
     """Prefixes of the token files that a path stands for: those of its name, with or without .bin
-    or .idx, or all that preprocess or materialize made of it; none if it is a folder."""
+    or .idx, or all that preprocess or materialize made of it, also where a file of them is missing;
+    none if it is a folder."""
     if path.is_dir():
         return []
     prefix = str(path).removesuffix(".bin").removesuffix(".idx")
     if Path(f"{prefix}.idx").is_file():
         return [prefix]
-    found = path.parent.glob(f"{glob.escape(Path(prefix).name)}_*.idx")
-    return sorted(str(file.with_suffix("")) for file in found)
+    name = glob.escape(Path(prefix).name)
+    found = {
+        str(file.with_suffix(""))
+        for suffix in (".bin", ".idx")
+        for file in path.parent.glob(f"{name}_*{suffix}")
+    }
+    samples = {f"{prefix}_{part}" for part in PARTS_OF_SAMPLES}
+    return sorted(found | samples if found & samples else found)
 
 
 def inspect_token_files(prefixes: list[str], as_json: bool) -> None:
     """Counts of token files, and whether they are what was written."""
-    from pose_megatron.preprocessing.indexed_writer import IndexedReader, check_digests
-
     rows = []
     for prefix in prefixes:
         reader = IndexedReader(prefix)

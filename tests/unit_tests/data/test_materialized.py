@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
+from pose_megatron.commands.inspect_checkpoint import inspect_token_files, token_files
 from pose_megatron.config.flags import DataFlags
 from pose_megatron.data import materialized
 from pose_megatron.data.dataset import build_datasets
+from pose_megatron.errors import ConfigError
 from pose_megatron.positions.sampler import PoseSampler
 
 FIELDS = ("tokens", "labels", "loss_mask", "position_ids")
@@ -68,6 +70,19 @@ def test_what_is_read_is_what_was_drawn(written):
     positions = read(prefix, samples=5, positions_only=True)
     assert list(positions[4]) == ["position_ids"] and len(positions) == 5
     assert positions[4]["position_ids"].tolist() == data[4]["position_ids"].tolist()
+
+
+@pytest.mark.parametrize(
+    "gone", [["tokens.idx"], ["labels.bin"], ["positions.bin", "positions.idx"]]
+)
+def test_inspect_misses_a_file(written, gone):
+    prefix, _ = written
+    every = [f"{prefix}_{part}" for part in ("labels", "positions", "tokens")]
+    assert token_files(Path(prefix)) == every
+    for name in gone:
+        Path(f"{prefix}_{name}").unlink()
+    with pytest.raises(ConfigError, match=f"{prefix}_{gone[0].partition('.')[0]}.*no such file"):
+        inspect_token_files(token_files(Path(prefix)), as_json=True)
 
 
 def test_any_trainer_can_read_the_files(written):
