@@ -9,7 +9,6 @@ from pose_megatron.commands.target_flags import (
     open_tokenizer,
     target_of,
 )
-from pose_megatron.errors import ConfigError
 from pose_megatron.runtime.cli import command, positive
 from pose_megatron.runtime.ranges import LARGEST_SEED, real, whole
 from pose_megatron.runtime.startup import prepare_megatron
@@ -58,16 +57,18 @@ def main() -> None:
     prepare_megatron()
 
     from pose_megatron.evaluation import corpus_text, passkey
+    from pose_megatron.evaluation.haystack import check_vocabulary, filler
     from pose_megatron.evaluation.progress import Progress
     from pose_megatron.evaluation.record import Record
     from pose_megatron.evaluation.replicas import replicas
+    from pose_megatron.evaluation.shares import effective_length
     from pose_megatron.evaluation.target import find_target
 
     target = find_target(**target_of(flags))
     introduce(target)
     tokenizer = open_tokenizer(flags, target)
     first = [bos_of(tokenizer)] if flags.prepend_bos else []
-    hay = passkey.filler(tokenizer.tokenize)
+    hay = filler(tokenizer.tokenize)
     if flags.data_path:
         hay = corpus_text.haystack(flags.data_path, target.lengths[-1])
     asked = {
@@ -76,12 +77,8 @@ def main() -> None:
         )
         for length in target.lengths
     }
-    largest = max(int(p.tokens.max()) for some in asked.values() for h in some for p in h.prompts)
-    if largest >= target.model.vocab_size:
-        raise ConfigError(
-            f"token id {largest} is outside the checkpoint's vocabulary of "
-            f"{target.model.vocab_size}: --tokenizer-model or --data-path is of another model"
-        )
+    for some in asked.values():
+        check_vocabulary(some, target.model.vocab_size)
     conditions = {
         "name": target.name,
         "metric": "passkey",
@@ -98,7 +95,7 @@ def main() -> None:
     record = Record(flags.output, conditions, files)
 
     found = {}
-    tokens = sum(h.tokens for some in asked.values() for h in some)
+    tokens = sum(h.cost for some in asked.values() for h in some)
     with Progress(target.name, tokens) as bar:
         reader.progress = lambda tokens: bar.update(tokens * replicas())
         passkeys = passkey.Passkeys(reader, tokenizer.detokenize, record)
@@ -114,6 +111,6 @@ def main() -> None:
             record.finish({"context_length": length, **row})
         bar.say(
             f"{target.name}: effective context length "
-            f"{passkey.effective_length(found, flags.threshold):,} (all lengths up to it have at "
+            f"{effective_length(found, flags.threshold):,} (all lengths up to it have at "
             f"least {flags.threshold:.0%})"
         )

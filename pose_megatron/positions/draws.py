@@ -55,6 +55,13 @@ class Draw:
         """`count` independent values of {low, ..., high}, sorted."""
         return sorted(self.integer(low, high) for _ in range(count))
 
+    def different(self, below: int, count: int) -> list[int]:
+        """`count` different integers in [0, below), in random order."""
+        found: dict[int, None] = {}
+        while len(found) < count:
+            found[self.integer(0, below - 1)] = None
+        return list(found)
+
     def integers(self, below: int, count: int) -> np.ndarray:
         """`count` values uniform in [0, below), int64."""
         block, at = divmod(self._used, 4)

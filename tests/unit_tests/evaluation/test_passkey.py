@@ -10,17 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pose_megatron.evaluation.passkey import (
-    NAMES,
-    Haystack,
-    Passkeys,
-    Prompt,
-    effective_length,
-    filler,
-    haystacks,
-    interval,
-    summary,
-)
+from pose_megatron.evaluation.haystack import Haystack, Question, filler
+from pose_megatron.evaluation.passkey import NAMES, Passkeys, haystacks, summary
 from pose_megatron.evaluation.record import Record
 from tests.readers import LogitsReader
 
@@ -36,18 +27,22 @@ def decode(ids):
     return bytes(ids).decode(errors="replace")
 
 
-def text(prompt):
-    return decode(prompt.tokens.tolist())
+def text(haystack, question):
+    """A prompt with its answer."""
+    return decode([*haystack.tokens, *question.tokens, *question.answer])
 
 
-def prompts(*args, **options):
-    return [prompt for made in haystacks(*args, **options) for prompt in made.prompts]
+def texts(*args, **options):
+    return [text(h, q) for h in haystacks(*args, **options) for q in h.questions]
 
 
 def answers(logits, asked, batch_tokens=4096, record=None, decode=decode):
     record = record or Record(None, {"metric": "passkey"}, [])
     reader = LogitsReader(logits, 256, batch_tokens)
-    return Passkeys(reader, decode, record).answers(asked, len(asked[0].prompts[0].tokens))
+    (question, *_), shared = asked[0].questions, len(asked[0].tokens)
+    return Passkeys(reader, decode, record).answers(
+        asked, shared + len(question.tokens) + question.room
+    )
 
 
 def reader(sight):
@@ -76,52 +71,49 @@ def test_a_prompt_is_what_it_says(length, trials, needles, seed):
     assert len(made) == trials
     depths = []
     for haystack in made:
-        assert len(haystack.prompts) == needles
+        assert len(haystack.questions) == needles and haystack.tokens[0] == 1
         names = set()
-        for prompt in haystack.prompts:
-            assert len(prompt.tokens) == length and prompt.tokens[0] == 1
-            first = haystack.prompts[0].tokens[: haystack.shared]
-            assert torch.equal(prompt.tokens[: haystack.shared], first)
-            lines = re.findall(r"\nThe pass key of (\w+) is (\d{5})\n", text(prompt))
+        for question in haystack.questions:
+            whole = text(haystack, question)
+            assert len(whole) == length and question.room == len(question.answer)
+            lines = re.findall(r"\nThe pass key of (\w+) is (\d{5})\n", whole)
             assert len(lines) == len({name for name, _ in lines}) == needles
             assert len({number for _, number in lines}) == needles
-            asked = re.search(r"\nThe pass key of (\w+) is (\d{5})$", text(prompt))
-            assert asked and asked.groups() in lines
-            assert text(prompt)[-prompt.answer :] == f" {asked[2]}"
+            asked = re.search(r"\nThe pass key of (\w+) is (\d{5})$", whole)
+            assert asked and asked.groups() in lines and question.wanted == (asked[2],)
+            assert decode(question.answer.tolist()) == f" {asked[2]}"
             names.add(asked[1])
-            depths.append(prompt.depth)
+            depths.append(question.depth)
             if needles == 1:  # at that share of the filler
-                needle = text(prompt).index(f"\nThe pass key of {asked[1]}")
+                needle = whole.index(f"\nThe pass key of {asked[1]}")
                 room = length - 1 - 2 * len(asked[0]) - 1
-                assert needle - 1 == round(prompt.depth * room)
+                assert needle - 1 == round(question.depth * room)
         assert len(names) == needles
         longest = max(len(f"\nThe pass key of {name} is 12345") for name in names)
-        assert haystack.shared == length - longest
+        assert len(haystack.tokens) == length - longest
     n = trials * needles
     assert sorted(depths) == pytest.approx([i / (n - 1) for i in range(n)] if n > 1 else [0.5])
 
 
 def test_every_name_gets_its_turn_and_needles_stand_in_the_order_of_their_depths():
     made = haystacks(encode, filler(encode), 400, 130, 3)
-    asked = [re.search(r"of (\w+) is \d+$", text(p))[1] for h in made for p in h.prompts]
+    whole = [[text(h, q) for q in h.questions] for h in made]
+    asked = [re.search(r"of (\w+) is \d+$", t)[1] for some in whole for t in some]
     names = Counter(asked)
     assert set(names) == set(NAMES) and max(names.values()) < 40  # 12 each
-    for h in made:
-        starts = [
-            text(p).index(re.search(r"\nThe pass key of \w+ is \d+$", text(p))[0])
-            for p in h.prompts
-        ]
+    for some in whole:
+        starts = [t.index(re.search(r"\nThe pass key of \w+ is \d+$", t)[0]) for t in some]
         assert starts == sorted(starts)
-    numbers = {re.search(r"\d+$", text(p))[0] for h in made for p in h.prompts}
+    numbers = {re.search(r"\d+$", t)[0] for some in whole for t in some}
     assert len(numbers) > 385 and {n[0] for n in numbers} == set("123456789")
 
 
 def test_they_depend_on_the_seed_alone():
-    one, again = (prompts(encode, filler(encode), 200, 5, 2, seed=7) for _ in range(2))
-    assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(one, again, strict=True))
-    other = prompts(encode, filler(encode), 200, 5, 2, seed=8)
-    assert not any(torch.equal(a.tokens, b.tokens) for a, b in zip(one, other, strict=True))
-    assert text(one[4]).endswith("\nThe pass key of candle is 33398")  # found once, kept
+    one, again = (texts(encode, filler(encode), 200, 5, 2, seed=7) for _ in range(2))
+    assert one == again
+    other = texts(encode, filler(encode), 200, 5, 2, seed=8)
+    assert not any(a == b for a, b in zip(one, other, strict=True))
+    assert one[4].endswith("\nThe pass key of candle is 33398")  # found once, kept
 
 
 @pytest.mark.parametrize("batch_tokens", [90, 4096])
@@ -129,12 +121,11 @@ def test_a_machine_that_reads_all_finds_all_and_one_that_forgets_finds_what_is_n
     made = haystacks(encode, filler(encode), 500, 7, needles=3)
     found = answers(reader(500), made, batch_tokens)
     assert [a.found for a in found] == [True] * 21 and {a.right for a in found} == {1.0}
-    assert [a.depth for a in found] == [p.depth for h in made for p in h.prompts]
+    assert [a.depth for a in found] == [q.depth for h in made for q in h.questions]
     assert all(a.loss == pytest.approx(np.log(255 / np.exp(9) + 1), rel=1e-4) for a in found)
 
     near = []  # where the answer's needle lies within sight of the question's last token
-    for p in (p for h in made for p in h.prompts):
-        whole = text(p)
+    for whole in (text(h, q) for h in made for q in h.questions):
         stem = whole[whole.rindex("\n") :]
         near.append(len(whole) - whole.index(stem) < 250)
     assert 0 < sum(near) < 21
@@ -147,7 +138,7 @@ def test_a_haystack_goes_through_once():
     done = []
     read.progress = done.append
     Passkeys(read, decode, Record(None, {}, [])).answers(made, 500)
-    assert sum(done) == sum(h.tokens for h in made) < 2 * (500 + 4 * 40)
+    assert sum(done) == sum(h.cost for h in made) < 2 * (500 + 4 * 40)
 
 
 def test_digits_count_beside_the_whole_number():
@@ -160,7 +151,7 @@ def test_digits_count_beside_the_whole_number():
         return logits
 
     for haystack, answer in zip(made, answers(blind, made), strict=True):
-        number = text(haystack.prompts[0])[-5:]
+        number = text(haystack, haystack.questions[0])[-5:]
         assert answer.right == pytest.approx(1 - number.count("7") / 5)
         assert answer.found == ("7" not in number)
 
@@ -188,7 +179,10 @@ def test_found_is_what_greedy_decoding_gives():
         return model(tokens).logits[:, -last:]
 
     def found(rows, lengths):
-        made = [Haystack([Prompt(w, n, 0.0)], 15) for w, n in zip(rows, lengths, strict=True)]
+        made = [
+            Haystack(w[:15], [Question(w[15:-n], w[-n:], n, (), 0.0)])
+            for w, n in zip(rows, lengths, strict=True)
+        ]
         reader = LogitsReader(logits, 64, 48)
         asked = Passkeys(reader, str, Record(None, {}, [])).answers(made, 24)
         return [answer.found for answer in asked]
@@ -210,45 +204,16 @@ def test_tokens_that_swallow_the_space():
             for i in ([1000 + int(word)] if word.strip().isdigit() else encode(word))
         ]
 
-    (made,) = prompts(swallows, filler(swallows), 200, 1)
-    assert made.answer == 1 and 11000 <= made.tokens[-1] < 101000
-    assert (made.tokens == made.tokens[-1]).sum() == 2
+    (made,) = haystacks(swallows, filler(swallows), 200, 1)
+    (answer,) = made.questions[0].answer
+    assert 11000 <= answer < 101000 and (made.tokens == answer).sum() == 1
 
 
 def test_what_does_not_fit_is_named():
     with pytest.raises(ValueError, match=r"--context-lengths 80: 2 needles and the question take"):
-        prompts(encode, filler(encode), 80, 1, 2)
+        haystacks(encode, filler(encode), 80, 1, 2)
     with pytest.raises(ValueError, match="--needles 33 must lie between 1 and 32"):
-        prompts(encode, filler(encode), 8000, 1, 33)
-
-
-@pytest.mark.parametrize(
-    "found, trials, low, high",
-    [
-        (0, 10, 0.0, 0.2775),
-        (10, 10, 0.7225, 1.0),
-        (81, 263, 0.2553, 0.3662),  # Newcombe (1998)
-    ],
-)
-def test_wilsons_interval(found, trials, low, high):
-    answers = [[i < found] for i in range(trials)]
-    assert interval(answers) == pytest.approx((low, high), abs=5e-5)
-
-
-def test_answers_that_are_alike_in_a_haystack_count_less():
-    """All eight of a haystack are found or none: as much as one answer each says."""
-    alike = [[True] * 8, [False] * 8] * 10
-    low, high = interval(alike)
-    alone = interval([[True], [False]] * 10)
-    assert low == pytest.approx(alone[0], abs=0.01) and high == pytest.approx(alone[1], abs=0.01)
-    mixed = interval([[True, False] * 4] * 20)  # never more than so many independent ones
-    assert mixed == pytest.approx(interval([[True], [False]] * 80))
-
-
-def test_the_effective_length_is_where_all_up_to_it_hold():
-    found = {16: 0.7, 4: 1.0, 8: 0.9, 32: 0.95}
-    assert effective_length(found, 0.85) == 8 and effective_length(found, 0.7) == 32
-    assert effective_length(found, 1.0) == 4 and effective_length({4: 0.5}, 0.85) == 0
+        haystacks(encode, filler(encode), 8000, 1, 33)
 
 
 def test_a_killed_run_is_gone_on_with_from_its_last_haystack(tmp_path):
