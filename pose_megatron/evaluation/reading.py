@@ -35,6 +35,7 @@ class Reader(ABC):
     Attributes:
         vocab_size: token ids lie below it.
         batch_tokens: about how many tokens go through the model at once.
+        kept: how many tokens are remembered, behind which the next are read.
         progress: called with the number of tokens just read.
     """
 
@@ -75,6 +76,11 @@ class Reader(ABC):
             torch.cat([score.loss for score in scores], 1),
             torch.cat([score.best for score in scores], 1),
         )
+
+    def rewind(self, kept: int) -> None:
+        """Forgets what was read behind the first `kept` tokens, where an earlier reading ended."""
+        assert kept <= self.kept
+        self.kept = kept
 
     @abstractmethod
     def _begin(self, rows: int, tokens: int) -> None: ...
