@@ -7,22 +7,35 @@ from pathlib import Path
 
 from pose_megatron.evaluation.results import Curve
 
+# Shares of what was asked for, and what their axis says.
+_SHARES = {"passkey": "passkeys found", "ruler": "mean over RULER's tasks"}
+_DEPTHS = 10  # bins of a needle's depth
+
 
 def _lengths_of(curves: Sequence[Curve]) -> list[int]:
-    return sorted({length for curve in curves for length in curve.points})
+    return sorted({length for curve in curves for length in curve.lengths})
+
+
+def _tasks_of(curves: Sequence[Curve]) -> list[str]:
+    return list(dict.fromkeys(task for curve in curves for task in curve.tasks))
 
 
 def markdown(curves: Sequence[Curve], metric: str) -> str:
-    """One row per curve, one column per context length."""
-    lengths, form = _lengths_of(curves), "{:.0%}" if metric == "passkey" else "{:.2f}"
+    """One row per curve, one column per context length; below each curve its tasks."""
+    lengths = _lengths_of(curves)
+    form = {"passkey": "{:.0%}", "ruler": "{:.1%}"}.get(metric, "{:.2f}")
     lines = [
         "| | " + " | ".join(f"{n:,}" for n in lengths) + " |",
         "|---|" + "---:|" * len(lengths),
     ]
     for curve in curves:
-        row, label = curve.points, curve.label.replace("|", "\\|")
-        cells = [form.format(row[n][metric]) if n in row else "" for n in lengths]
-        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+        rows = {curve.label: curve.points}
+        if curve.tasks:
+            rows = {f"{curve.label}, mean of {len(curve.tasks)}": curve.points}
+            rows |= {f"{curve.label}, {task}": row for task, row in curve.tasks.items()}
+        for label, row in rows.items():
+            cells = [form.format(row[n][metric]) if n in row else "" for n in lengths]
+            lines.append("| " + label.replace("|", "\\|") + " | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -33,7 +46,7 @@ def plot(
     window: int | None = None,
     title: str | None = None,
 ) -> None:
-    """Draws the curves; passkeys also by depth in the haystack.
+    """Draws the curves; passkeys also by depth in the haystack, and RULER's tasks one by one.
 
     Args:
         path: PNG.
@@ -44,15 +57,19 @@ def plot(
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    if metric == "passkey":
+    if metric in _SHARES:
         columns = min(3, len(curves) if len(curves) != 4 else 2)
         rows = -(-len(curves) // columns)
-        figure = pyplot.figure(
-            figsize=(max(7, 3.2 * columns), 4 + 2.6 * rows), dpi=150, layout="constrained"
+        width, height = (
+            (3.2, 2.6) if metric == "passkey" else (4.5, 1 + 0.3 * len(_tasks_of(curves)))
         )
-        above, below = figure.subfigures(2, squeeze=False, height_ratios=(4, 2.6 * rows)).ravel()
+        figure = pyplot.figure(
+            figsize=(max(7, width * columns), 4 + height * rows), dpi=150, layout="constrained"
+        )
+        above, below = figure.subfigures(2, squeeze=False, height_ratios=(4, height * rows)).ravel()
         axes = above.subplots()
-        _draw_depths(below, curves, rows, columns)
+        grid = below.subplots(rows, columns, squeeze=False, sharey=True).ravel()
+        (_draw_depths if metric == "passkey" else _draw_tasks)(below, grid, curves)
     else:
         figure = pyplot.figure(figsize=(7, 4.5), dpi=150, layout="constrained")
         axes = figure.subplots()
@@ -77,7 +94,7 @@ def _draw_curves(axes, curves: Sequence[Curve], metric: str, window: int | None)
     values = [row[metric] for curve in curves for row in curve.points.values()]
     axes.set_xscale("log", base=2)
     axes.set_xticks(lengths, [f"{n:,}" for n in lengths])
-    if metric == "passkey":
+    if metric in _SHARES:
         axes.set_ylim(-0.03, 1.03)
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     else:
@@ -91,7 +108,7 @@ def _draw_curves(axes, curves: Sequence[Curve], metric: str, window: int | None)
     axes.minorticks_off()
     if window:
         axes.axvline(window, color="grey", linestyle=":", linewidth=1)
-        at, side = (0.02, "bottom") if metric == "passkey" else (0.98, "top")
+        at, side = (0.02, "bottom") if metric in _SHARES else (0.98, "top")
         axes.text(
             window,
             at,
@@ -102,7 +119,7 @@ def _draw_curves(axes, curves: Sequence[Curve], metric: str, window: int | None)
             transform=axes.get_xaxis_transform(),
         )
     axes.set_xlabel("context length (tokens)")
-    axes.set_ylabel("passkeys found" if metric == "passkey" else metric)
+    axes.set_ylabel(_SHARES.get(metric, metric))
     axes.grid(alpha=0.3)
     if all(curve.label == curve.name for curve in curves):
         axes.legend(fontsize=8)
@@ -110,31 +127,59 @@ def _draw_curves(axes, curves: Sequence[Curve], metric: str, window: int | None)
         axes.figure.legend(fontsize=8, loc="outside lower center")
 
 
-def _draw_depths(figure, curves: Sequence[Curve], rows: int, columns: int) -> None:
+def _draw_depths(figure, grid, curves: Sequence[Curve]) -> None:
     """A map for each curve: context length across, depth of the needle down."""
-    lengths, bins = _lengths_of(curves), 10
-    grid = figure.subplots(rows, columns, squeeze=False, sharey=True).ravel()
+    lengths, maps = _lengths_of(curves), []
+    for curve in curves:
+        share = [[math.nan] * len(lengths) for _ in range(_DEPTHS)]
+        for column, n in enumerate(lengths):
+            answers = curve.points.get(n, {}).get("answers", ())
+            for i in range(_DEPTHS):
+                found = [
+                    found
+                    for depth, found, _ in answers
+                    if min(int(depth * _DEPTHS), _DEPTHS - 1) == i
+                ]
+                if found:
+                    share[i][column] = sum(found) / len(found)
+        maps.append(share)
+    _draw_maps(figure, grid, curves, lengths, maps)
+    for axes in grid[: len(curves)]:
+        axes.set_yticks([-0.5, _DEPTHS / 2 - 0.5, _DEPTHS - 0.5], ["0", "0.5", "1"], fontsize=7)
+    grid[0].set_ylabel("depth of the needle", fontsize=8)
+
+
+def _draw_tasks(figure, grid, curves: Sequence[Curve]) -> None:
+    """A map for each curve: context length across, tasks down, the shares in per cent."""
+    lengths, tasks = _lengths_of(curves), _tasks_of(curves)
+    maps = [
+        [
+            [curve.tasks.get(task, {}).get(n, {}).get("ruler", math.nan) for n in lengths]
+            for task in tasks
+        ]
+        for curve in curves
+    ]
+    _draw_maps(figure, grid, curves, lengths, maps)
+    for axes, share in zip(grid, maps, strict=False):
+        axes.set_yticks(range(len(tasks)), tasks, fontsize=7)
+        for row, line in enumerate(share):
+            for column, value in enumerate(line):
+                if not math.isnan(value):
+                    color = "black" if value > 0.6 else "white"
+                    text = f"{100 * value:.0f}"
+                    axes.text(column, row, text, color=color, fontsize=7, ha="center", va="center")
+
+
+def _draw_maps(figure, grid, curves: Sequence[Curve], lengths: list[int], maps) -> None:
+    """
+    Args:
+        maps: for each curve rows of shares, one for each context length; NaN where there is none.
+    """
     for axes in grid[len(curves) :]:
         axes.set_axis_off()
-    for axes, curve in zip(grid, curves, strict=False):
-        cells = [
-            [
-                [
-                    found
-                    for depth, found, _ in curve.points.get(n, {}).get("answers", ())
-                    if min(int(depth * bins), bins - 1) == i
-                ]
-                for n in lengths
-            ]
-            for i in range(bins)
-        ]
-        share = [
-            [sum(cell) / len(cell) if cell else float("nan") for cell in line] for line in cells
-        ]
+    for axes, curve, share in zip(grid, curves, maps, strict=False):
         image = axes.imshow(share, vmin=0, vmax=1, cmap="viridis", aspect="auto")
         axes.set_xticks(range(len(lengths)), [f"{n:,}" for n in lengths], fontsize=7)
-        axes.set_yticks([-0.5, bins / 2 - 0.5, bins - 0.5], ["0", "0.5", "1"], fontsize=7)
         axes.set_title(textwrap.fill(curve.label, 44), fontsize=8)
-    grid[0].set_ylabel("depth of the needle", fontsize=8)
     bar = figure.colorbar(image, ax=list(grid), shrink=0.9)
     bar.ax.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")

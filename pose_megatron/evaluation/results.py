@@ -3,7 +3,7 @@
 A result is one JSON object: name, metric (one of METRICS), context_length in tokens, the metric's
 value under its own name, and whatever else its program has to say: what else it measured, and under
 which conditions. Results of one name under one set of conditions are a curve; what differs is kept
-apart, and told in the label.
+apart, and told in the label. Those of RULER's tasks say their task, and a curve holds the mean.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from typing import Any
 
 from pose_megatron.errors import ConfigError
 
-METRICS = ("perplexity", "passkey")
+METRICS = ("perplexity", "passkey", "ruler")
 # What an evaluation finds; all else that a result says is a condition. `tokens` and `documents` are
 # how many are scored, which is the same at each context length of a run.
 _FOUND = {
@@ -30,6 +30,7 @@ _FOUND = {
     "high",
     "digits",
     "answers",
+    "task",
     *METRICS,
 }
 # Conditions that are the model's: other names have others.
@@ -43,13 +44,32 @@ class Curve:
 
     Attributes:
         label: the name, and those conditions in which other curves differ.
-        points: {context length in tokens: result}.
+        points: {context length in tokens: result}; where there are tasks, their mean, at the
+            lengths that have all of them.
+        tasks: {task: {context length in tokens: result}}, of metric ruler.
     """
 
     name: str
     conditions: dict[str, Any]
     points: dict[int, dict] = field(default_factory=dict)
+    tasks: dict[str, dict[int, dict]] = field(default_factory=dict)
     label: str = ""
+
+    @property
+    def lengths(self) -> list[int]:
+        """All context lengths, those too that only some tasks have."""
+        return sorted({*self.points, *(n for rows in self.tasks.values() for n in rows)})
+
+    def add(self, length: int, row: dict) -> None:
+        """A result at a context length; the last of equals counts."""
+        if row["metric"] != "ruler":
+            self.points[length] = row
+            return
+        self.tasks.setdefault(str(row["task"]), {})[length] = row
+        self.conditions["tasks"] = sorted(self.tasks)
+        shared = sorted(set.intersection(*map(set, self.tasks.values())))
+        found = {n: [rows[n]["ruler"] for rows in self.tasks.values()] for n in shared}
+        self.points = {n: {"ruler": sum(some) / len(some)} for n, some in found.items()}
 
 
 def append(path: str | None, rows: Iterable[dict]) -> None:
@@ -102,7 +122,7 @@ def read(files: list[str], metric: str, apart: bool = False) -> list[Curve]:
                     length = operator.index(row["context_length"])
                     curve = Curve(str(row["name"]), _conditions(row))
                     key = json.dumps([curve.name, curve.conditions], sort_keys=True)
-                    curves.setdefault(key, curve).points[length] = row
+                    curves.setdefault(key, curve).add(length, row)
             except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
                 raise ConfigError(f"{file}:{number}: not a result ({error!r})") from None
     if not curves:
@@ -145,7 +165,7 @@ def _value(curve: Curve, name: str) -> Any:
 def _refuse_one_curve_of_unlike(curves: Sequence[Curve]) -> None:
     """Where namesakes share no context length, they were meant as one curve."""
     for namesakes in _namesakes(curves):
-        lengths = [length for curve in namesakes for length in curve.points]
+        lengths = [length for curve in namesakes for length in curve.lengths]
         if len(namesakes) == 1 or len(set(lengths)) < len(lengths):
             continue
         one, other = namesakes[:2]
@@ -161,7 +181,7 @@ def _refuse_one_curve_of_unlike(curves: Sequence[Curve]) -> None:
 
 
 def _listed(curve: Curve) -> str:
-    return ", ".join(f"{length:,}" for length in sorted(curve.points))
+    return ", ".join(f"{length:,}" for length in curve.lengths)
 
 
 def _label(curves: Sequence[Curve]) -> None:

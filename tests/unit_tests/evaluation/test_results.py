@@ -96,6 +96,43 @@ def test_passkeys_are_kept_apart_by_needles_and_drawn_by_label(tmp_path):
     ]
 
 
+def ruler(task, length, share, **more):
+    row = {"metric": "ruler", "name": "base", "task": task, "needles": 4, "answers": [[None, 0.5]]}
+    return row | {"context_length": length, "ruler": share, "low": 0.0, "high": 1.0} | more
+
+
+def test_rulers_tasks_are_one_curve_of_their_mean(tmp_path):
+    rows = [ruler("single", n, share) for n, share in ((64, 0.5), (64, 1.0), (128, 0.5))]
+    rows += [ruler("variables", 64, 0.5), ruler("variables", 256, 0.25)]
+    curves = read(tmp_path, rows, "ruler")
+    assert told(curves, "ruler") == {"base": {64: 0.75}}  # the other lengths lack a task
+    report.plot(curves, "ruler", tmp_path / "ruler.png", 64)
+    assert (tmp_path / "ruler.png").read_bytes().startswith(b"\x89PNG")
+    assert report.markdown(curves, "ruler").splitlines() == [
+        "| | 64 | 128 | 256 |",
+        "|---|---:|---:|---:|",
+        "| base, mean of 2 | 75.0% |  |  |",
+        "| base, single | 100.0% | 50.0% |  |",
+        "| base, variables | 50.0% |  | 25.0% |",
+    ]
+
+
+def test_means_over_other_tasks_and_settings_are_told_apart(tmp_path):
+    rows = [ruler("single", 64, 0.5), ruler("variables", 64, 1.0)]
+    other = [ruler("single", 64, 1.0, name="pose")]
+    assert told(read(tmp_path, rows + other, "ruler"), "ruler") == {
+        'base, tasks ["single", "variables"]': {64: 0.75},
+        'pose, tasks ["single"]': {64: 1.0},
+    }
+    hard = [ruler(task, n, 0.0, needles=9) for task in ("single", "variables") for n in (64, 128)]
+    assert told(read(tmp_path, rows + hard, "ruler"), "ruler") == {
+        "base, needles 4": {64: 0.75},
+        "base, needles 9": {64: 0.0, 128: 0.0},
+    }
+    with pytest.raises(ValueError, match=r"results\.jsonl:1: not a result \(KeyError\('task'\)\)"):
+        read(tmp_path, [{k: v for k, v in rows[0].items() if k != "task"}], "ruler")
+
+
 @pytest.mark.parametrize(
     "line",
     [
