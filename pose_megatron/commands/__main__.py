@@ -28,6 +28,7 @@ COMMANDS = {
     "evaluation": {
         "evaluate-perplexity": ("evaluate_perplexity", "measure perplexity by context length"),
         "evaluate-passkey": ("evaluate_passkey", "measure passkey retrieval by context length"),
+        "evaluate-ruler": ("evaluate_ruler", "measure RULER's tasks by context length"),
         "plot": ("plot", "draw evaluation results against context length"),
     },
 }

@@ -2,6 +2,7 @@
 
 import argparse
 
+from pose_megatron.commands.haystack_flags import add_haystack_flags, conditions_of, hay_of
 from pose_megatron.commands.target_flags import (
     add_target_flags,
     bos_of,
@@ -9,8 +10,8 @@ from pose_megatron.commands.target_flags import (
     open_tokenizer,
     target_of,
 )
-from pose_megatron.runtime.cli import command, positive
-from pose_megatron.runtime.ranges import LARGEST_SEED, real, whole
+from pose_megatron.runtime.cli import command
+from pose_megatron.runtime.ranges import whole
 from pose_megatron.runtime.startup import prepare_megatron
 
 
@@ -27,27 +28,13 @@ def parse() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_target_flags(parser)
-    add = parser.add_argument
-    add("--trials", type=positive, default=50, help="texts per context length [50]")
-    add(
+    parser.add_argument(
         "--needles",
         type=whole(1, 32),  # as many names as passkey.NAMES has
         default=1,
         help="names with numbers in each text; it is asked for all of them [1]",
     )
-    add("--data-path", help="corpus prefix whose text is the haystack [filler]")
-    add(
-        "--seed",
-        type=whole(0, LARGEST_SEED),
-        default=1234,
-        help="seed of names, numbers and places [1234]",
-    )
-    add(
-        "--threshold",
-        type=real(above=0, at_most=1),
-        default=0.85,
-        help="share of answers up to which a context length counts as effective [0.85]",
-    )
+    add_haystack_flags(parser, "names, numbers and places")
     return parser.parse_args()
 
 
@@ -57,7 +44,7 @@ def main() -> None:
     prepare_megatron()
 
     from pose_megatron.evaluation import corpus_text, passkey
-    from pose_megatron.evaluation.haystack import check_vocabulary, filler
+    from pose_megatron.evaluation.haystack import check_vocabulary
     from pose_megatron.evaluation.progress import Progress
     from pose_megatron.evaluation.record import Record
     from pose_megatron.evaluation.replicas import replicas
@@ -68,9 +55,7 @@ def main() -> None:
     introduce(target)
     tokenizer = open_tokenizer(flags, target)
     first = [bos_of(tokenizer)] if flags.prepend_bos else []
-    hay = filler(tokenizer.tokenize)
-    if flags.data_path:
-        hay = corpus_text.haystack(flags.data_path, target.lengths[-1])
+    hay = hay_of(flags, tokenizer, target)
     asked = {
         length: passkey.haystacks(
             tokenizer.tokenize, hay, length, flags.trials, flags.needles, flags.seed, first
@@ -82,12 +67,8 @@ def main() -> None:
     conditions = {
         "name": target.name,
         "metric": "passkey",
-        "trials": flags.trials,
         "needles": flags.needles,
-        "seed": flags.seed,
-        "data_path": flags.data_path,
-        "tokenizer_model": flags.tokenizer_model,
-        "prepend_bos": flags.prepend_bos,
+        **conditions_of(flags),
         **target.row,
     }
     reader = target.open_reader(flags.batch_tokens)

@@ -12,7 +12,7 @@ from typing import Protocol, TypeVar
 import numpy as np
 
 # The streams of a seed, numbered here only: whatever draws by itself has a number of its own.
-PLANS, SHUFFLES, COINS, PASSKEYS, SENTENCES = range(5)
+PLANS, SHUFFLES, COINS, PASSKEYS, SENTENCES, RULER = range(6)
 # The two orders that SHUFFLES draws (data/shuffle.py): third word of the counter.
 SAMPLES, DOCUMENTS = range(2)
 

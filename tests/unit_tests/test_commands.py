@@ -21,6 +21,7 @@ TOOLS = {
     "inspect": "checkpoint/checkpoint_inspector.py",
     "evaluate-perplexity": "evaluate_perplexity.py",
     "evaluate-passkey": "evaluate_passkey.py",
+    "evaluate-ruler": "evaluate_ruler.py",
     "plot": "plot_results.py",
 }
 
