@@ -136,6 +136,29 @@ def test_both_back_ends_give_the_same_figures(house, alone, tmp_path, measure):
     assert_alike(found, alone[measure], folder=False)
 
 
+def test_what_a_model_writes_is_the_same_in_both_back_ends_and_on_context_ranks(house, tmp_path):
+    """It finds nothing, so what it writes is compared."""
+    tasks = ["--tasks", "single", "multi-key", "--needles", "2", "--trials", "3"]
+    tasks += ["--context-lengths", "200", "300"]
+    found, texts = {}, {}
+    for case, load, ranks, more in (
+        ("alone", "megatron", 1, []),
+        ("transformers", "hf", 1, ["--batch-tokens", "1000"]),
+        ("context ranks", "megatron", 2, [CP, "2", "--batch-tokens", "90"]),
+    ):
+        output = tmp_path / case
+        rows, said = run(house, "ruler", load, output, *tasks, *more, ranks=ranks)
+        assert "200, 300 tokens are beyond its window of 128" in said
+        found[case] = [[row[name] for name in ("task", "ruler", "answers")] for row in rows]
+        parts = results(output.with_name(f"{case}.parts"))
+        texts[case] = {json.dumps(row["part"]): row["found"] for row in parts}
+    assert found["alone"] == found["transformers"] == found["context ranks"]
+    assert [task for task, _, _ in found["alone"]] == ["single", "multi-key"] * 2
+    assert texts["alone"] == texts["transformers"] == texts["context ranks"]
+    written = {text for answers in texts["alone"].values() for _, _, text in answers}
+    assert len(written) > 9  # of 18 answers: they depend on what was read
+
+
 def test_figures_depend_on_what_is_read(house, alone, tmp_path):
     """What the comparisons above would see."""
     by_position = {row["context_length"]: row["loss"] for row in alone["by position"]}
