@@ -1,1 +1,2 @@
-"""What a model can do with its window: perplexity, passkeys, and parity with transformers."""
+"""What a model can do with its window: perplexity, passkeys, RULER's tasks; and parity with
+transformers."""

@@ -21,6 +21,7 @@ from pose_megatron.checkpoints.formats import FORMATS
 from pose_megatron.commands.__main__ import MODULES
 from pose_megatron.config import arguments
 from pose_megatron.errors import flag_name
+from pose_megatron.evaluation.tasks import TASKS
 from pose_megatron.megatron.flags import _REFUSED
 from pose_megatron.models.families import FAMILIES
 from pose_megatron.positions import laws
@@ -247,6 +248,7 @@ def test_the_readme_pairs_every_tool_with_its_command():
         ("docs/positions.md", laws.SAMPLERS),
         ("docs/interpolation.md", METHODS),
         ("docs/checkpoints.md", FORMATS),
+        ("docs/evaluation.md", TASKS),
         ("docs/library.md", pose_megatron.__all__),
     ],
 )
