@@ -122,22 +122,24 @@ def _multi_query(draw: Draw, settings: Settings) -> Content:
 
 def _variables(draw: Draw, settings: Settings) -> Content:
     """Chains in which each name has the value of the one before, mixed with each other; asked for
-    all names of a value."""
-    each = settings.hops + 1
-    values, names = numbers(draw, _CHAINS), variables(draw, _CHAINS * each)
-    chains = [names[i * each : (i + 1) * each] for i in range(_CHAINS)]
+    all names of a value. A chain of its own, with the right answer, shows how: as in RULER, for
+    without it small base models do not even answer with names."""
+    each, count = settings.hops + 1, _CHAINS + 1
+    values, names = numbers(draw, count), variables(draw, count * each)
+    chains = [names[i * each : (i + 1) * each] for i in range(count)]
     lines = [
-        iter([f"\n{name} = {other}\n" for name, other in zip(chain, [value, *chain], strict=False)])
+        [f"\n{name} = {other}\n" for name, other in zip(chain, [value, *chain], strict=False)]
         for chain, value in zip(chains, values, strict=True)
     ]
-    turns = _shuffled(draw, [line for line in lines for _ in range(each)])
-    return Content(
-        _scattered(draw, [next(line) for line in turns]),
-        [
-            Query(f"\nThe {each} names whose value is {value} are", tuple(chain))
-            for chain, value in zip(chains, values, strict=True)
-        ],
-    )
+    queries = [
+        Query(f"\nAll names with the value {value}:", tuple(chain))
+        for chain, value in zip(chains, values, strict=True)
+    ]
+    *asked, shown = map(iter, lines)
+    turns = _shuffled(draw, [line for line in asked for _ in range(each)])
+    needles = _scattered(draw, [next(line) for line in turns])
+    example = "".join([*shown, queries[-1].text, queries[-1].answer])
+    return Content([*needles, (1.0, example)], queries[:-1])
 
 
 def _common_words(draw: Draw, settings: Settings) -> Content:

@@ -66,7 +66,7 @@ def solve(text):
     if asked := re.match(r"The secret \w+ of (.*?) are", line):
         given = dict(re.findall(r"\nThe secret \w+ of ([\w-]+) is ([\w-]+)\.", body))
         return [given[name] for name in re.split(", | and ", asked[1]) if name in given]
-    if asked := re.match(r"The \d+ names whose value is (\d+) are", line):
+    if asked := re.match(r"All names with the value (\d+):", line):
         value = {}
         for name, other in re.findall(r"\n([A-Z]{4}) = (\w+)", body):
             value[name] = value.get(other, other)
@@ -188,7 +188,9 @@ def machine(sight):
             assert last == 1
             text = Bytes().decode(whole)
             body, _, line = text.rpartition("\n")
-            asked = re.match(r"(The secret [^,]*? is|The \d.*? are|The .*? and .*? are)(.*)", line)
+            asked = re.match(
+                r"(The secret [^,]*? is|The \d.*? are|The .*? and .*? are|All.*?:)(.*)", line
+            )
             if not asked:  # in the middle of a question, beside a row that is at its end
                 continue
             found, written = solve(f"{body[-sight:]}\n{asked[1]}"), asked[2]
