@@ -79,6 +79,7 @@ def main() -> None:
     tokens = sum(h.cost for some in asked.values() for h in some)
     with Progress(target.name, tokens) as bar:
         reader.progress = lambda tokens: bar.update(tokens * replicas())
+        record.skipped = bar.skip
         passkeys = passkey.Passkeys(reader, tokenizer.detokenize, record)
         for length, some in asked.items():
             answers = passkeys.answers(some, length)

@@ -106,6 +106,7 @@ def main() -> None:
     windows = sum(len(range(longest, len(document), stride or end)) for document in documents)
     with Progress(target.name, windows * sum(lengths)) as bar:
         reader.progress = lambda tokens: bar.update(tokens * replicas())
+        record.skipped = bar.skip
         measured = Perplexities(reader, documents, target.lengths, record, bos, bar.say)
         for result in measured.in_windows(stride) if stride else measured.by_position():
             bar.say(f"{target.name}: {_said(result, target.lengths, stride)}")

@@ -91,7 +91,7 @@ class Perplexities:
 
         rows = max(self.reader.batch_tokens // self.lengths[-1], 1)
         parts = [{"document": i} for i in range(n)]
-        found = self.record.complete(parts, self._rows, rows, say)
+        found = self.record.complete(parts, [self.lengths[-1]] * n, self._rows, rows, say)
         for k, length in enumerate(self.lengths):
             yield summary(length, [Loss(*row[k]) for row in found])
 
@@ -109,7 +109,8 @@ class Perplexities:
         for length in self.lengths:
             every = range(len(self.documents))
             parts = [{"document": i, "context_length": length} for i in every]
-            found = self.record.complete(parts, partial(self._windows, length, stride))
+            tokens = [length * len(self._ends(document, stride)) for document in self.documents]
+            found = self.record.complete(parts, tokens, partial(self._windows, length, stride))
             yield summary(length, [Loss(*loss) for loss in found])
 
     def _rows(self, numbers: Sequence[int]) -> list[list[Loss]]:
@@ -127,9 +128,12 @@ class Perplexities:
         inputs."""
         return [self._in_windows(self.documents[i], length, stride) for i in numbers]
 
+    def _ends(self, document: Tensor, stride: int) -> range:
+        return range(self.lengths[-1], len(document), stride)
+
     def _in_windows(self, document: Tensor, length: int, stride: int) -> Loss:
         total = 0.0
-        ends = range(self.lengths[-1], len(document), stride)
+        ends = self._ends(document, stride)
         for some in batches(ends, max(self.reader.batch_tokens // length, 1)):
             windows = torch.stack([document[end - length : end + 1] for end in some])
             labels = torch.full_like(windows[:, 1:], UNASKED)

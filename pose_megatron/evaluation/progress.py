@@ -30,6 +30,13 @@ class Progress(tqdm):
             leave=False,
         )
 
+    def skip(self, tokens: int) -> None:
+        """Counts what an earlier run has read: it is done, and not this run's speed."""
+        if not self.disable:
+            self.n += tokens
+            self.initial += tokens
+            self.last_print_n += tokens
+
     def close(self):
         """Overrides tqdm's, which would end an empty line."""
         if sys.stderr.isatty():

@@ -26,6 +26,9 @@ class Record:
         path: --output; None: nothing is kept.
         conditions: what all lines of this evaluation say: name, metric, and how it is measured.
         files: what was read; a part is found again only while their sizes and times are the same.
+
+    Attributes:
+        skipped: called with the number of tokens that are not read, as their parts are found.
     """
 
     def __init__(self, path: str | None, conditions: Mapping[str, Any], files: Iterable[Path]):
@@ -39,10 +42,12 @@ class Record:
             dist.broadcast_object_list(found, src=0)
         self._found = found[0]
         self._rows = {_key(row) for row in _lines(path)}
+        self.skipped: Callable[[int], object] = lambda tokens: None
 
     def complete(
         self,
         parts: Sequence[Mapping[str, Any]],
+        tokens: Sequence[int],
         work: Callable[[Sequence[int]], Sequence[Any]],
         at_once: int = 1,
         done: Callable[[int, Any], object] = lambda number, found: None,
@@ -50,11 +55,13 @@ class Record:
         """What all parts gave: those that are not done are measured now, and written as they end.
 
         Args:
+            tokens: how many each part reads.
             work: what the parts of these numbers give; each replica has its own.
             at_once: how many of them a replica measures side by side.
             done: called with each part's number and what it gave.
         """
         todo = [i for i, part in enumerate(parts) if self.found(**part) is None]
+        self.skipped(sum(tokens) - sum(tokens[i] for i in todo))
         for some, results in shared(batches(todo, at_once), work):
             for i, found in zip(some, results, strict=True):
                 self.add(found, **parts[i])

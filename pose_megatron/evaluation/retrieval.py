@@ -35,8 +35,9 @@ class Retrieval(ABC, Generic[Answer]):
         """
         parts = [{**part, "context_length": length, "haystack": i} for i in range(len(asked))]
         rows = max(self.reader.batch_tokens // length, 1)
+        tokens = [haystack.cost for haystack in asked]
         found = self.record.complete(
-            parts, lambda some: self._read([asked[i] for i in some], length), rows
+            parts, tokens, lambda some: self._read([asked[i] for i in some], length), rows
         )
         return [self.kind(*answer) for answers in found for answer in answers]
 
