@@ -52,7 +52,7 @@ def main() -> None:
     from pose_megatron.evaluation.target import find_target
 
     target = find_target(**target_of(flags))
-    introduce(target)
+    introduce(flags, target)
     tokenizer = open_tokenizer(flags, target)
     first = [bos_of(tokenizer)] if flags.prepend_bos else []
     hay = hay_of(flags, tokenizer, target)

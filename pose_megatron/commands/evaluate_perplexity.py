@@ -74,7 +74,7 @@ def main() -> None:
     from pose_megatron.evaluation.target import find_target
 
     target = find_target(**target_of(flags))
-    introduce(target)
+    introduce(flags, target)
     longest, stride = target.lengths[-1], flags.stride
     end = longest + 1
     if stride:

@@ -64,12 +64,16 @@ def target_of(flags: argparse.Namespace) -> dict:
     return {name: getattr(flags, name) for name in names}
 
 
-def introduce(target: "EvaluationTarget") -> None:
-    """Prints what is evaluated."""
+def introduce(flags: argparse.Namespace, target: "EvaluationTarget") -> None:
+    """Prints what is evaluated, and whether --data-path is of another tokenizer."""
     print_rank_0(f"{target.name}: rope scaling {target.model.rope_scaling}")
     if beyond := [length for length in target.lengths if length > target.window]:
         lengths = ", ".join(f"{length:,}" for length in beyond)
         print_rank_0(f"{target.name}: {lengths} tokens are beyond its window of {target.window:,}")
+    if flags.data_path:
+        from pose_megatron.evaluation.token_ids import other_corpus
+
+        _warn(other_corpus(flags.data_path, target.tokenizer, flags.tokenizer_model))
 
 
 def open_tokenizer(flags: argparse.Namespace, target: "EvaluationTarget") -> Tokenizer:
@@ -83,7 +87,17 @@ def open_tokenizer(flags: argparse.Namespace, target: "EvaluationTarget") -> Tok
         raise ConfigError(
             f"--load {flags.load} carries no tokenizer; name one with --tokenizer-model"
         )
-    return build_tokenizer(flags.tokenizer_type, path)
+    tokenizer = build_tokenizer(flags.tokenizer_type, path)
+    if flags.tokenizer_model:
+        from pose_megatron.evaluation.token_ids import other_tokenizer
+
+        _warn(other_tokenizer(tokenizer, flags.tokenizer_model, target.tokenizer))
+    return tokenizer
+
+
+def _warn(sentence: str | None) -> None:
+    if sentence:
+        print_rank_0(f"warning: {sentence}")
 
 
 def bos_of(tokenizer: Tokenizer) -> int:
