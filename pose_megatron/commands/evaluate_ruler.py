@@ -72,7 +72,7 @@ def main() -> None:
     from pose_megatron.evaluation.target import find_target
 
     target = find_target(**target_of(flags))
-    introduce(target)
+    introduce(flags, target)
     tokenizer = open_tokenizer(flags, target)
     tasks = list(dict.fromkeys(flags.tasks))
     settings = Settings(flags.needles, flags.hops, flags.keys, flags.values)
@@ -106,6 +106,7 @@ def main() -> None:
     means = {}
     with Progress(target.name, tokens) as bar:
         reader.progress = lambda tokens: bar.update(tokens * replicas())
+        record.skipped = bar.skip
         asking = ruler.Ruler(reader, tokenizer.detokenize, record)
         for length in target.lengths:
             here = f"{target.name}: context {length:>7,}"

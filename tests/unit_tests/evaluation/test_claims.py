@@ -14,7 +14,7 @@ from pose_megatron.evaluation.claims import (
     mean_of,
     student,
 )
-from pose_megatron.evaluation.passkey import wilson
+from pose_megatron.evaluation.shares import wilson
 
 
 @pytest.mark.parametrize(

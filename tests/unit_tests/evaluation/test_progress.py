@@ -6,7 +6,8 @@ import sys
 import pytest
 import torch
 
-from pose_megatron.evaluation.passkey import Passkeys, filler, haystacks
+from pose_megatron.evaluation.haystack import filler
+from pose_megatron.evaluation.passkey import Passkeys, haystacks
 from pose_megatron.evaluation.perplexity import Perplexities
 from pose_megatron.evaluation.progress import Progress
 from pose_megatron.evaluation.record import Record
