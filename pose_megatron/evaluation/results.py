@@ -19,8 +19,8 @@ from typing import Any
 from pose_megatron.errors import ConfigError
 
 METRICS = ("perplexity", "passkey", "ruler")
-# What an evaluation finds; all else that a result says is a condition. `tokens` and `documents` are
-# how many are scored, which is the same at each context length of a run.
+# What an evaluation finds; all else that a result says is a condition. So are `tokens` and
+# `documents`, how many are scored: in sliding windows they are the same at each context length.
 _FOUND = {
     "context_length",
     "loss",
@@ -135,8 +135,10 @@ def read(files: list[str], metric: str, apart: bool = False) -> list[Curve]:
 
 
 def _conditions(row: dict) -> dict[str, Any]:
-    known = {name: value for name, value in row.items() if name not in _FOUND}
-    return {name: value for name, value in known.items() if name not in ("name", "metric")}
+    found = {*_FOUND, "name", "metric"}
+    if row.get("measured") == "by position":
+        found.add("tokens")  # by the width of the bin
+    return {name: value for name, value in row.items() if name not in found}
 
 
 def _namesakes(curves: Sequence[Curve]) -> list[list[Curve]]:

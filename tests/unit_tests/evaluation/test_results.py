@@ -195,3 +195,9 @@ def test_a_full_disk_takes_back_what_was_begun(tmp_path):
             os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
     assert path.read_text() == '{"a": 1}\n'
+
+
+def test_bins_of_unlike_width_are_one_curve(tmp_path):
+    conditions = {"measured": "by position", "edges": [64, 256], "documents": 3}
+    rows = [*at([64], tokens=192, **conditions), *at([256], tokens=576, **conditions)]
+    assert told(read(tmp_path, rows)) == {"base": {64: 9.0, 256: 9.0}}
