@@ -1,5 +1,5 @@
 # make quickstart   the whole job on a laptop: text in, PoSE training, a longer window out
-# make real-model   the same for SmolLM2-135M, a real pretrained model; about an hour
+# make real-model   the same for SmolLM2-135M, a real pretrained model, beside its controls
 # make test         all tests          make unit   the ones that take seconds
 # make bench        the benchmarks, half an hour; OUT=folder for the figures
 # make faults       damaged and hostile files, kills, restarts, 20 minutes; for more
