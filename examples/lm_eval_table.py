@@ -56,7 +56,8 @@ def main(folders: list[Path]) -> None:
     half = len(folders) // 2
     for before, after in zip(folders[:half], folders[half:], strict=True):
         base, extended = answers(before), answers(after)
-        for task, metric in base:
+        # What is no mean may look like one for one of them, by chance.
+        for task, metric in (key for key in base if key in extended):
             shots, values = base[task, metric]
             other = extended[task, metric].values
             if values.keys() != other.keys():
