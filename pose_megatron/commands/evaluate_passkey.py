@@ -2,14 +2,8 @@
 
 import argparse
 
-from pose_megatron.commands.haystack_flags import add_haystack_flags, conditions_of, hay_of
-from pose_megatron.commands.target_flags import (
-    add_target_flags,
-    bos_of,
-    introduce,
-    open_tokenizer,
-    target_of,
-)
+from pose_megatron.commands.haystack_flags import add_haystack_flags, open_haystack, open_record
+from pose_megatron.commands.target_flags import add_target_flags
 from pose_megatron.runtime.cli import command
 from pose_megatron.runtime.ranges import whole
 from pose_megatron.runtime.startup import prepare_megatron
@@ -43,19 +37,12 @@ def main() -> None:
     flags = parse()
     prepare_megatron()
 
-    from pose_megatron.evaluation import corpus_text, passkey
+    from pose_megatron.evaluation import passkey
     from pose_megatron.evaluation.haystack import check_vocabulary
     from pose_megatron.evaluation.progress import Progress
-    from pose_megatron.evaluation.record import Record
-    from pose_megatron.evaluation.replicas import replicas
     from pose_megatron.evaluation.shares import effective_length
-    from pose_megatron.evaluation.target import find_target
 
-    target = find_target(**target_of(flags))
-    introduce(flags, target)
-    tokenizer = open_tokenizer(flags, target)
-    first = [bos_of(tokenizer)] if flags.prepend_bos else []
-    hay = hay_of(flags, tokenizer, target)
+    target, tokenizer, hay, first = open_haystack(flags)
     asked = {
         length: passkey.haystacks(
             tokenizer.tokenize, hay, length, flags.trials, flags.needles, flags.seed, first
@@ -64,22 +51,13 @@ def main() -> None:
     }
     for some in asked.values():
         check_vocabulary(some, target.model.vocab_size)
-    conditions = {
-        "name": target.name,
-        "metric": "passkey",
-        "needles": flags.needles,
-        **conditions_of(flags),
-        **target.row,
-    }
     reader = target.open_reader(flags.batch_tokens)
-    files = [*target.files, *corpus_text.files_of(flags.data_path)]
-    record = Record(flags.output, conditions, files)
+    record = open_record(flags, target, "passkey", needles=flags.needles)
 
     found = {}
     tokens = sum(h.cost for some in asked.values() for h in some)
     with Progress(target.name, tokens) as bar:
-        reader.progress = lambda tokens: bar.update(tokens * replicas())
-        record.skipped = bar.skip
+        bar.follow(reader, record)
         passkeys = passkey.Passkeys(reader, tokenizer.detokenize, record)
         for length, some in asked.items():
             answers = passkeys.answers(some, length)

@@ -70,7 +70,6 @@ def main() -> None:
     from pose_megatron.evaluation.perplexity import Perplexities
     from pose_megatron.evaluation.progress import Progress
     from pose_megatron.evaluation.record import Record
-    from pose_megatron.evaluation.replicas import replicas
     from pose_megatron.evaluation.target import find_target
 
     target = find_target(**target_of(flags))
@@ -105,8 +104,7 @@ def main() -> None:
     lengths = target.lengths if stride else [longest]
     windows = sum(len(range(longest, len(document), stride or end)) for document in documents)
     with Progress(target.name, windows * sum(lengths)) as bar:
-        reader.progress = lambda tokens: bar.update(tokens * replicas())
-        record.skipped = bar.skip
+        bar.follow(reader, record)
         measured = Perplexities(reader, documents, target.lengths, record, bos, bar.say)
         for result in measured.in_windows(stride) if stride else measured.by_position():
             bar.say(f"{target.name}: {_said(result, target.lengths, stride)}")

@@ -2,14 +2,8 @@
 
 import argparse
 
-from pose_megatron.commands.haystack_flags import add_haystack_flags, conditions_of, hay_of
-from pose_megatron.commands.target_flags import (
-    add_target_flags,
-    bos_of,
-    introduce,
-    open_tokenizer,
-    target_of,
-)
+from pose_megatron.commands.haystack_flags import add_haystack_flags, open_haystack, open_record
+from pose_megatron.commands.target_flags import add_target_flags
 from pose_megatron.evaluation.tasks import TASKS, Settings
 from pose_megatron.evaluation.words import KINDS
 from pose_megatron.runtime.cli import command
@@ -63,21 +57,15 @@ def main() -> None:
     flags = parse()
     prepare_megatron()
 
-    from pose_megatron.evaluation import corpus_text, ruler
+    from pose_megatron.evaluation import ruler
     from pose_megatron.evaluation.haystack import Haystack, check_vocabulary
     from pose_megatron.evaluation.progress import Progress
-    from pose_megatron.evaluation.record import Record
-    from pose_megatron.evaluation.replicas import replicas
     from pose_megatron.evaluation.shares import effective_length
-    from pose_megatron.evaluation.target import find_target
 
-    target = find_target(**target_of(flags))
-    introduce(flags, target)
-    tokenizer = open_tokenizer(flags, target)
+    target, tokenizer, hay, first = open_haystack(flags)
     tasks = list(dict.fromkeys(flags.tasks))
-    settings = Settings(flags.needles, flags.hops, flags.keys, flags.values)
-    first = [bos_of(tokenizer)] if flags.prepend_bos else []
-    hay = hay_of(flags, tokenizer, target)
+    sizes = {name: getattr(flags, name) for name in ("needles", "hops", "keys", "values")}
+    settings = Settings(**sizes)
 
     def texts(task: str, length: int, trials: int) -> list[Haystack]:
         made = ruler.haystacks(
@@ -89,24 +77,12 @@ def main() -> None:
     # One text of each, before the weights are read; the others are made when they are read.
     cells = [(length, task) for length in target.lengths for task in tasks]
     tokens = sum(texts(task, length, 1)[0].cost * flags.trials for length, task in cells)
-    conditions = {
-        "name": target.name,
-        "metric": "ruler",
-        "needles": flags.needles,
-        "hops": flags.hops,
-        "keys": flags.keys,
-        "values": flags.values,
-        **conditions_of(flags),
-        **target.row,
-    }
     reader = target.open_reader(flags.batch_tokens)
-    files = [*target.files, *corpus_text.files_of(flags.data_path)]
-    record = Record(flags.output, conditions, files)
+    record = open_record(flags, target, "ruler", **sizes)
 
     means = {}
     with Progress(target.name, tokens) as bar:
-        reader.progress = lambda tokens: bar.update(tokens * replicas())
-        record.skipped = bar.skip
+        bar.follow(reader, record)
         asking = ruler.Ruler(reader, tokenizer.detokenize, record)
         for length in target.lengths:
             here = f"{target.name}: context {length:>7,}"

@@ -4,6 +4,9 @@ import sys
 
 from tqdm import tqdm
 
+from pose_megatron.evaluation.reading import Reader
+from pose_megatron.evaluation.record import Record
+from pose_megatron.evaluation.replicas import replicas
 from pose_megatron.runtime.ranks import print_rank_0, rank
 
 _SECONDS = 30  # between two lines
@@ -29,6 +32,11 @@ class Progress(tqdm):
             maxinterval=seconds,
             leave=False,
         )
+
+    def follow(self, reader: Reader, record: Record) -> None:
+        """Counts what this replica's reader reads, as all do, and what the record has already."""
+        reader.progress = lambda tokens: self.update(tokens * replicas())
+        record.skipped = self.skip
 
     def skip(self, tokens: int) -> None:
         """Counts what an earlier run has read: it is done, and not this run's speed."""
