@@ -4,10 +4,14 @@ import os
 import signal
 import sys
 import sysconfig
+import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Not into the user's own: what tools keep from run to run.
+CACHE = tempfile.TemporaryDirectory(prefix="pose-cache-")
+os.environ["XDG_CACHE_HOME"] = CACHE.name
 # Started in the background, a process ignores Ctrl-C, and what it starts inherits that; some tests
 # send it.
 signal.signal(signal.SIGINT, signal.default_int_handler)

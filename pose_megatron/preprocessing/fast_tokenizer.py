@@ -8,18 +8,20 @@ and on texts that implementations get wrong.
 
 import json
 import os
-from collections.abc import Callable, Sequence
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 
+from pose_megatron import __version__
 from pose_megatron.errors import ConfigError
 from pose_megatron.preprocessing.definition import Definition, definition
+from pose_megatron.preprocessing.known_characters import NORMALIZED, UNSAFE, KnownCharacters
 from pose_megatron.preprocessing.safe_text import (
     MODELS,
-    NORMALIZED,
     SPLITS,
-    UNSAFE,
     Ids,
     SafeCharacters,
     splits_shown,
@@ -61,8 +63,12 @@ class FastTokenizer:
         ]
         if given.byte_level:
             pairs.append((SPLITS, *_splitters(given, self._load)))
+        self._known_characters = KnownCharacters(_decisive(tokenizer, self._json))
         self._characters = SafeCharacters(
-            pairs, tokenizer.normalize if given.normalizes else None, given.characters
+            pairs,
+            tokenizer.normalize if given.normalizes else None,
+            given.characters,
+            self._known_characters,
         )
 
     def tokenize_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -84,6 +90,10 @@ class FastTokenizer:
         if _resident() > self._limit:
             self._reload()
         return [next(own) if i is None else i for i in ids]
+
+    def keep_characters(self) -> None:
+        """Keeps what this process and those forked of it found of characters for later runs."""
+        self._known_characters.keep()
 
     def distrust(self) -> None:
         """From now on the own library does all."""
@@ -135,6 +145,17 @@ class FastTokenizer:
             reason = str(error).strip().partition("\n")[0]
             raise ConfigError(f"gigatoken cannot express it ({reason})") from error
         self._limit = _resident() + CACHE_BYTES
+
+
+def _decisive(tokenizer: Tokenizer, form: str) -> Iterator[bytes]:
+    """All that decides which characters the two take alike."""
+    yield tokenizer.serialized()
+    yield form.encode()
+    yield repr((MODELS, SPLITS)).encode()
+    yield unicodedata.unidata_version.encode()
+    yield __version__.encode()
+    for package in ("gigatoken", "tokenizers", "sentencepiece"):
+        yield version(package).encode()
 
 
 def _splitters(given: Definition, load: Callable) -> tuple[Ids, Ids]:

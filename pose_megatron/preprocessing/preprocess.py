@@ -186,6 +186,8 @@ def _tokenize(
         raise
     finally:
         progress.close()
+        if fast:
+            fast.keep_characters()
 
 
 def _require_tokens(job: PreprocessingJob, state: State) -> None:

@@ -2,7 +2,8 @@
 
 Their tables may be of different versions of Unicode: what is a letter in one is a sign in the
 other, and splits words there. A character is compared when a text first holds it, beside characters
-of every kind that the patterns of pre-tokenizers tell apart.
+of every kind that the patterns of pre-tokenizers tell apart; known_characters.py keeps what comes
+of it.
 """
 
 import functools
@@ -14,6 +15,14 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from pose_megatron.preprocessing.known_characters import (
+    NORMALIZED,
+    PLAIN,
+    UNSAFE,
+    UNSEEN,
+    KnownCharacters,
+)
+
 # The character beside a capital and a small letter, a digit, signs, spaces, ends of lines, the
 # apostrophe of a contraction, combining marks, and itself.
 BESIDE = (
@@ -23,7 +32,6 @@ BESIDE = (
 )
 SPLITS = ("\nb".join(BESIDE),)  # contexts where pre-tokenizers differ
 MODELS = ("{}", "a{}a {}{}")  # where models and normalizers do
-PLAIN, NORMALIZED, UNSAFE, UNSEEN = range(4)
 
 
 class Ids(Protocol):
@@ -39,6 +47,7 @@ class SafeCharacters:
         pairs: contexts, and two that must give the same ids there; None of the first is right.
         normalize: the own library's normalizer, where texts go through it first; else None.
         unsafe: characters that are not safe in any case.
+        known: what is known of them; it hangs on all of the others.
     """
 
     def __init__(
@@ -46,9 +55,10 @@ class SafeCharacters:
         pairs: Sequence[tuple[Sequence[str], Ids, Ids]],
         normalize: Callable[[str], str] | None,
         unsafe: str,
+        known: KnownCharacters,
     ):
         self._pairs, self._normalize = pairs, normalize
-        self._verdicts = np.full(0x110000, UNSEEN, dtype=np.uint8)
+        self._verdicts = known.verdicts
         self._verdicts[:128] = PLAIN
         self._verdicts[[ord(c) for c in unsafe]] = UNSAFE
 

@@ -135,6 +135,10 @@ class Tokenizer(ABC):
         """
 
     @abstractmethod
+    def serialized(self) -> bytes:
+        """All that decides the ids of this tokenizer, but for its library's version."""
+
+    @abstractmethod
     def normalize(self, text: str) -> str:
         """The text as this library's normalizer leaves it."""
 
@@ -247,6 +251,9 @@ class SentencePieceTokenizer(Tokenizer):
         model["merges"] = [merge for merge in model["merges"] if "".join(merge) in scores]
         return _without_special(form)
 
+    def serialized(self) -> bytes:
+        return self._tokenizer.serialized_model_proto()
+
     def normalize(self, text: str) -> str:
         return self._tokenizer.normalize(text)
 
@@ -349,6 +356,11 @@ class HuggingFaceTokenizer(Tokenizer):
     def as_json(self) -> dict:
         form = json.loads(self._tokenizer.to_str())
         return _without_special(form) if self._tokenizer.encode_special_tokens else form
+
+    def serialized(self) -> bytes:
+        return json.dumps(
+            [self._tokenizer.to_str(), self._tokenizer.encode_special_tokens]
+        ).encode()
 
     def normalize(self, text: str) -> str:
         normalizer = self._tokenizer.normalizer
