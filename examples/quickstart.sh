@@ -79,11 +79,14 @@ done
 step "table and plot"
 python tools/plot_results.py "$OUT/results.jsonl" --output "$OUT/perplexity.png" --window $L \
     --title "Trained on $L tokens at a time (Python standard library)"
+python tools/report.py "$OUT/results.jsonl" --output "$OUT/report.html" --window $L \
+    --title "Trained on $L tokens at a time"
 cat <<END
 
 Everything is in $OUT/
   pose-yarn-hf/     the extended model, for transformers and vLLM
   pose-yarn/        its Megatron checkpoint, for more training under any layout
   results.jsonl     the figures;  perplexity.png, perplexity.md  the plot and the table above
+  report.html       both with their errors, settings, commands and versions, for a browser
 END
 step "done"

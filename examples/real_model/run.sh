@@ -82,4 +82,6 @@ for metric in perplexity passkey; do
     python tools/plot_results.py "$OUT/results.jsonl" --metric $metric --output "$OUT/$metric.png" --window "$WINDOW"
 done
 python examples/real_model/verdicts.py "$OUT/results.jsonl" --window "$WINDOW"
+python tools/report.py "$OUT/results.jsonl" --verdicts "$OUT/results.verdicts.json" --window "$WINDOW" \
+    --title "SmolLM2-135M from $WINDOW to $T tokens" --output "$OUT/report.html"
 step "done"

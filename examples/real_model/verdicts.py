@@ -3,10 +3,12 @@
     python examples/real_model/verdicts.py RESULTS.jsonl
 
 Losses are compared document by document, shares of passkeys by Newcombe's interval; see
-pose_megatron/evaluation/claims.py. The table goes to RESULTS.verdicts.md, too.
+pose_megatron/evaluation/claims.py. They go to RESULTS.verdicts.json, too, for tools/report.py.
 """
 
 import argparse
+import dataclasses
+import json
 from pathlib import Path
 
 from pose_megatron.evaluation import results
@@ -34,14 +36,11 @@ def main() -> None:
         {curve.name: curve.points for curve in results.read([str(path)], metric)}
         for metric in ("perplexity", "passkey")
     )
-    lines = ["| claim | | numbers |", "|---|---|---|"]
-    lines += [
-        f"| {verdict.claim} | **{verdict.verdict}** | {verdict.numbers} |"
-        for verdict in [*of_losses(losses, flags.window), *of_passkeys(passkeys)]
-    ]
-    text = "\n".join(lines) + "\n"
-    path.with_suffix(".verdicts.md").write_text(text, encoding="utf-8")
-    print(text)
+    verdicts = [*of_losses(losses, flags.window), *of_passkeys(passkeys)]
+    found = json.dumps([dataclasses.asdict(verdict) for verdict in verdicts], indent=1)
+    path.with_suffix(".verdicts.json").write_text(found + "\n", encoding="utf-8")
+    for verdict in verdicts:
+        print(f"{verdict.verdict:12}  {verdict.claim}: {verdict.numbers}")
 
 
 def of_losses(models: dict[str, Points], window: int) -> list[Verdict]:

@@ -30,6 +30,7 @@ COMMANDS = {
         "evaluate-passkey": ("evaluate_passkey", "measure passkey retrieval by context length"),
         "evaluate-ruler": ("evaluate_ruler", "measure RULER's tasks by context length"),
         "plot": ("plot", "draw evaluation results against context length"),
+        "report": ("report", "make a page of evaluation results"),
     },
 }
 MODULES = {name: module for group in COMMANDS.values() for name, (module, _) in group.items()}

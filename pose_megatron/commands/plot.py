@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from pose_megatron.evaluation import report, results
+from pose_megatron.evaluation import results, results_figure, results_table
 from pose_megatron.runtime.cli import command, positive
 
 
@@ -35,7 +35,7 @@ def main() -> None:
     curves = results.read(flags.results, flags.metric, flags.apart)
     output = Path(flags.output)
     output.parent.mkdir(parents=True, exist_ok=True)
-    text = report.markdown(curves, flags.metric)
+    text = results_table.values(curves, flags.metric).markdown()
     output.with_suffix(".md").write_text(text, encoding="utf-8")
-    report.plot(curves, flags.metric, output, flags.window, flags.title)
+    results_figure.plot(curves, flags.metric, output, flags.window, flags.title)
     print(text + f"\n{output}  {output.with_suffix('.md')}")

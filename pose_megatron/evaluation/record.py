@@ -12,6 +12,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from pose_megatron.evaluation.provenance import provenance
 from pose_megatron.evaluation.replicas import batches, shared
 from pose_megatron.evaluation.results import append
 from pose_megatron.runtime.ranks import rank
@@ -41,7 +42,7 @@ class Record:
         if dist.get_world_size() > 1:
             dist.broadcast_object_list(found, src=0)
         self._found = found[0]
-        self._rows = {_key(row) for row in _lines(path)}
+        self._rows = {_key(_without(row, {"made"})) for row in _lines(path)}
         self.skipped: Callable[[int], object] = lambda tokens: None
 
     def complete(
@@ -79,14 +80,13 @@ class Record:
             append(self._parts, [self.conditions | own])
 
     def finish(self, row: Mapping[str, Any]) -> None:
-        """Writes a result, unless it stands there already."""
+        """Writes a result and how it was made, unless it stands there already."""
         whole = self.conditions | dict(row)
         if rank() == 0 and _key(whole) not in self._rows:
-            append(self.path, [whole])
+            append(self.path, [whole | {"made": provenance()}])
 
     def _is_ours(self, row: Mapping[str, Any]) -> bool:
-        own = {"part", "found", "files"}
-        conditions = {name: value for name, value in row.items() if name not in own}
+        conditions = _without(row, {"part", "found", "files"})
         return conditions == self.conditions and row.get("files") == self._files
 
 
@@ -97,6 +97,10 @@ def fingerprint(files: Iterable[Path]) -> str:
         status = file.stat()
         known.update(f"{file.name} {status.st_size} {status.st_mtime_ns}\n".encode())
     return known.hexdigest()
+
+
+def _without(row: Mapping[str, Any], names: set[str]) -> dict:
+    return {name: value for name, value in row.items() if name not in names}
 
 
 def _key(row: Mapping[str, Any]) -> str:

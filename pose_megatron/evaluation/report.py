@@ -1,185 +1,278 @@
-"""Curves of results, as results.py reads them, in a Markdown table and a plot."""
+"""A report of results: one HTML page that needs no other file, and the same in Markdown.
 
-import math
-import textwrap
+For each metric a picture, tables with their uncertainty, and how it was measured; before them the
+verdicts on claims, where there are any; at the end the commands and versions that made them.
+"""
+
+import base64
+import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from pose_megatron import __version__
+from pose_megatron.errors import ConfigError
+from pose_megatron.evaluation import results, results_figure, results_table
+from pose_megatron.evaluation.claims import FAILS, HOLDS, UNDECIDED, Verdict
 from pose_megatron.evaluation.results import Curve
+from pose_megatron.evaluation.results_table import Table
+from pose_megatron.evaluation.shares import effective_length
 
-# Shares of what was asked for, and what their axis says.
-_SHARES = {"passkey": "passkeys found", "ruler": "mean over RULER's tasks"}
-_DEPTHS = 10  # bins of a needle's depth
-
-
-def _lengths_of(curves: Sequence[Curve]) -> list[int]:
-    return sorted({length for curve in curves for length in curve.lengths})
-
-
-def _tasks_of(curves: Sequence[Curve]) -> list[str]:
-    return list(dict.fromkeys(task for curve in curves for task in curve.tasks))
-
-
-def markdown(curves: Sequence[Curve], metric: str) -> str:
-    """One row per curve, one column per context length; below each curve its tasks."""
-    lengths = _lengths_of(curves)
-    form = {"passkey": "{:.0%}", "ruler": "{:.1%}"}.get(metric, "{:.2f}")
-    lines = [
-        "| | " + " | ".join(f"{n:,}" for n in lengths) + " |",
-        "|---|" + "---:|" * len(lengths),
-    ]
-    for curve in curves:
-        rows = {curve.label: curve.points}
-        if curve.tasks:
-            rows = {f"{curve.label}, mean of {len(curve.tasks)}": curve.points}
-            rows |= {f"{curve.label}, {task}": row for task, row in curve.tasks.items()}
-        for label, row in rows.items():
-            cells = [form.format(row[n][metric]) if n in row else "" for n in lengths]
-            lines.append("| " + label.replace("|", "\\|") + " | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+THRESHOLD = 0.85  # of an effective context length
+TITLES = {
+    "perplexity": "Perplexity",
+    "passkey": "Passkeys",
+    "ruler": "RULER's tasks",
+}
+_MEASURED = {
+    "by position": "By position: each document goes through once, and its tokens are scored in "
+    "bins of position that end at the context lengths. Each bin scores other tokens: compare "
+    "models in a bin, not bins.",
+    "in sliding windows": "In sliding windows: all context lengths score the same tokens, each "
+    "with that many before it.",
+}
+_SHARES = (
+    "Greedy decoding must give what was asked for. Intervals are at 95 %. The effective context "
+    f"length is the longest one up to which all have at least {THRESHOLD:.0%}."
+)
 
 
-def plot(
-    curves: Sequence[Curve],
-    metric: str,
-    path: Path,
+@dataclass(frozen=True)
+class Section:
+    """What there is of one metric.
+
+    Attributes:
+        lead: how it is measured, in sentences.
+        alt: the picture in words.
+        picture: an SVG file.
+        tables: by what they show.
+        settings: what holds for all curves, by name.
+        own: settings in which curves differ; None where they do not.
+    """
+
+    metric: str
+    lead: str
+    alt: str
+    picture: Path
+    tables: dict[str, Table]
+    settings: dict[str, str]
+    own: Table | None
+
+    @property
+    def title(self) -> str:
+        return TITLES[self.metric]
+
+    @property
+    def address(self) -> str:
+        """The picture as a data: address."""
+        return "data:image/svg+xml;base64," + base64.b64encode(self.picture.read_bytes()).decode()
+
+
+@dataclass(frozen=True)
+class Report:
+    """
+    Attributes:
+        files: whose results these are.
+        made: commands, as Table; None where no result says how it was made.
+        unknown: how many results do not.
+    """
+
+    title: str
+    files: Sequence[str]
+    verdicts: Sequence[Verdict]
+    sections: Sequence[Section]
+    made: Table | None
+    unknown: int
+    version: str = __version__
+
+    def html(self) -> str:
+        from jinja2 import Environment
+
+        template = Path(__file__).with_name("report.html.j2").read_text(encoding="utf-8")
+        page = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+        return page.from_string(template).render(report=self)
+
+    def markdown(self) -> str:
+        parts = [f"# {self.title}\n"]
+        if self.verdicts:
+            parts += ["## Verdicts\n", _verdict_table(self.verdicts).markdown()]
+        for section in self.sections:
+            parts += [f"## {section.title}\n", f"{section.lead}\n"]
+            parts.append(f"![{section.alt}]({section.picture.name})\n")
+            for what, table in section.tables.items():
+                parts += [f"{what}:\n", table.markdown()]
+            said = "; ".join(f"{name} {value}" for name, value in section.settings.items())
+            parts.append(f"Settings: {said or 'none recorded'}.\n")
+            if section.own:
+                parts += ["Where they differ:\n", section.own.markdown()]
+        parts.append("## How they were made\n")
+        if self.made:
+            parts.append(self.made.markdown())
+        if self.unknown:
+            parts.append(f"{self.unknown:,} results do not say how.\n")
+        parts.append(f"Results: {', '.join(self.files)}; pose_megatron {self.version}.\n")
+        return "\n".join(parts)
+
+
+def build(
+    files: Sequence[str],
+    output: Path,
+    title: str,
     window: int | None = None,
-    title: str | None = None,
-) -> None:
-    """Draws the curves; passkeys also by depth in the haystack, and RULER's tasks one by one.
+    verdicts: Sequence[Verdict] = (),
+    apart: bool = False,
+) -> Report:
+    """Reads results and draws their pictures, as OUTPUT's stem with .METRIC.svg.
 
     Args:
-        path: PNG.
         window: training window L in tokens, to be marked.
+        apart: as of results.read.
+
+    Raises:
+        ConfigError: as results.read.
     """
-    import matplotlib
+    curves = {metric: results.read(files, metric, apart) for metric in results.metrics_in(files)}
+    sections = []
+    for metric, some in curves.items():
+        picture = output.with_name(f"{output.stem}.{metric}.svg")
+        results_figure.plot(some, metric, picture, window)
+        sections.append(_section(some, metric, picture))
+    rows = [row for some in curves.values() for curve in some for row in curve.results]
+    return Report(title, files, verdicts, sections, *_made(rows))
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
-    if metric in _SHARES:
-        columns = min(3, len(curves) if len(curves) != 4 else 2)
-        rows = -(-len(curves) // columns)
-        width, height = (
-            (3.2, 2.6) if metric == "passkey" else (4.5, 1 + 0.3 * len(_tasks_of(curves)))
+def read_verdicts(file: str) -> list[Verdict]:
+    """
+    Raises:
+        ConfigError: the file is missing, or holds no verdicts.
+    """
+    try:
+        rows = json.loads(Path(file).read_bytes())
+        if not isinstance(rows, list):
+            raise TypeError(f"it holds {type(rows).__name__}")
+        verdicts = [Verdict(**row) for row in rows]
+        if all(v.verdict in (HOLDS, FAILS, UNDECIDED) for v in verdicts):
+            return verdicts
+        reason = f"a verdict is one of {HOLDS}, {FAILS} and {UNDECIDED}"
+    except FileNotFoundError:
+        reason = "no such file"
+    except (ValueError, TypeError, RecursionError) as error:
+        reason = str(error)
+    raise ConfigError(
+        f"--verdicts {file}: not a list of claim, verdict and numbers ({reason})"
+    ) from None
+
+
+def _verdict_table(verdicts: Sequence[Verdict]) -> Table:
+    return Table(["claim", "", "numbers"], [[v.claim, v.verdict, v.numbers] for v in verdicts])
+
+
+def _section(curves: Sequence[Curve], metric: str, picture: Path) -> Section:
+    measured = dict.fromkeys(curve.conditions.get("measured") for curve in curves)
+    lead = _SHARES
+    if metric == "perplexity":
+        lead = " ".join(_MEASURED[how] for how in measured if how in _MEASURED)
+    own = results.differing(curves)
+    shared = {
+        name: results.shown(curves[0], name) for name in curves[0].conditions if name not in own
+    }
+    return Section(
+        metric,
+        lead,
+        _in_words(curves, metric),
+        picture,
+        _tables(curves, metric),
+        shared,
+        Table(
+            ["", *own],
+            [[curve.label, *(results.shown(curve, name) for name in own)] for curve in curves],
         )
-        figure = pyplot.figure(
-            figsize=(max(7, width * columns), 4 + height * rows), dpi=150, layout="constrained"
+        if own
+        else None,
+    )
+
+
+def _tables(curves: Sequence[Curve], metric: str) -> dict[str, Table]:
+    if metric == "perplexity":
+        tables = {"Perplexity": results_table.values(curves, metric)}
+        if any("loss" in row for curve in curves for row in curve.results):
+            tables["Loss in nats ± standard error over documents"] = results_table.by_length(
+                curves, _loss
+            )
+        return tables
+    what = {"passkey": "Passkeys found", "ruler": "Wanted strings found"}[metric]
+    table = results_table.by_length(curves, lambda row: _share(row, metric))
+    effective = {
+        curve.label: effective_length(
+            {length: row[metric] for length, row in curve.points.items()}, THRESHOLD
         )
-        above, below = figure.subfigures(2, squeeze=False, height_ratios=(4, height * rows)).ravel()
-        axes = above.subplots()
-        grid = below.subplots(rows, columns, squeeze=False, sharey=True).ravel()
-        (_draw_depths if metric == "passkey" else _draw_tasks)(below, grid, curves)
-    else:
-        figure = pyplot.figure(figsize=(7, 4.5), dpi=150, layout="constrained")
-        axes = figure.subplots()
-    _draw_curves(axes, curves, metric, window)
-    if title:
-        axes.set_title(title, fontsize=10)
-    figure.savefig(path)
-
-
-def _draw_curves(axes, curves: Sequence[Curve], metric: str, window: int | None) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    for curve, marker in zip(curves, "osD^vP*X<>" * len(curves), strict=False):
-        row, label = curve.points, textwrap.fill(curve.label, 60)
-        lengths = sorted(row)
-        values = [row[n][metric] for n in lengths]
-        (line,) = axes.plot(lengths, values, marker=marker, label=label, linewidth=1.8)
-        if metric == "passkey":
-            low, high = ([row[n][side] for n in lengths] for side in ("low", "high"))
-            axes.fill_between(lengths, low, high, color=line.get_color(), alpha=0.12, linewidth=0)
-    lengths = _lengths_of(curves)
-    values = [row[metric] for curve in curves for row in curve.points.values()]
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(lengths, [f"{n:,}" for n in lengths])
-    if metric in _SHARES:
-        axes.set_ylim(-0.03, 1.03)
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    else:
-        axes.set_yscale("log")
-        ticks = [t * 10**e for e in range(-1, 7) for t in (1, 1.5, 2, 3, 4, 5, 7)]
-        ticks = [t for t in ticks if min(values) * 0.9 <= t <= max(values) * 1.1]
-        if len(ticks) < 3:
-            finite = [value for value in values if math.isfinite(value)] or [1]
-            ticks = list(MaxNLocator(5, min_n_ticks=3).tick_values(min(finite), max(finite)))
-        axes.set_yticks(ticks, [f"{t:g}" for t in ticks])
-    axes.minorticks_off()
-    if window:
-        axes.axvline(window, color="grey", linestyle=":", linewidth=1)
-        at, side = (0.02, "bottom") if metric in _SHARES else (0.98, "top")
-        axes.text(
-            window,
-            at,
-            " training window",
-            color="grey",
-            va=side,
-            fontsize=8,
-            transform=axes.get_xaxis_transform(),
-        )
-    axes.set_xlabel("context length (tokens)")
-    axes.set_ylabel(_SHARES.get(metric, metric))
-    axes.grid(alpha=0.3)
-    if all(curve.label == curve.name for curve in curves):
-        axes.legend(fontsize=8)
-    else:  # long labels would hide the curves
-        axes.figure.legend(fontsize=8, loc="outside lower center")
-
-
-def _draw_depths(figure, grid, curves: Sequence[Curve]) -> None:
-    """A map for each curve: context length across, depth of the needle down."""
-    lengths, maps = _lengths_of(curves), []
-    for curve in curves:
-        share = [[math.nan] * len(lengths) for _ in range(_DEPTHS)]
-        for column, n in enumerate(lengths):
-            answers = curve.points.get(n, {}).get("answers", ())
-            for i in range(_DEPTHS):
-                found = [
-                    found
-                    for depth, found, _ in answers
-                    if min(int(depth * _DEPTHS), _DEPTHS - 1) == i
-                ]
-                if found:
-                    share[i][column] = sum(found) / len(found)
-        maps.append(share)
-    _draw_maps(figure, grid, curves, lengths, maps)
-    for axes in grid[: len(curves)]:
-        axes.set_yticks([-0.5, _DEPTHS / 2 - 0.5, _DEPTHS - 0.5], ["0", "0.5", "1"], fontsize=7)
-    grid[0].set_ylabel("depth of the needle", fontsize=8)
-
-
-def _draw_tasks(figure, grid, curves: Sequence[Curve]) -> None:
-    """A map for each curve: context length across, tasks down, the shares in per cent."""
-    lengths, tasks = _lengths_of(curves), _tasks_of(curves)
-    maps = [
-        [
-            [curve.tasks.get(task, {}).get(n, {}).get("ruler", math.nan) for n in lengths]
-            for task in tasks
-        ]
         for curve in curves
-    ]
-    _draw_maps(figure, grid, curves, lengths, maps)
-    for axes, share in zip(grid, maps, strict=False):
-        axes.set_yticks(range(len(tasks)), tasks, fontsize=7)
-        for row, line in enumerate(share):
-            for column, value in enumerate(line):
-                if not math.isnan(value):
-                    color = "black" if value > 0.6 else "white"
-                    text = f"{100 * value:.0f}"
-                    axes.text(column, row, text, color=color, fontsize=7, ha="center", va="center")
+    }
+    tables = {
+        what: table,
+        "Effective context length": Table(
+            ["", "tokens"], [[k, f"{n:,}"] for k, n in effective.items()]
+        ),
+    }
+    if any("digits" in row for curve in curves for row in curve.results):
+        tables["Digits right"] = results_table.by_length(curves, _digits)
+    return tables
 
 
-def _draw_maps(figure, grid, curves: Sequence[Curve], lengths: list[int], maps) -> None:
-    """
-    Args:
-        maps: for each curve rows of shares, one for each context length; NaN where there is none.
-    """
-    for axes in grid[len(curves) :]:
-        axes.set_axis_off()
-    for axes, curve, share in zip(grid, curves, maps, strict=False):
-        image = axes.imshow(share, vmin=0, vmax=1, cmap="viridis", aspect="auto")
-        axes.set_xticks(range(len(lengths)), [f"{n:,}" for n in lengths], fontsize=7)
-        axes.set_title(textwrap.fill(curve.label, 44), fontsize=8)
-    bar = figure.colorbar(image, ax=list(grid), shrink=0.9)
-    bar.ax.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+def _loss(row: dict) -> str:
+    if "loss" not in row:
+        return ""
+    error = row.get("standard_error")
+    return f"{row['loss']:.3f}" + (f" ± {error:.3f}" if error == error and error else "")
+
+
+def _share(row: dict, metric: str) -> str:
+    text = f"{row[metric]:.0%}"
+    return (
+        f"{text} ({row['low']:.0%} to {row['high']:.0%})" if {"low", "high"} <= row.keys() else text
+    )
+
+
+def _digits(row: dict) -> str:
+    return f"{row['digits']:.0%}" if "digits" in row else ""
+
+
+def _in_words(curves: Sequence[Curve], metric: str) -> str:
+    """What a picture shows, for those who do not see it."""
+    form = "{:.2f}" if metric == "perplexity" else "{:.0%}"
+    said = []
+    for curve in curves:
+        if curve.points:
+            ends = [min(curve.points), max(curve.points)]
+            values = (form.format(curve.points[n][metric]) for n in ends)
+            said.append(
+                f"{curve.label} "
+                + " and ".join(f"{value} at {n:,}" for value, n in zip(values, ends, strict=True))
+            )
+    return f"{TITLES[metric]} against context length in tokens: " + "; ".join(said)
+
+
+def _made(rows: Sequence[dict]) -> tuple[Table | None, int]:
+    """How results were made, each way once; and how many do not say it."""
+    ways: dict[str, dict[str, Any]] = {}
+    unknown = 0
+    for row in rows:
+        made = row.get("made")
+        if isinstance(made, dict):
+            ways[json.dumps(made, sort_keys=True)] = made
+        else:
+            unknown += 1
+    if not ways:
+        return None, unknown
+    lines = []
+    for made in ways.values():
+        versions = made.get("versions")
+        told = (
+            ", ".join(f"{k} {v}" for k, v in versions.items()) if isinstance(versions, dict) else ""
+        )
+        where = (
+            f"{made.get('ranks', '?')} × {made.get('threads', '?')} on {made.get('device', '?')}"
+        )
+        lines.append([str(made.get("command", "?")), str(made.get("date", "?")), where, told])
+    return Table(["command", "date", "processes × threads", "versions"], lines), unknown

@@ -11,7 +11,7 @@ import fcntl
 import json
 import operator
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,8 @@ from typing import Any
 from pose_megatron.errors import ConfigError
 
 METRICS = ("perplexity", "passkey", "ruler")
-# What an evaluation finds; all else that a result says is a condition. So are `tokens` and
-# `documents`, how many are scored: in sliding windows they are the same at each context length.
+# What an evaluation finds, and how it was made; all else that a result says is a condition. So are
+# `tokens` and `documents`, how many are scored: sliding windows have the same at all lengths.
 _FOUND = {
     "context_length",
     "loss",
@@ -31,6 +31,7 @@ _FOUND = {
     "digits",
     "answers",
     "task",
+    "made",
     *METRICS,
 }
 # Conditions that are the model's: other names have others.
@@ -59,6 +60,12 @@ class Curve:
     def lengths(self) -> list[int]:
         """All context lengths, those too that only some tasks have."""
         return sorted({*self.points, *(n for rows in self.tasks.values() for n in rows)})
+
+    @property
+    def results(self) -> list[dict]:
+        """All results, by task."""
+        some = self.tasks.values() if self.tasks else [self.points]
+        return [row for rows in some for row in rows.values()]
 
     def add(self, length: int, row: dict) -> None:
         """A result at a context length; the last of equals counts."""
@@ -99,7 +106,7 @@ def append(path: str | None, rows: Iterable[dict]) -> None:
         os.close(file)
 
 
-def read(files: list[str], metric: str, apart: bool = False) -> list[Curve]:
+def read(files: Sequence[str], metric: str, apart: bool = False) -> list[Curve]:
     """The curves of a metric, in the order of the files; the last of equals counts.
 
     Args:
@@ -111,20 +118,16 @@ def read(files: list[str], metric: str, apart: bool = False) -> list[Curve]:
             no context length, as the points of one curve would, differ in something else.
     """
     curves: dict[str, Curve] = {}
-    for file in files:
-        if not Path(file).is_file():
-            raise ConfigError(f"{file}: no such file")
-        for number, line in enumerate(Path(file).read_bytes().splitlines(), 1):
-            try:
-                row = json.loads(line)
-                if row["metric"] == metric:
-                    row[metric] = float(row[metric])
-                    length = operator.index(row["context_length"])
-                    curve = Curve(str(row["name"]), _conditions(row))
-                    key = json.dumps([curve.name, curve.conditions], sort_keys=True)
-                    curves.setdefault(key, curve).add(length, row)
-            except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-                raise ConfigError(f"{file}:{number}: not a result ({error!r})") from None
+
+    def take(row: dict) -> None:
+        if row["metric"] == metric:
+            row[metric] = float(row[metric])
+            length = operator.index(row["context_length"])
+            curve = Curve(str(row["name"]), _conditions(row))
+            key = json.dumps([curve.name, curve.conditions], sort_keys=True)
+            curves.setdefault(key, curve).add(length, row)
+
+    _for_each_line(files, take)
     if not curves:
         raise ConfigError(f"{', '.join(files)}: no results of metric '{metric}'")
     found = list(curves.values())
@@ -132,6 +135,30 @@ def read(files: list[str], metric: str, apart: bool = False) -> list[Curve]:
         _refuse_one_curve_of_unlike(found)
     _label(found)
     return found
+
+
+def metrics_in(files: Sequence[str]) -> list[str]:
+    """The metrics that files have results of, in the order of METRICS.
+
+    Raises:
+        ConfigError: a file is missing, or a line is not a result; or there are none.
+    """
+    found = set()
+    _for_each_line(files, lambda row: found.add(row["metric"]))
+    if not found.intersection(METRICS):
+        raise ConfigError(f"{', '.join(files)}: no results of {', '.join(METRICS)}")
+    return [metric for metric in METRICS if metric in found]
+
+
+def _for_each_line(files: Sequence[str], take: Callable[[dict], object]) -> None:
+    for file in files:
+        if not Path(file).is_file():
+            raise ConfigError(f"{file}: no such file")
+        for number, line in enumerate(Path(file).read_bytes().splitlines(), 1):
+            try:
+                take(json.loads(line))
+            except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+                raise ConfigError(f"{file}:{number}: not a result ({error!r})") from None
 
 
 def _conditions(row: dict) -> dict[str, Any]:
@@ -149,7 +176,12 @@ def _namesakes(curves: Sequence[Curve]) -> list[list[Curve]]:
     return list(named.values())
 
 
-def _differing(curves: Sequence[Curve]) -> list[str]:
+def lengths_of(curves: Sequence[Curve]) -> list[int]:
+    """All context lengths of curves, ascending."""
+    return sorted({length for curve in curves for length in curve.lengths})
+
+
+def differing(curves: Sequence[Curve]) -> list[str]:
     """Names of the conditions in which curves differ."""
     names = dict.fromkeys(name for curve in curves for name in curve.conditions)
     return [
@@ -171,9 +203,9 @@ def _refuse_one_curve_of_unlike(curves: Sequence[Curve]) -> None:
         if len(namesakes) == 1 or len(set(lengths)) < len(lengths):
             continue
         one, other = namesakes[:2]
-        differing = _differing([one, other])
         told = "; ".join(
-            f"{name} {_shown(one, name)} and {_shown(other, name)}" for name in differing[:6]
+            f"{name} {shown(one, name)} and {shown(other, name)}"
+            for name in differing([one, other])[:6]
         )
         raise ConfigError(
             f"{one.name}: its results at {_listed(one)} and at {_listed(other)} tokens are no "
@@ -188,15 +220,15 @@ def _listed(curve: Curve) -> str:
 
 def _label(curves: Sequence[Curve]) -> None:
     """Labels the curves so that each says in what it differs from others."""
-    how = [name for name in _differing(curves) if name not in _MODEL]
+    how = [name for name in differing(curves) if name not in _MODEL]
     for namesakes in _namesakes(curves):
-        own = _differing(namesakes)
+        own = differing(namesakes)
         for curve in namesakes:
-            said = (f"{name} {_shown(curve, name)}" for name in dict.fromkeys(own + how))
+            said = (f"{name} {shown(curve, name)}" for name in dict.fromkeys(own + how))
             curve.label = ", ".join([curve.name, *said])
 
 
-def _shown(curve: Curve, name: str) -> str:
+def shown(curve: Curve, name: str) -> str:
     """A condition's value for a person."""
     value = curve.conditions.get(name, _UNKNOWN)
     if isinstance(value, bool) or value is None:

@@ -23,6 +23,7 @@ TOOLS = {
     "evaluate-passkey": "evaluate_passkey.py",
     "evaluate-ruler": "evaluate_ruler.py",
     "plot": "plot_results.py",
+    "report": "report.py",
 }
 
 
@@ -117,7 +118,9 @@ def test_pip_installs_one_command_the_types_and_one_home_of_metadata(root):
     project = tomllib.loads((root / "pyproject.toml").read_text())
     scripts = project["project"]["scripts"]
     assert scripts == {"pose-megatron": "pose_megatron.commands.__main__:main"}
-    assert project["tool"]["setuptools"]["package-data"] == {"pose_megatron": ["py.typed"]}
+    assert project["tool"]["setuptools"]["package-data"] == {
+        "pose_megatron": ["py.typed", "evaluation/*.j2"]
+    }
     assert (root / "pose_megatron/py.typed").is_file()
     assert project["project"]["dynamic"] == ["version"]
     assert "install_requires" not in (root / "setup.py").read_text()

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from pose_megatron.evaluation.report import read_verdicts
 from pose_megatron.evaluation.shares import wilson
 
 BASE = {8192: 1.8, 10240: 1.9, 12288: 3.0, 16384: 6.0}
@@ -48,9 +49,9 @@ def verdicts(root, folder, models):
     script = root / "examples/real_model/verdicts.py"
     done = subprocess.run([sys.executable, script, file], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert (folder / "results.verdicts.md").read_text() in done.stdout
-    cells = [line.split(" | ") for line in done.stdout.splitlines() if "**" in line]
-    return {cell[0]: cell[1].strip("*") for cell in cells}
+    found = read_verdicts(str(folder / "results.verdicts.json"))
+    assert all(f"{one.verdict:12}  {one.claim}: {one.numbers}\n" in done.stdout for one in found)
+    return {one.claim: one.verdict for one in found}
 
 
 def test_what_holds(root, tmp_path):

@@ -8,7 +8,7 @@ import signal
 import pytest
 
 from pose_megatron.errors import ConfigError
-from pose_megatron.evaluation import report, results
+from pose_megatron.evaluation import results, results_figure, results_table
 
 GOOD = {"metric": "perplexity", "name": "base", "context_length": 64, "perplexity": 9.5}
 
@@ -88,9 +88,9 @@ def test_passkeys_are_kept_apart_by_needles_and_drawn_by_label(tmp_path):
     rows = [row | {"needles": k, "context_length": n} for k in (1, 8) for n in (64, 128)]
     curves = read(tmp_path, rows, "passkey")
     assert list(told(curves, "passkey")) == ["base, needles 1", "base, needles 8"]
-    report.plot(curves, "passkey", tmp_path / "passkey.png")
+    results_figure.plot(curves, "passkey", tmp_path / "passkey.png")
     assert (tmp_path / "passkey.png").read_bytes().startswith(b"\x89PNG")
-    assert report.markdown(curves, "passkey").splitlines()[2:] == [
+    assert results_table.values(curves, "passkey").markdown().splitlines()[2:] == [
         "| base, needles 1 | 50% | 50% |",
         "| base, needles 8 | 50% | 50% |",
     ]
@@ -106,9 +106,9 @@ def test_rulers_tasks_are_one_curve_of_their_mean(tmp_path):
     rows += [ruler("variables", 64, 0.5), ruler("variables", 256, 0.25)]
     curves = read(tmp_path, rows, "ruler")
     assert told(curves, "ruler") == {"base": {64: 0.75}}  # the other lengths lack a task
-    report.plot(curves, "ruler", tmp_path / "ruler.png", 64)
+    results_figure.plot(curves, "ruler", tmp_path / "ruler.png", 64)
     assert (tmp_path / "ruler.png").read_bytes().startswith(b"\x89PNG")
-    assert report.markdown(curves, "ruler").splitlines() == [
+    assert results_table.values(curves, "ruler").markdown().splitlines() == [
         "| | 64 | 128 | 256 |",
         "|---|---:|---:|---:|",
         "| base, mean of 2 | 75.0% |  |  |",

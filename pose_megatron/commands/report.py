@@ -1,0 +1,52 @@
+"""Results as one self-contained HTML page, and the same in Markdown."""
+
+import argparse
+from pathlib import Path
+
+from pose_megatron.errors import ConfigError
+from pose_megatron.evaluation import report
+from pose_megatron.runtime.atomic_files import write_atomically
+from pose_megatron.runtime.cli import command, positive
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Reads the JSON lines of the evaluation tools, all metrics. The page has "
+        "curves, maps, tables\nwith their uncertainty, settings, commands and versions, and loads "
+        "nothing from anywhere.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="example:\n  python tools/report.py results.jsonl --output report.html "
+        "--window 4096",
+    )
+    parser.add_argument("results", nargs="+", help="files of JSON lines")
+    parser.add_argument(
+        "--output",
+        default="report.html",
+        help="the page; beside it the same as .md, with a picture of each metric as .svg",
+    )
+    parser.add_argument("--title", default="Results")
+    parser.add_argument("--window", type=positive, help="mark the training window L, in tokens")
+    parser.add_argument(
+        "--verdicts", help="JSON list of objects with claim, verdict and numbers, shown first"
+    )
+    parser.add_argument(
+        "--apart",
+        action="store_true",
+        help="keep unlike results of one name as curves of their own also where they share no "
+        "context length, and were perhaps meant as one curve",
+    )
+    return parser.parse_args()
+
+
+@command
+def main() -> None:
+    flags = parse()
+    output = Path(flags.output)
+    if output.suffix != ".html":
+        raise ConfigError(f"--output {output}: must end with .html")
+    verdicts = report.read_verdicts(flags.verdicts) if flags.verdicts else []
+    output.parent.mkdir(parents=True, exist_ok=True)
+    page = report.build(flags.results, output, flags.title, flags.window, verdicts, flags.apart)
+    write_atomically(output.with_suffix(".md"), page.markdown())
+    write_atomically(output, page.html())
+    print(f"{output}  {output.with_suffix('.md')}")
