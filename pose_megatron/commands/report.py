@@ -5,7 +5,6 @@ from pathlib import Path
 
 from pose_megatron.errors import ConfigError
 from pose_megatron.evaluation import report
-from pose_megatron.runtime.atomic_files import write_atomically
 from pose_megatron.runtime.cli import command, positive
 
 
@@ -30,6 +29,9 @@ def parse() -> argparse.Namespace:
         "--verdicts", help="JSON list of objects with claim, verdict and numbers, shown first"
     )
     parser.add_argument(
+        "--by-file", action="store_true", help="each file is a chapter of its own, by its name"
+    )
+    parser.add_argument(
         "--apart",
         action="store_true",
         help="keep unlike results of one name as curves of their own also where they share no "
@@ -46,7 +48,11 @@ def main() -> None:
         raise ConfigError(f"--output {output}: must end with .html")
     verdicts = report.read_verdicts(flags.verdicts) if flags.verdicts else []
     output.parent.mkdir(parents=True, exist_ok=True)
-    page = report.build(flags.results, output, flags.title, flags.window, verdicts, flags.apart)
-    write_atomically(output.with_suffix(".md"), page.markdown())
-    write_atomically(output, page.html())
+    chapters = {"": flags.results}
+    if flags.by_file:
+        chapters = {Path(file).stem: [file] for file in flags.results}
+        if len(chapters) < len(flags.results):
+            raise ConfigError("--by-file: two of the files have one name")
+    page = report.build(chapters, output, flags.title, flags.window, verdicts, flags.apart)
+    page.write()
     print(f"{output}  {output.with_suffix('.md')}")

@@ -6,7 +6,7 @@ verdicts on claims, where there are any; at the end the commands and versions th
 
 import base64
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from pose_megatron.evaluation.claims import FAILS, HOLDS, UNDECIDED, Verdict
 from pose_megatron.evaluation.results import Curve
 from pose_megatron.evaluation.results_table import Table
 from pose_megatron.evaluation.shares import effective_length
+from pose_megatron.runtime.atomic_files import write_atomically
 
 THRESHOLD = 0.85  # of an effective context length
 TITLES = {
@@ -40,9 +41,11 @@ _SHARES = (
 
 @dataclass(frozen=True)
 class Section:
-    """What there is of one metric.
+    """What a chapter has of one metric.
 
     Attributes:
+        title: of the section; the chapter's, where that has one.
+        anchor: its name in links.
         lead: how it is measured, in sentences.
         alt: the picture in words.
         picture: an SVG file.
@@ -51,17 +54,14 @@ class Section:
         own: settings in which curves differ; None where they do not.
     """
 
-    metric: str
+    title: str
+    anchor: str
     lead: str
     alt: str
     picture: Path
     tables: dict[str, Table]
     settings: dict[str, str]
     own: Table | None
-
-    @property
-    def title(self) -> str:
-        return TITLES[self.metric]
 
     @property
     def address(self) -> str:
@@ -73,18 +73,25 @@ class Section:
 class Report:
     """
     Attributes:
+        output: where the page goes.
         files: whose results these are.
         made: commands, as Table; None where no result says how it was made.
         unknown: how many results do not.
     """
 
     title: str
+    output: Path
     files: Sequence[str]
     verdicts: Sequence[Verdict]
     sections: Sequence[Section]
     made: Table | None
     unknown: int
     version: str = __version__
+
+    def write(self) -> None:
+        """The page, and the same in Markdown beside it."""
+        write_atomically(self.output.with_suffix(".md"), self.markdown())
+        write_atomically(self.output, self.html())
 
     def html(self) -> str:
         from jinja2 import Environment
@@ -116,7 +123,7 @@ class Report:
 
 
 def build(
-    files: Sequence[str],
+    chapters: Mapping[str, Sequence[str]],
     output: Path,
     title: str,
     window: int | None = None,
@@ -126,20 +133,29 @@ def build(
     """Reads results and draws their pictures, as OUTPUT's stem with .METRIC.svg.
 
     Args:
+        chapters: by title, files of results; one without a title is the whole report.
         window: training window L in tokens, to be marked.
         apart: as of results.read.
 
     Raises:
         ConfigError: as results.read.
     """
-    curves = {metric: results.read(files, metric, apart) for metric in results.metrics_in(files)}
+    found = [
+        (chapter, metric, results.read(files, metric, apart))
+        for chapter, files in chapters.items()
+        for metric in results.metrics_in(files)
+    ]
     sections = []
-    for metric, some in curves.items():
-        picture = output.with_name(f"{output.stem}.{metric}.svg")
-        results_figure.plot(some, metric, picture, window)
-        sections.append(_section(some, metric, picture))
-    rows = [row for some in curves.values() for curve in some for row in curve.results]
-    return Report(title, files, verdicts, sections, *_made(rows))
+    for number, (chapter, metric, curves) in enumerate(found, 1):
+        anchor = f"{number}.{metric}" if len(chapters) > 1 else metric
+        picture = output.with_name(f"{output.stem}.{anchor}.svg")
+        results_figure.plot(curves, metric, picture, window)
+        several = len([one for one, *_ in found if one == chapter]) > 1
+        what = f"{chapter}: {TITLES[metric]}" if several and chapter else chapter
+        sections.append(_section(what or TITLES[metric], anchor, curves, metric, picture))
+    files = [file for some in chapters.values() for file in some]
+    rows = [row for *_, curves in found for curve in curves for row in curve.results]
+    return Report(title, output, files, verdicts, sections, *_made(rows))
 
 
 def read_verdicts(file: str) -> list[Verdict]:
@@ -168,17 +184,24 @@ def _verdict_table(verdicts: Sequence[Verdict]) -> Table:
     return Table(["claim", "", "numbers"], [[v.claim, v.verdict, v.numbers] for v in verdicts])
 
 
-def _section(curves: Sequence[Curve], metric: str, picture: Path) -> Section:
+def _section(
+    title: str, anchor: str, curves: Sequence[Curve], metric: str, picture: Path
+) -> Section:
     measured = dict.fromkeys(curve.conditions.get("measured") for curve in curves)
     lead = _SHARES
     if metric == "perplexity":
         lead = " ".join(_MEASURED[how] for how in measured if how in _MEASURED)
+        lead += " Standard errors are over documents"
+        if any("by_seed" in row for curve in curves for row in curve.results):
+            lead += ", and over seeds where a model has several"
+        lead = f"{lead.lstrip()}."
     own = results.differing(curves)
     shared = {
         name: results.shown(curves[0], name) for name in curves[0].conditions if name not in own
     }
     return Section(
-        metric,
+        title,
+        anchor,
         lead,
         _in_words(curves, metric),
         picture,
@@ -197,9 +220,7 @@ def _tables(curves: Sequence[Curve], metric: str) -> dict[str, Table]:
     if metric == "perplexity":
         tables = {"Perplexity": results_table.values(curves, metric)}
         if any("loss" in row for curve in curves for row in curve.results):
-            tables["Loss in nats ± standard error over documents"] = results_table.by_length(
-                curves, _loss
-            )
+            tables["Loss in nats ± standard error"] = results_table.by_length(curves, _loss)
         return tables
     what = {"passkey": "Passkeys found", "ruler": "Wanted strings found"}[metric]
     table = results_table.by_length(curves, lambda row: _share(row, metric))

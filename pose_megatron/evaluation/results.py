@@ -26,6 +26,7 @@ _FOUND = {
     "loss",
     "standard_error",
     "by_document",
+    "by_seed",
     "low",
     "high",
     "digits",
@@ -35,7 +36,10 @@ _FOUND = {
     *METRICS,
 }
 # Conditions that are the model's: other names have others.
-_MODEL = {"load", "iteration", "rope_scaling", "rope_scaling_factor", "rope_scaling_config"}
+_MODEL = {
+    *("load", "iteration", "rope_scaling", "rope_scaling_factor", "rope_scaling_config"),
+    *("target", "flags", "seeds"),
+}
 _UNKNOWN = "not recorded"
 
 

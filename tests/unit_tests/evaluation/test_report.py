@@ -91,7 +91,7 @@ class Page(HTMLParser):
 
 def test_every_figure_stands_in_both(files, tmp_path):
     verdicts = [Verdict("PoSE reads | on", "does not hold", "+0.5 nats")]
-    made = report.build(files, tmp_path / "page.html", "All", 64, verdicts)
+    made = report.build({"": files}, tmp_path / "page.html", "All", 64, verdicts)
     page = Page(made.html())
     for row in (
         ["PoSE reads | on", "does not hold", "+0.5 nats"],
@@ -118,7 +118,7 @@ def test_every_figure_stands_in_both(files, tmp_path):
 
 
 def test_the_page_needs_no_other_file_and_runs_nothing(files, tmp_path):
-    made = report.build(files, tmp_path / "page.html", HOSTILE)
+    made = report.build({"": files}, tmp_path / "page.html", HOSTILE)
     page = Page(made.html())
     assert not page.tags & {"script", "link", "iframe", "object", "embed"}
     assert all(re.match(r"#|data:image/svg\+xml;base64,", address) for address in page.addresses)
@@ -127,7 +127,7 @@ def test_the_page_needs_no_other_file_and_runs_nothing(files, tmp_path):
 
 def test_the_same_results_make_the_same_bytes(files, tmp_path):
     one, other = (
-        report.build(files, tmp_path / name / "p.html", "T") for name in _folders(tmp_path)
+        report.build({"": files}, tmp_path / name / "p.html", "T") for name in _folders(tmp_path)
     )
     assert one.html() == other.html()
 

@@ -1,0 +1,270 @@
+"""The PoSE paper in small: its tables, beside what it has no control for, and verdicts.
+
+    python examples/reproduce/run.py --profile cpu
+
+trains a base model on windows of L tokens, extends it in all the ways of experiments.py, measures
+each at L, 2 L, 4 L, ... and writes a report. What is done is kept: the same command goes on.
+"""
+
+import argparse
+import os
+import shlex
+import subprocess
+import sys
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import summary
+from experiments import TITLES, Experiment, experiments, lengths
+from profiles import PROFILES, Profile
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass
+class Reproduction:
+    """Where everything lies, and the commands that make it.
+
+    Attributes:
+        model: a Hugging Face folder as the base model; None: it is trained.
+        train, test: corpus prefixes; None: the standard library's source.
+        dry_run: whether commands are printed only.
+    """
+
+    profile: Profile
+    folder: Path
+    model: str | None
+    train: str | None
+    test: str | None
+    dry_run: bool
+    _said: set[str] = field(default_factory=set)
+    _speaking: threading.Lock = field(default_factory=threading.Lock)
+    _steps: defaultdict[str, threading.Lock] = field(
+        default_factory=lambda: defaultdict(threading.Lock)
+    )
+
+    @property
+    def tokenizer(self) -> str:
+        return self.model or f"{self.folder}/tokenizer"
+
+    @property
+    def corpus(self) -> tuple[str, str]:
+        here = f"{self.folder}/train_text_document", f"{self.folder}/test_text_document"
+        return self.train or here[0], self.test or here[1]
+
+    def prepare(self, families: Sequence[str]) -> None:
+        """Corpus, tokenizer and base models."""
+        folder, profile = self.folder, self.profile
+        if not self.train:
+            self.step("corpus", [["python", "examples/stdlib_corpus.py", f"{folder}/corpus"]])
+            text = f"{folder}/corpus/train.jsonl"
+            train = ["python", "tools/train_tokenizer.py", "--input", text]
+            train += ["--vocab-size", str(profile.vocabulary), "--output-dir", self.tokenizer]
+            self.step("tokenizer", [[*train, "--overwrite"]])
+            for part in ("train", "test"):
+                make = ["python", "tools/preprocess_data.py", "--append-eod", "--overwrite"]
+                make += ["--tokenizer-type", "HuggingFaceTokenizer"]
+                make += ["--tokenizer-model", self.tokenizer]
+                make += ["--input", f"{folder}/corpus/{part}.jsonl"]
+                self.step(f"{part}-text", [[*make, "--output-prefix", f"{folder}/{part}"]])
+        for family in families:
+            base = f"{folder}/base-{family}"
+            if self.model:
+                self.step(f"base-{family}", [_convert(self.model, base)])
+                continue
+            shape = list(profile.shape)
+            commands = []
+            if family == "gptj":
+                # fresh weights come in as a checkpoint of transformers does
+                new = f"{folder}/new-{family}"
+                make = ["python", "examples/reproduce/new_gptj.py", f"{new}-hf", self.tokenizer]
+                make += ["--window", str(profile.window)]
+                commands = [[*make, *shape], _convert(f"{new}-hf", new)]
+                shape = ["--pretrained-checkpoint", new]
+            train = self.trainer(base, profile.window, profile.batch, 1234)
+            commands.append([*train, *shape, *profile.base])
+            self.step(f"base-{family}", commands)
+
+    def runs(self, experiment: Experiment) -> Iterator["Run"]:
+        for seed in self.profile.seeds if experiment.trained else [0]:
+            yield Run(self, experiment, seed)
+
+    def trainer(self, save: str, window: int, batch: int, seed: int) -> list[str]:
+        profile = self.profile
+        micro = max(min(profile.micro_batch, batch // profile.ranks), 1)
+        return [
+            *("torchrun", "--standalone", "--nproc-per-node", str(profile.ranks)),
+            *("pretrain_pose.py", "--load", save, "--save", save, "--save-retain", "1"),
+            *("--data-path", self.corpus[0], "--split", "100,0,0", "--num-workers", "0"),
+            *("--tokenizer-model", self.tokenizer, "--seq-length", str(window)),
+            *("--micro-batch-size", str(micro), "--global-batch-size", str(batch)),
+            *("--seed", str(seed), "--log-interval", "50"),
+        ]
+
+    def step(self, name: str, commands: Sequence[Sequence[str]]) -> None:
+        """Runs commands one after the other, once; what they print goes to a file.
+
+        Raises:
+            SystemExit: one of them fails.
+        """
+        with self._steps[name]:
+            self._step(name, commands)
+
+    def _step(self, name: str, commands: Sequence[Sequence[str]]) -> None:
+        if self.dry_run:
+            if name not in self._said:
+                self.say("\n".join(shlex.join(command) for command in commands))
+            self._said.add(name)
+            return
+        mark = self.folder / "done" / name
+        if mark.exists():
+            return
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        start, log = time.monotonic(), self.folder / "logs" / f"{name}.log"
+        log.parent.mkdir(exist_ok=True)
+        with open(log, "a") as file:
+            for command in commands:
+                print(f"$ {shlex.join(command)}", file=file, flush=True)
+                done = subprocess.run(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
+                if done.returncode:
+                    last = log.read_text(errors="replace").rstrip().rpartition("\n")[2]
+                    raise SystemExit(f"{name}: exit code {done.returncode}, see {log}: {last}")
+        mark.touch()
+        self.say(f"{name}: {time.monotonic() - start:.0f} s")
+
+    def say(self, text: str) -> None:
+        with self._speaking:
+            print(text, flush=True)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One experiment with one seed."""
+
+    of: Reproduction
+    experiment: Experiment
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.experiment.key}-{self.seed}"
+
+    @property
+    def results(self) -> Path:
+        return self.of.folder / "results" / f"{self.name}.jsonl"
+
+    def __call__(self) -> None:
+        """Trains the model, where it is not the base model itself, and measures it."""
+        if self.experiment.trained:
+            self.of.step(f"{self.experiment.model}-{self.seed}", [self.training()])
+        self.of.step(self.name, [self.measuring()])
+
+    @property
+    def base(self) -> str:
+        return f"{self.of.folder}/base-{self.experiment.family}"
+
+    @property
+    def model(self) -> str:
+        if not self.experiment.trained:
+            return self.base
+        return f"{self.of.folder}/models/{self.experiment.model}-{self.seed}"
+
+    def training(self) -> list[str]:
+        experiment, profile = self.experiment, self.of.profile
+        window, batch = profile.window, profile.batch
+        target = window * experiment.factor
+        if experiment.full:
+            window, batch = target, max(batch // experiment.factor, 1)
+        iters = round(profile.iters * experiment.share)
+        return [
+            *self.of.trainer(self.model, window, batch, self.seed),
+            *("--pretrained-checkpoint", self.base, "--train-iters", str(iters)),
+            *("--max-position-embeddings", str(target), "--rope-scaling", experiment.scaling),
+            *("--rope-scaling-factor", str(experiment.factor)),
+            *profile.extend,
+            *experiment.flags,
+        ]
+
+    def measuring(self) -> list[str]:
+        experiment, profile = self.experiment, self.of.profile
+        scale = []
+        if not experiment.trained and experiment.scaling != "none":
+            scale = ["--rope-scaling", experiment.scaling]
+            scale += ["--rope-scaling-factor", str(experiment.factor)]
+        measured = map(str, lengths(experiment.table, profile))
+        return [
+            *(
+                "python",
+                "tools/evaluate_perplexity.py",
+                "--load",
+                self.model,
+                "--name",
+                experiment.name,
+            ),
+            *("--data-path", self.of.corpus[1], "--max-documents", str(profile.documents)),
+            *("--stride", str(profile.window), "--context-lengths", *measured, *scale),
+            *(*profile.measure, "--output", str(self.results)),
+        ]
+
+
+def _convert(source: str, target: str) -> list[str]:
+    command = ["python", "tools/checkpoint/convert.py", "--loader", "hf", "--saver", "megatron"]
+    return [*command, "--load-dir", source, "--save-dir", target, "--overwrite"]
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--profile", choices=PROFILES, default="cpu", help="how large it is [cpu]")
+    add("--output", type=Path, default=Path("runs/reproduce"), help="[runs/reproduce]")
+    add("--tables", nargs="+", choices=TITLES, default=list(TITLES), help="only these [all]")
+    add("--jobs", type=int, default=1, help="runs side by side [1]")
+    add("--model", help="Hugging Face folder of the base model [profile paper needs one]")
+    add("--train", help="corpus prefix to train on, with --model")
+    add("--test", help="corpus prefix to measure on, with --model")
+    add("--dry-run", action="store_true", help="print the commands only")
+    flags = parser.parse_args()
+    own = [flags.model, flags.train, flags.test]
+    if any(own) and not all(own):
+        parser.error("--model, --train and --test belong together")
+    if not any(own) and not PROFILES[flags.profile].base:
+        parser.error(f"--profile {flags.profile} needs --model, --train and --test")
+    if flags.jobs < 1:
+        parser.error(f"--jobs {flags.jobs}: must be at least 1")
+    return flags
+
+
+def main() -> None:
+    flags = parse()
+    # the programs of this Python's environment
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    if flags.jobs > 1:
+        os.environ["OMP_NUM_THREADS"] = "1"
+    profile = PROFILES[flags.profile]
+    own = flags.model, flags.train, flags.test
+    whole = Reproduction(profile, flags.output, *own, dry_run=flags.dry_run)
+    chosen = [e for e in experiments(profile) if e.table in flags.tables]
+    if flags.model:  # it is of one architecture
+        chosen = [e for e in chosen if e.family == "llama"]
+    whole.prepare(list(dict.fromkeys(e.family for e in chosen)))
+    runs = [run for experiment in chosen for run in whole.runs(experiment)]
+    with ThreadPoolExecutor(1 if flags.dry_run else flags.jobs) as pool:
+        try:
+            for done in as_completed([pool.submit(run) for run in runs]):
+                done.result()
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+    if not flags.dry_run:
+        summary.write(flags.output, profile, {run.results: run.experiment for run in runs})
+
+
+if __name__ == "__main__":
+    main()

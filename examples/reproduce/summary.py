@@ -1,0 +1,111 @@
+"""What the runs of a reproduction say: means over seeds, verdicts on claims, and a report."""
+
+import dataclasses
+import json
+import math
+import statistics
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from claims import Claim, claims
+from experiments import TITLES, Experiment
+from profiles import Profile
+
+from pose_megatron.evaluation import report
+from pose_megatron.evaluation.claims import Interval, Verdict, at_most, mean_of
+
+
+def write(folder: Path, profile: Profile, runs: Mapping[Path, Experiment]) -> None:
+    """The tables as TABLE.jsonl, verdicts.json, report.html and report.md in the folder."""
+    tables = Tables(profile, runs)
+    chapters = {}
+    for table in tables.names:
+        file = folder / f"{table}.jsonl"
+        lines = (json.dumps(row) + "\n" for row in tables.rows(table))
+        file.write_text("".join(lines), encoding="utf-8")
+        chapters[TITLES[table]] = [str(file)]
+    verdicts = [tables.verdict(claim) for claim in claims(profile) if tables.decides(claim)]
+    told = json.dumps([dataclasses.asdict(verdict) for verdict in verdicts], indent=1)
+    (folder / "verdicts.json").write_text(told + "\n", encoding="utf-8")
+    title = f"The PoSE paper in small: L = {profile.window}"
+    page = report.build(chapters, folder / "report.html", title, profile.window, verdicts)
+    page.write()
+    print(page.markdown())
+
+
+class Tables:
+    """The results of all runs.
+
+    Attributes:
+        names: the tables that there are.
+    """
+
+    def __init__(self, profile: Profile, runs: Mapping[Path, Experiment]):
+        self.profile = profile
+        self._experiments = {(e.table, e.name): e for e in runs.values()}
+        self.names = list(dict.fromkeys(table for table, _ in self._experiments))
+        # by table and name, for each seed: {context length: result}
+        self._results: dict[tuple[str, str], list[dict[int, dict]]] = {}
+        for file, e in runs.items():
+            rows = map(json.loads, file.read_text(encoding="utf-8").splitlines())
+            by_length = {row["context_length"]: row for row in rows}
+            self._results.setdefault((e.table, e.name), []).append(by_length)
+
+    def rows(self, table: str) -> Iterator[dict]:
+        """A result of each name and context length: the mean over seeds."""
+        for (of, name), seeds in self._results.items():
+            if of != table:
+                continue
+            experiment = self._experiments[of, name]
+            for length, first in seeds[0].items():
+                losses = [rows[length]["loss"] for rows in seeds]
+                loss, error = statistics.fmean(losses), first["standard_error"]
+                if len(losses) > 1:
+                    error = statistics.stdev(losses) / math.sqrt(len(losses))
+                yield {
+                    "name": name,
+                    "metric": "perplexity",
+                    "measured": "in sliding windows",
+                    "stride": self.profile.window,
+                    "seeds": len(losses),
+                    "target": experiment.factor * self.profile.window,
+                    "rope_scaling": experiment.scaling,
+                    "flags": " ".join(experiment.flags),
+                    "documents": first["documents"],
+                    "context_length": length,
+                    "perplexity": math.exp(loss),
+                    "loss": loss,
+                    "standard_error": error,
+                    "by_seed": losses,
+                    "made": first.get("made"),
+                }
+
+    def decides(self, claim: Claim) -> bool:
+        """Whether there are the results that a claim is about."""
+        return all((claim.table, name) in self._results for name, _ in (claim.one, claim.other))
+
+    def verdict(self, claim: Claim) -> Verdict:
+        same = claim.one[0] == claim.other[0]
+        losses = self._by_document if same else self._by_seed
+        one, other = (losses(claim.table, *side) for side in (claim.one, claim.other))
+        if not same:  # a model without seeds is the same for each
+            n = max(len(one), len(other))
+            one, other = (some * n if len(some) == 1 else some for some in (one, other))
+        found = mean_of([a - b for a, b in zip(one, other, strict=True)])
+        of = "documents" if same else "seeds"
+        numbers = f"{found.mean:+.3f} nats ({found.low:+.3f} to {found.high:+.3f}, {found.n} {of})"
+        return at_most(claim.text, _size(found) if claim.alike else found, claim.limit, numbers)
+
+    def _by_seed(self, table: str, name: str, length: int) -> list[float]:
+        return [rows[length]["loss"] for rows in self._results[table, name]]
+
+    def _by_document(self, table: str, name: str, length: int) -> list[float]:
+        """Means over seeds."""
+        each = [rows[length]["by_document"] for rows in self._results[table, name]]
+        return [statistics.fmean(some) for some in zip(*each, strict=True)]
+
+
+def _size(value: Interval) -> Interval:
+    """Of a value that may be negative, how far it is from 0."""
+    near, far = sorted(map(abs, (value.low, value.high)))
+    return Interval(abs(value.mean), 0.0 if value.low <= 0 <= value.high else near, far, value.n)

@@ -1,0 +1,170 @@
+"""examples/reproduce: the commands of each profile, and what is made of their results."""
+
+import json
+import math
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+from pose_megatron.config import arguments
+
+FIRST_LOSS = 2.0
+
+
+@pytest.fixture
+def modules(root, monkeypatch):
+    """Its files, which import each other by name."""
+    monkeypatch.syspath_prepend(str(root / "examples/reproduce"))
+    import claims
+    import experiments
+    import profiles
+    import summary
+
+    return claims, experiments, profiles, summary
+
+
+def dry_run(root, *flags):
+    command = [sys.executable, root / "examples/reproduce/run.py", "--dry-run", *flags]
+    return subprocess.run(command, capture_output=True, text=True, cwd=root)
+
+
+@pytest.mark.parametrize(
+    "profile, own, trainings",
+    [
+        ("cpu", [], 2 + 3 * 30),
+        ("gpu", [], 2 + 3 * 30),
+        ("paper", ["--model", "llama", "--train", "a", "--test", "b"], 27),
+    ],
+)
+def test_every_command_is_one_that_the_tools_take(root, profile, own, trainings):
+    done = dry_run(root, "--profile", profile, *own)
+    assert done.returncode == 0, done.stderr
+    lines = [shlex.split(line) for line in done.stdout.splitlines()]
+    trained = [line[line.index("pretrain_pose.py") + 1 :] for line in lines if "torchrun" in line]
+    assert len(trained) == trainings
+    for words in trained:
+        arguments.parse(words)
+    saved = [words[words.index("--save") + 1] for words in trained]
+    assert len(set(saved)) == len(saved)
+    loaded = [line[line.index("--load") + 1] for line in lines if "--context-lengths" in line]
+    # what is measured was made before
+    made = {*saved, *(line[line.index("--save-dir") + 1] for line in lines if "--save-dir" in line)}
+    assert set(loaded) <= made
+    for program in ("evaluate_perplexity.py", "checkpoint/convert.py"):
+        known = subprocess.run(
+            [sys.executable, f"tools/{program}", "--help"], capture_output=True, text=True, cwd=root
+        ).stdout
+        used = {w for line in lines if f"tools/{program}" in line for w in line if w[:2] == "--"}
+        assert used and used <= set(re.findall(r"--[\w-]+", known))
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--profile", "paper"], "--profile paper needs --model, --train and --test"),
+        (["--model", "llama"], "--model, --train and --test belong together"),
+        (["--jobs", "0"], "--jobs 0: must be at least 1"),
+    ],
+)
+def test_wrong_flags_are_named(root, flags, message):
+    done = dry_run(root, *flags)
+    assert done.returncode == 2 and message in done.stderr
+
+
+def test_full_length_trains_on_as_many_tokens(root, modules):
+    done = dry_run(root, "--profile", "cpu", "--tables", "table-1")
+    tokens = set()
+    for line in map(shlex.split, done.stdout.splitlines()):
+        if "--pretrained-checkpoint" in line:
+            sizes = ("--seq-length", "--global-batch-size", "--train-iters")
+            tokens.add(math.prod(int(line[line.index(name) + 1]) for name in sizes))
+    assert tokens == {64 * 64 * 150}
+
+
+def made_up(folder, experiment, seed, lengths, loss):
+    """A run's results with losses of two documents around the given one."""
+    file = folder / f"{experiment.key}-{seed}.jsonl"
+    rows = [
+        {
+            "name": experiment.name,
+            "metric": "perplexity",
+            "context_length": n,
+            "loss": loss,
+            "perplexity": math.exp(loss),
+            "standard_error": 0.5,
+            "documents": 2,
+            "by_document": [loss - 0.001, loss + 0.001],
+        }
+        for n in lengths
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def results(folder, modules, losses):
+    """{file: experiment} of all of them; a name's loss where it is given."""
+    _, experiments, profiles, _ = modules
+    profile = profiles.PROFILES["cpu"]
+    found = {}
+    for experiment in experiments.experiments(profile):
+        for seed in profile.seeds if experiment.trained else (0,):
+            loss = losses.get((experiment.table, experiment.name), FIRST_LOSS) + seed / 1000
+            lengths = experiments.lengths(experiment.table, profile)
+            found[made_up(folder, experiment, seed, lengths, loss)] = experiment
+    return profile, found
+
+
+def test_every_claim_has_its_models_and_verdicts_follow_the_losses(tmp_path, modules):
+    claims, _, _, summary = modules
+    named = {
+        ("table-5", "3 chunks"): FIRST_LOSS - 0.1,
+        ("table-5", "every token its own (random positions)"): FIRST_LOSS + 0.6,
+        ("recipes", "CREAM"): FIRST_LOSS - 0.1,
+        ("recipes", "LongRecipe"): FIRST_LOSS + 0.1,
+        ("table-1", "random positions to 8 L"): FIRST_LOSS + 0.1,
+    }
+    profile, runs = results(tmp_path, modules, named)
+    tables = summary.Tables(profile, runs)
+    all_claims = list(claims.claims(profile))
+    assert all(tables.decides(claim) for claim in all_claims)
+    found = {claim.text: tables.verdict(claim).verdict for claim in all_claims}
+    assert found["at 8 L three chunks are within 0.05 nats of two"] == "does not hold"
+    random = "at 8 L random positions lose at least 0.5 nats more than two chunks"
+    assert found[random] == "holds"
+    assert found["beyond the paper: at 8 L, CREAM loses less than two chunks"] == "holds"
+    assert (
+        found["beyond the paper: at 8 L, LongRecipe loses less than two chunks"] == "does not hold"
+    )
+    assert found["PoSE to 8 L loses there less than random positions"] == "holds"
+    assert found["PoSE to 16 L loses there at most 0.05 nats more than at L"] == "holds"
+    assert found["the base model loses at least 0.5 nats more at 8 L than at L"] == "does not hold"
+    assert len(found) == len(all_claims)
+
+
+def test_rows_are_means_over_seeds_with_their_standard_errors(tmp_path, modules):
+    profile, runs = results(tmp_path, modules, {})
+    rows = list(modules[3].Tables(profile, runs).rows("table-4"))
+    row = next(r for r in rows if (r["name"], r["context_length"]) == ("text uniform", 64))
+    # of 2.001, 2.002 and 2.003
+    assert row["loss"] == pytest.approx(2.002)
+    assert row["standard_error"] == pytest.approx(0.001 / math.sqrt(3))
+    assert row["perplexity"] == pytest.approx(math.exp(2.002))
+    assert row["by_seed"] == pytest.approx([2.001, 2.002, 2.003])
+    base = next(modules[3].Tables(profile, runs).rows("table-1"))
+    assert (base["seeds"], base["standard_error"]) == (1, 0.5)  # over its documents
+
+
+def test_the_report_has_a_chapter_for_each_table(tmp_path, modules, capsys):
+    profile, runs = results(tmp_path, modules, {})
+    modules[3].write(tmp_path, profile, runs)
+    page = (tmp_path / "report.html").read_text()
+    assert '<th scope="row">PoSE to 8 L</th>' in page  # the label is the name alone
+    titles = re.findall(r"<h2>(.*)</h2>", page)
+    assert titles == ["Verdicts", *modules[1].TITLES.values(), "How they were made"]
+    assert len(json.loads((tmp_path / "verdicts.json").read_text())) == page.count(
+        '<td class="verdict'
+    )
+    assert (tmp_path / "report.md").read_text() in capsys.readouterr().out
