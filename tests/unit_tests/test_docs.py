@@ -61,12 +61,13 @@ FOREIGN = {
         "--distributed-backend",
         "--moe-token-dispatcher-type",
     },
-    "benchmarks": {
+    "benchmarks and examples": {
         "--output",
         "--damages",
         "--large",
         "--only",
         "--pairs",
+        "--profile",
         "--seed",
         "--step",
         "--trials",

@@ -206,4 +206,5 @@ def test_a_part_is_found_while_its_files_are_the_same(tmp_path):
     rows = [json.loads(line) for line in results.read_text().splitlines()]
     (row,) = rows
     assert math.isnan(row.pop("error")) and row.pop("edges") == [4]
+    assert row.pop("made")["ranks"] == 1
     assert rows == [NOTHING | {"context_length": 4, "perplexity": 2.0}]
