@@ -9,6 +9,7 @@ each at L, 2 L, 4 L, ... and writes a report. What is done is kept: the same com
 import argparse
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import threading
@@ -42,6 +43,7 @@ class Reproduction:
     train: str | None
     test: str | None
     dry_run: bool
+    _running: set[subprocess.Popen] = field(default_factory=set)
     _said: set[str] = field(default_factory=set)
     _speaking: threading.Lock = field(default_factory=threading.Lock)
     _steps: defaultdict[str, threading.Lock] = field(
@@ -57,8 +59,8 @@ class Reproduction:
         here = f"{self.folder}/train_text_document", f"{self.folder}/test_text_document"
         return self.train or here[0], self.test or here[1]
 
-    def prepare(self, families: Sequence[str]) -> None:
-        """Corpus, tokenizer and base models."""
+    def prepare(self) -> None:
+        """Corpus and tokenizer."""
         folder, profile = self.folder, self.profile
         if not self.train:
             self.step("corpus", [["python", "examples/stdlib_corpus.py", f"{folder}/corpus"]])
@@ -72,23 +74,26 @@ class Reproduction:
                 make += ["--tokenizer-model", self.tokenizer]
                 make += ["--input", f"{folder}/corpus/{part}.jsonl"]
                 self.step(f"{part}-text", [[*make, "--output-prefix", f"{folder}/{part}"]])
-        for family in families:
-            base = f"{folder}/base-{family}"
-            if self.model:
-                self.step(f"base-{family}", [_convert(self.model, base)])
-                continue
-            shape = list(profile.shape)
-            commands = []
-            if family == "gptj":
-                # fresh weights come in as a checkpoint of transformers does
-                new = f"{folder}/new-{family}"
-                make = ["python", "examples/reproduce/new_gptj.py", f"{new}-hf", self.tokenizer]
-                make += ["--window", str(profile.window)]
-                commands = [[*make, *shape], _convert(f"{new}-hf", new)]
-                shape = ["--pretrained-checkpoint", new]
-            train = self.trainer(base, profile.window, profile.batch, 1234)
-            commands.append([*train, *shape, *profile.base])
-            self.step(f"base-{family}", commands)
+
+    def base(self, family: str) -> None:
+        """The base model of an architecture."""
+        folder, profile = self.folder, self.profile
+        base = f"{folder}/base-{family}"
+        if self.model:
+            self.step(f"base-{family}", [_convert(self.model, base)])
+            return
+        shape = list(profile.shape)
+        commands = []
+        if family == "gptj":
+            # fresh weights come in as a checkpoint of transformers does
+            new = f"{folder}/new-{family}"
+            make = ["python", "examples/reproduce/new_gptj.py", f"{new}-hf", self.tokenizer]
+            make += ["--window", str(profile.window)]
+            commands = [[*make, *shape], _convert(f"{new}-hf", new)]
+            shape = ["--pretrained-checkpoint", new]
+        train = self.trainer(base, profile.window, profile.batch, 1234)
+        commands.append([*train, *shape, *profile.base])
+        self.step(f"base-{family}", commands)
 
     def runs(self, experiment: Experiment) -> Iterator["Run"]:
         for seed in self.profile.seeds if experiment.trained else [0]:
@@ -130,12 +135,20 @@ class Reproduction:
         with open(log, "a") as file:
             for command in commands:
                 print(f"$ {shlex.join(command)}", file=file, flush=True)
-                done = subprocess.run(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
-                if done.returncode:
+                process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
+                self._running.add(process)
+                code = process.wait()
+                self._running.discard(process)
+                if code:
                     last = log.read_text(errors="replace").rstrip().rpartition("\n")[2]
-                    raise SystemExit(f"{name}: exit code {done.returncode}, see {log}: {last}")
+                    raise SystemExit(f"{name}: exit code {code}, see {log}: {last}")
         mark.touch()
         self.say(f"{name}: {time.monotonic() - start:.0f} s")
+
+    def stop(self) -> None:
+        """Ends what runs; a training saves first."""
+        for process in list(self._running):
+            process.terminate()
 
     def say(self, text: str) -> None:
         with self._speaking:
@@ -253,14 +266,20 @@ def main() -> None:
     chosen = [e for e in experiments(profile) if e.table in flags.tables]
     if flags.model:  # it is of one architecture
         chosen = [e for e in chosen if e.family == "llama"]
-    whole.prepare(list(dict.fromkeys(e.family for e in chosen)))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     runs = [run for experiment in chosen for run in whole.runs(experiment)]
     with ThreadPoolExecutor(1 if flags.dry_run else flags.jobs) as pool:
         try:
+            whole.prepare()
+            families = dict.fromkeys(experiment.family for experiment in chosen)
+            list(pool.map(whole.base, families))
             for done in as_completed([pool.submit(run) for run in runs]):
                 done.result()
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
+        except BaseException as error:
+            pool.shutdown(wait=False, cancel_futures=True)
+            whole.stop()
+            if isinstance(error, KeyboardInterrupt):
+                raise SystemExit("interrupted; the same command goes on") from None
             raise
     if not flags.dry_run:
         summary.write(flags.output, profile, {run.results: run.experiment for run in runs})

@@ -4,6 +4,9 @@ import json
 import os
 import subprocess
 import sys
+import time
+
+import psutil
 
 from tests.processes import PATIENCE
 
@@ -54,3 +57,20 @@ def test_a_run_that_fails_names_its_log(root, tmp_path):
     log = tmp_path / "logs/base-llama.log"
     assert done.stderr.startswith(f"base-llama: exit code 1, see {log}: ")
     assert "Traceback" not in done.stderr
+
+
+def test_a_stop_ends_what_runs(root, tmp_path):
+    command = [sys.executable, "examples/reproduce/run.py", *FLAGS, "--output", tmp_path]
+    environment = os.environ | {"PYTHONPATH": str(root)}
+    job = subprocess.Popen(command, cwd=root, env=environment, stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "logs/base-llama.log"
+    deadline = time.monotonic() + PATIENCE
+    while not log.exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    time.sleep(1)
+    started = psutil.Process(job.pid).children(recursive=True)
+    assert started
+    job.terminate()
+    assert job.communicate(timeout=PATIENCE)[1] == "interrupted; the same command goes on\n"
+    assert job.returncode == 1
+    assert not psutil.wait_procs(started, timeout=PATIENCE)[1]
