@@ -35,6 +35,7 @@ _FOUND = {
     "made",
     *METRICS,
 }
+_NUMBERS = {"loss", "standard_error", "low", "high", "digits"}
 # Conditions that are the model's: other names have others.
 _MODEL = {
     *("load", "iteration", "rope_scaling", "rope_scaling_factor", "rope_scaling_config"),
@@ -125,7 +126,7 @@ def read(files: Sequence[str], metric: str, apart: bool = False) -> list[Curve]:
 
     def take(row: dict) -> None:
         if row["metric"] == metric:
-            row[metric] = float(row[metric])
+            row |= {name: float(row[name]) for name in {metric, *(_NUMBERS & row.keys())}}
             length = operator.index(row["context_length"])
             curve = Curve(str(row["name"]), _conditions(row))
             key = json.dumps([curve.name, curve.conditions], sort_keys=True)

@@ -67,7 +67,7 @@ def _draw_curves(axes, curves: Sequence[Curve], metric: str, window: int | None)
         lengths = sorted(row)
         values = [row[n][metric] for n in lengths]
         (line,) = axes.plot(lengths, values, marker=marker, label=label, linewidth=1.8)
-        if metric == "passkey":
+        if all({"low", "high"} <= row[n].keys() for n in lengths):
             low, high = ([row[n][side] for n in lengths] for side in ("low", "high"))
             axes.fill_between(lengths, low, high, color=line.get_color(), alpha=0.12, linewidth=0)
     lengths = lengths_of(curves)

@@ -19,7 +19,7 @@ class Table:
             "| " + " | ".join([first, *others]).lstrip() + " |",
             "|---|" + "---:|" * len(others),
         ]
-        rows = ([cell.replace("|", "\\|") for cell in row] for row in self.rows)
+        rows = ([" ".join(cell.replace("|", "\\|").split()) for cell in row] for row in self.rows)
         return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
 
 

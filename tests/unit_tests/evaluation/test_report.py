@@ -117,6 +117,16 @@ def test_every_figure_stands_in_both(files, tmp_path):
     )
 
 
+def test_what_another_program_leaves_out_is_left_out(tmp_path):
+    file = tmp_path / "results.jsonl"
+    rows = [{"metric": "passkey", "name": "a\nb", "context_length": 64, "passkey": 0.5}]
+    rows += [{"metric": "perplexity", "name": "c", "context_length": 64, "perplexity": 2.5}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    made = report.build({"": [str(file)]}, tmp_path / "page.html", "T")
+    assert ["c", "2.50"] in Page(made.html()).rows and ["a\nb", "50%"] in Page(made.html()).rows
+    assert "| a b | 50% |" in made.markdown().splitlines()
+
+
 def test_the_page_needs_no_other_file_and_runs_nothing(files, tmp_path):
     made = report.build({"": files}, tmp_path / "page.html", HOSTILE)
     page = Page(made.html())

@@ -145,6 +145,8 @@ def test_means_over_other_tasks_and_settings_are_told_apart(tmp_path):
         json.dumps(GOOD | {"context_length": 64.5}).encode(),
         json.dumps(GOOD | {"perplexity": None}).encode(),
         json.dumps(GOOD | {"perplexity": 10**400}).encode(),
+        json.dumps(GOOD | {"loss": "low"}).encode(),
+        json.dumps(GOOD | {"standard_error": [1]}).encode(),
     ],
 )
 def test_a_line_that_is_none_is_named(tmp_path, line):
