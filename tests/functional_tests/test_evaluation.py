@@ -74,9 +74,9 @@ def run(house, program, load, output, *more, ranks=1):
 
 
 def results(output):
-    found = [json.loads(line) for line in output.read_text().splitlines()]
-    assert all(row.pop("made")["command"].startswith("tools/") for row in found)
-    return found
+    """But for how they were made, which parts do not say."""
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    return [{name: row[name] for name in row if name != "made"} for row in rows]
 
 
 MEASURES = {
