@@ -141,9 +141,9 @@ def build(
         ConfigError: as results.read.
     """
     found = [
-        (chapter, metric, results.read(files, metric, apart))
+        (chapter, metric, curves)
         for chapter, files in chapters.items()
-        for metric in results.metrics_in(files)
+        for metric, curves in results.read_all(files, apart).items()
     ]
     sections = []
     for number, (chapter, metric, curves) in enumerate(found, 1):

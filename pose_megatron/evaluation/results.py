@@ -11,7 +11,7 @@ import fcntl
 import json
 import operator
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -122,48 +122,42 @@ def read(files: Sequence[str], metric: str, apart: bool = False) -> list[Curve]:
         ConfigError: a file is missing, or a line is not a result; or results of one name that share
             no context length, as the points of one curve would, differ in something else.
     """
-    curves: dict[str, Curve] = {}
-
-    def take(row: dict) -> None:
-        if row["metric"] == metric:
-            row |= {name: float(row[name]) for name in {metric, *(_NUMBERS & row.keys())}}
-            length = operator.index(row["context_length"])
-            curve = Curve(str(row["name"]), _conditions(row))
-            key = json.dumps([curve.name, curve.conditions], sort_keys=True)
-            curves.setdefault(key, curve).add(length, row)
-
-    _for_each_line(files, take)
-    if not curves:
-        raise ConfigError(f"{', '.join(files)}: no results of metric '{metric}'")
-    found = list(curves.values())
-    if not apart:
-        _refuse_one_curve_of_unlike(found)
-    _label(found)
-    return found
+    return read_all(files, apart, [metric])[metric]
 
 
-def metrics_in(files: Sequence[str]) -> list[str]:
-    """The metrics that files have results of, in the order of METRICS.
+def read_all(
+    files: Sequence[str], apart: bool = False, metrics: Sequence[str] = METRICS
+) -> dict[str, list[Curve]]:
+    """The curves of each metric that files have results of, in the order of `metrics`.
 
     Raises:
-        ConfigError: a file is missing, or a line is not a result; or there are none.
+        ConfigError: as `read`; none of the metrics has results.
     """
-    found = set()
-    _for_each_line(files, lambda row: found.add(row["metric"]))
-    if not found.intersection(METRICS):
-        raise ConfigError(f"{', '.join(files)}: no results of {', '.join(METRICS)}")
-    return [metric for metric in METRICS if metric in found]
-
-
-def _for_each_line(files: Sequence[str], take: Callable[[dict], object]) -> None:
+    curves: dict[str, dict[str, Curve]] = {metric: {} for metric in metrics}
     for file in files:
         if not Path(file).is_file():
             raise ConfigError(f"{file}: no such file")
         for number, line in enumerate(Path(file).read_bytes().splitlines(), 1):
             try:
-                take(json.loads(line))
+                row = json.loads(line)
+                metric = row["metric"]
+                if metric in curves:
+                    row |= {name: float(row[name]) for name in {metric, *(_NUMBERS & row.keys())}}
+                    length = operator.index(row["context_length"])
+                    curve = Curve(str(row["name"]), _conditions(row))
+                    key = json.dumps([curve.name, curve.conditions], sort_keys=True)
+                    curves[metric].setdefault(key, curve).add(length, row)
             except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
                 raise ConfigError(f"{file}:{number}: not a result ({error!r})") from None
+    found = {metric: list(some.values()) for metric, some in curves.items() if some}
+    if not found:
+        wanted = ", ".join(metrics) if len(metrics) > 1 else f"metric '{metrics[0]}'"
+        raise ConfigError(f"{', '.join(files)}: no results of {wanted}")
+    for some in found.values():
+        if not apart:
+            _refuse_one_curve_of_unlike(some)
+        _label(some)
+    return found
 
 
 def _conditions(row: dict) -> dict[str, Any]:
