@@ -7,8 +7,6 @@ pose_megatron/evaluation/claims.py. They go to RESULTS.verdicts.json, too, for t
 """
 
 import argparse
-import dataclasses
-import json
 from pathlib import Path
 
 from pose_megatron.evaluation import results
@@ -18,6 +16,7 @@ from pose_megatron.evaluation.claims import (
     at_most,
     difference_of_shares,
     mean_of,
+    write_verdicts,
 )
 
 BASE, PLAIN, POSE = "as it was", "plain positions", "PoSE"
@@ -37,8 +36,7 @@ def main() -> None:
         for metric in ("perplexity", "passkey")
     )
     verdicts = [*of_losses(losses, flags.window), *of_passkeys(passkeys)]
-    found = json.dumps([dataclasses.asdict(verdict) for verdict in verdicts], indent=1)
-    path.with_suffix(".verdicts.json").write_text(found + "\n", encoding="utf-8")
+    write_verdicts(path.with_suffix(".verdicts.json"), verdicts)
     for verdict in verdicts:
         print(f"{verdict.verdict:12}  {verdict.claim}: {verdict.numbers}")
 
@@ -131,7 +129,7 @@ def highest(values) -> tuple[Interval, int]:
 
 
 def nats(value: Interval) -> str:
-    return f"{value.mean:+.3f} nats ({value.low:+.3f} to {value.high:+.3f}, {value.n} documents)"
+    return value.in_nats("documents")
 
 
 def percent(share: Interval) -> str:

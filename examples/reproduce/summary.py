@@ -1,6 +1,5 @@
 """What the runs of a reproduction say: means over seeds, verdicts on claims, and a report."""
 
-import dataclasses
 import json
 import math
 import statistics
@@ -12,7 +11,7 @@ from experiments import TITLES, Experiment
 from profiles import Profile
 
 from pose_megatron.evaluation import report
-from pose_megatron.evaluation.claims import Interval, Verdict, at_most, mean_of
+from pose_megatron.evaluation.claims import Interval, Verdict, at_most, mean_of, write_verdicts
 
 
 def write(folder: Path, profile: Profile, runs: Mapping[Path, Experiment]) -> None:
@@ -25,8 +24,7 @@ def write(folder: Path, profile: Profile, runs: Mapping[Path, Experiment]) -> No
         file.write_text("".join(lines), encoding="utf-8")
         chapters[TITLES[table]] = [str(file)]
     verdicts = [tables.verdict(claim) for claim in claims(profile) if tables.decides(claim)]
-    told = json.dumps([dataclasses.asdict(verdict) for verdict in verdicts], indent=1)
-    (folder / "verdicts.json").write_text(told + "\n", encoding="utf-8")
+    write_verdicts(folder / "verdicts.json", verdicts)
     title = f"The PoSE paper in small: L = {profile.window}"
     page = report.build(chapters, folder / "report.html", title, profile.window, verdicts)
     page.write()
@@ -92,8 +90,7 @@ class Tables:
             n = max(len(one), len(other))
             one, other = (some * n if len(some) == 1 else some for some in (one, other))
         found = mean_of([a - b for a, b in zip(one, other, strict=True)])
-        of = "documents" if same else "seeds"
-        numbers = f"{found.mean:+.3f} nats ({found.low:+.3f} to {found.high:+.3f}, {found.n} {of})"
+        numbers = found.in_nats("documents" if same else "seeds")
         return at_most(claim.text, _size(found) if claim.alike else found, claim.limit, numbers)
 
     def _by_seed(self, table: str, name: str, length: int) -> list[float]:

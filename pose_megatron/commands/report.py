@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from pose_megatron.errors import ConfigError
-from pose_megatron.evaluation import report
+from pose_megatron.evaluation import claims, report
 from pose_megatron.runtime.cli import command, positive
 
 
@@ -46,7 +46,7 @@ def main() -> None:
     output = Path(flags.output)
     if output.suffix != ".html":
         raise ConfigError(f"--output {output}: must end with .html")
-    verdicts = report.read_verdicts(flags.verdicts) if flags.verdicts else []
+    verdicts = claims.read_verdicts(flags.verdicts) if flags.verdicts else []
     output.parent.mkdir(parents=True, exist_ok=True)
     chapters = {"": flags.results}
     if flags.by_file:

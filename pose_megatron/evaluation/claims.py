@@ -5,11 +5,17 @@ many more answers one finds. It holds where the whole 95 % confidence interval l
 limit, it does not hold where the whole interval lies above, and is undecided otherwise.
 """
 
+import dataclasses
+import json
 import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
+
+from pose_megatron.errors import ConfigError
+from pose_megatron.runtime.atomic_files import write_atomically
 
 HOLDS, FAILS, UNDECIDED = "holds", "does not hold", "undecided"
 
@@ -26,6 +32,10 @@ class Interval:
     low: float
     high: float
     n: int
+
+    def in_nats(self, of: str) -> str:
+        """For a person; `of` says what the values are from."""
+        return f"{self.mean:+.3f} nats ({self.low:+.3f} to {self.high:+.3f}, {self.n} {of})"
 
     def __neg__(self) -> "Interval":
         return Interval(-self.mean, -self.high, -self.low, self.n)
@@ -75,6 +85,37 @@ def at_most(claim: str, value: Interval, limit: float, numbers: str) -> Verdict:
     elif value.low > limit:
         verdict = FAILS
     return Verdict(claim, verdict, numbers)
+
+
+def write_verdicts(path: Path, verdicts: Sequence[Verdict]) -> None:
+    """As a JSON list of objects, for a report."""
+    found = [dataclasses.asdict(verdict) for verdict in verdicts]
+    write_atomically(path, json.dumps(found, indent=1) + "\n")
+
+
+def read_verdicts(path: str) -> list[Verdict]:
+    """
+    Args:
+        path: --verdicts.
+
+    Raises:
+        ConfigError: the file is missing, or holds no verdicts.
+    """
+    try:
+        rows = json.loads(Path(path).read_bytes())
+        if not isinstance(rows, list):
+            raise TypeError(f"it holds {type(rows).__name__}")
+        verdicts = [Verdict(**row) for row in rows]
+        if all(v.verdict in (HOLDS, FAILS, UNDECIDED) for v in verdicts):
+            return verdicts
+        reason = f"a verdict is one of {HOLDS}, {FAILS} and {UNDECIDED}"
+    except FileNotFoundError:
+        reason = "no such file"
+    except (ValueError, TypeError, RecursionError) as error:
+        reason = str(error)
+    raise ConfigError(
+        f"--verdicts {path}: not a list of claim, verdict and numbers ({reason})"
+    ) from None
 
 
 @lru_cache

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from pose_megatron import __version__
-from pose_megatron.errors import ConfigError
 from pose_megatron.evaluation import results, results_figure, results_table
-from pose_megatron.evaluation.claims import FAILS, HOLDS, UNDECIDED, Verdict
+from pose_megatron.evaluation.claims import Verdict
 from pose_megatron.evaluation.results import Curve
 from pose_megatron.evaluation.results_table import Table
 from pose_megatron.evaluation.shares import effective_length
@@ -156,28 +155,6 @@ def build(
     files = [file for some in chapters.values() for file in some]
     rows = [row for *_, curves in found for curve in curves for row in curve.results]
     return Report(title, output, files, verdicts, sections, *_made(rows))
-
-
-def read_verdicts(file: str) -> list[Verdict]:
-    """
-    Raises:
-        ConfigError: the file is missing, or holds no verdicts.
-    """
-    try:
-        rows = json.loads(Path(file).read_bytes())
-        if not isinstance(rows, list):
-            raise TypeError(f"it holds {type(rows).__name__}")
-        verdicts = [Verdict(**row) for row in rows]
-        if all(v.verdict in (HOLDS, FAILS, UNDECIDED) for v in verdicts):
-            return verdicts
-        reason = f"a verdict is one of {HOLDS}, {FAILS} and {UNDECIDED}"
-    except FileNotFoundError:
-        reason = "no such file"
-    except (ValueError, TypeError, RecursionError) as error:
-        reason = str(error)
-    raise ConfigError(
-        f"--verdicts {file}: not a list of claim, verdict and numbers ({reason})"
-    ) from None
 
 
 def _verdict_table(verdicts: Sequence[Verdict]) -> Table:

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from pose_megatron.evaluation.report import read_verdicts
+from pose_megatron.evaluation.claims import read_verdicts
 from pose_megatron.evaluation.shares import wilson
 
 BASE = {8192: 1.8, 10240: 1.9, 12288: 3.0, 16384: 6.0}
