@@ -3,8 +3,9 @@
 import argparse
 from pathlib import Path
 
+from pose_megatron.commands.results_flags import add_results_flags
 from pose_megatron.evaluation import results, results_figure, results_table
-from pose_megatron.runtime.cli import command, positive
+from pose_megatron.runtime.cli import command
 
 
 def parse() -> argparse.Namespace:
@@ -15,16 +16,9 @@ def parse() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="example:\n  python tools/plot_results.py results.jsonl --output perplexity.png",
     )
-    parser.add_argument("results", nargs="+", help="files of JSON lines")
+    add_results_flags(parser)
     parser.add_argument("--output", default="results.png", help="PNG; the table is .md beside it")
     parser.add_argument("--metric", choices=results.METRICS, default="perplexity")
-    parser.add_argument("--window", type=positive, help="mark the training window L, in tokens")
-    parser.add_argument(
-        "--apart",
-        action="store_true",
-        help="draw unlike results of one name also where they share no context length, and were "
-        "perhaps meant as one curve",
-    )
     parser.add_argument("--title")
     return parser.parse_args()
 

@@ -3,9 +3,10 @@
 import argparse
 from pathlib import Path
 
+from pose_megatron.commands.results_flags import add_results_flags
 from pose_megatron.errors import ConfigError
 from pose_megatron.evaluation import claims, report
-from pose_megatron.runtime.cli import command, positive
+from pose_megatron.runtime.cli import command
 
 
 def parse() -> argparse.Namespace:
@@ -17,25 +18,18 @@ def parse() -> argparse.Namespace:
         epilog="example:\n  python tools/report.py results.jsonl --output report.html "
         "--window 4096",
     )
-    parser.add_argument("results", nargs="+", help="files of JSON lines")
+    add_results_flags(parser)
     parser.add_argument(
         "--output",
         default="report.html",
         help="the page; beside it the same as .md, with a picture of each metric as .svg",
     )
     parser.add_argument("--title", default="Results")
-    parser.add_argument("--window", type=positive, help="mark the training window L, in tokens")
     parser.add_argument(
         "--verdicts", help="JSON list of objects with claim, verdict and numbers, shown first"
     )
     parser.add_argument(
         "--by-file", action="store_true", help="each file is a chapter of its own, by its name"
-    )
-    parser.add_argument(
-        "--apart",
-        action="store_true",
-        help="keep unlike results of one name as curves of their own also where they share no "
-        "context length, and were perhaps meant as one curve",
     )
     return parser.parse_args()
 
