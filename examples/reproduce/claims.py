@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from experiments import recipes
 from profiles import Profile
 
 ALIKE = 0.05  # nats: a difference that is called none
@@ -81,17 +82,6 @@ def claims(profile: Profile) -> Iterator[Claim]:
     text = f"at {main} L random positions lose at least {BROKEN} nats more than two chunks"
     yield than(text, "table-5", "2 chunks", "every token its own (random positions)", -BROKEN)
 
-    for name in RECIPES:
+    for name in recipes(profile):
         text = f"beyond the paper: at {main} L, {name} loses less than two chunks"
         yield than(text, "recipes", name, "2 chunks", 0.0)
-
-
-RECIPES = (
-    "8 chunks, sorted-uniform",
-    "CREAM",
-    "LongRecipe",
-    "a quarter of plain samples",
-    "a growing target",
-    "a third of the steps",
-    "three times the steps",
-)

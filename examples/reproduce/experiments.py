@@ -109,9 +109,16 @@ def experiments(profile: Profile) -> Iterator[Experiment]:
         "table-5", "every token its own (random positions)", flags=["--position-sampler", "randpos"]
     )
 
-    target, half = main * profile.window, profile.iters * profile.batch // 2
-    for name, more in {
-        "2 chunks": {},
+    yield one("recipes", "2 chunks", scaling="yarn")
+    for name, more in recipes(profile).items():
+        yield one("recipes", name, scaling="yarn", **more)
+
+
+def recipes(profile: Profile) -> dict[str, dict]:
+    """Other ways than two chunks, by name: in what their experiments differ."""
+    target = profile.factors[0] * profile.window
+    half = profile.iters * profile.batch // 2
+    return {
         "8 chunks, sorted-uniform": {
             "flags": "--pose-num-chunks 8 --pose-skip-law sorted-uniform".split()
         },
@@ -123,5 +130,4 @@ def experiments(profile: Profile) -> Iterator[Experiment]:
         },
         "a third of the steps": {"share": 1 / 3},
         "three times the steps": {"share": 3.0},
-    }.items():
-        yield one("recipes", name, scaling="yarn", **more)
+    }

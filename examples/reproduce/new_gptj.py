@@ -15,9 +15,6 @@ def main() -> None:
     for name in ("num-layers", "hidden-size", "num-attention-heads", "ffn-hidden-size"):
         parser.add_argument(f"--{name}", type=int, required=True)
     parser.add_argument("--window", type=int, required=True, help="L in tokens")
-    # the same for every shape of a LLaMA, and of no meaning here
-    parser.add_argument("--untie-embeddings-and-output-weights", action="store_true")
-    parser.add_argument("--make-vocab-size-divisible-by", type=int)
     flags = parser.parse_args()
     form = json.loads((flags.tokenizer / "tokenizer.json").read_text(encoding="utf-8"))
     torch.manual_seed(1234)

@@ -10,7 +10,7 @@ class Profile:
     Attributes:
         window: L in tokens, the base model's.
         base: flags of the base model's training; empty where it comes from outside.
-        shape: flags of its shape, without a family's own.
+        shape: flags of its sizes; empty where it comes from outside.
         extend: flags of every extension.
         iters, batch: steps of an extension, and windows of L tokens in each.
         micro_batch: of them at once in a process.
@@ -42,8 +42,7 @@ _SMALL = Profile(
     window=64,
     base="--train-iters 1200 --lr 3e-3 --lr-warmup-iters 50".split(),
     shape=(
-        "--num-layers 3 --hidden-size 128 --num-attention-heads 4 --ffn-hidden-size 384 "
-        "--untie-embeddings-and-output-weights --make-vocab-size-divisible-by 64"
+        "--num-layers 3 --hidden-size 128 --num-attention-heads 4 --ffn-hidden-size 384"
     ).split(),
     extend="--lr 1e-3 --lr-warmup-iters 10".split(),
     iters=150,
@@ -64,8 +63,7 @@ PROFILES = {
         window=256,
         base="--train-iters 4000 --lr 2e-3 --lr-warmup-iters 100 --bf16".split(),
         shape=(
-            "--num-layers 8 --hidden-size 512 --num-attention-heads 8 --ffn-hidden-size 1408 "
-            "--untie-embeddings-and-output-weights --make-vocab-size-divisible-by 64"
+            "--num-layers 8 --hidden-size 512 --num-attention-heads 8 --ffn-hidden-size 1408"
         ).split(),
         extend="--lr 5e-4 --lr-warmup-iters 10 --bf16".split(),
         iters=300,

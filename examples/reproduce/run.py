@@ -14,7 +14,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
@@ -46,9 +45,8 @@ class Reproduction:
     _running: set[subprocess.Popen] = field(default_factory=set)
     _said: set[str] = field(default_factory=set)
     _speaking: threading.Lock = field(default_factory=threading.Lock)
-    _steps: defaultdict[str, threading.Lock] = field(
-        default_factory=lambda: defaultdict(threading.Lock)
-    )
+    _steps: dict[str, threading.Lock] = field(default_factory=dict)
+    _stopped: bool = False
 
     @property
     def tokenizer(self) -> str:
@@ -82,14 +80,15 @@ class Reproduction:
         if self.model:
             self.step(f"base-{family}", [_convert(self.model, base)])
             return
-        shape = list(profile.shape)
+        shape = [*profile.shape, "--untie-embeddings-and-output-weights"]
+        shape += ["--make-vocab-size-divisible-by", "64"]
         commands = []
         if family == "gptj":
             # fresh weights come in as a checkpoint of transformers does
             new = f"{folder}/new-{family}"
             make = ["python", "examples/reproduce/new_gptj.py", f"{new}-hf", self.tokenizer]
             make += ["--window", str(profile.window)]
-            commands = [[*make, *shape], _convert(f"{new}-hf", new)]
+            commands = [[*make, *profile.shape], _convert(f"{new}-hf", new)]
             shape = ["--pretrained-checkpoint", new]
         train = self.trainer(base, profile.window, profile.batch, 1234)
         commands.append([*train, *shape, *profile.base])
@@ -117,7 +116,7 @@ class Reproduction:
         Raises:
             SystemExit: one of them fails.
         """
-        with self._steps[name]:
+        with self._steps.setdefault(name, threading.Lock()):  # two tables may share a model
             self._step(name, commands)
 
     def _step(self, name: str, commands: Sequence[Sequence[str]]) -> None:
@@ -134,6 +133,8 @@ class Reproduction:
         log.parent.mkdir(exist_ok=True)
         with open(log, "a") as file:
             for command in commands:
+                if self._stopped:
+                    raise SystemExit(f"{name}: not begun")
                 print(f"$ {shlex.join(command)}", file=file, flush=True)
                 process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
                 self._running.add(process)
@@ -146,7 +147,8 @@ class Reproduction:
         self.say(f"{name}: {time.monotonic() - start:.0f} s")
 
     def stop(self) -> None:
-        """Ends what runs; a training saves first."""
+        """Ends what runs, and begins nothing more; a training saves first."""
+        self._stopped = True
         for process in list(self._running):
             process.terminate()
 
@@ -211,14 +213,8 @@ class Run:
             scale += ["--rope-scaling-factor", str(experiment.factor)]
         measured = map(str, lengths(experiment.table, profile))
         return [
-            *(
-                "python",
-                "tools/evaluate_perplexity.py",
-                "--load",
-                self.model,
-                "--name",
-                experiment.name,
-            ),
+            *("python", "tools/evaluate_perplexity.py"),
+            *("--load", self.model, "--name", experiment.name),
             *("--data-path", self.of.corpus[1], "--max-documents", str(profile.documents)),
             *("--stride", str(profile.window), "--context-lengths", *measured, *scale),
             *(*profile.measure, "--output", str(self.results)),
