@@ -7,6 +7,7 @@ from profiles import Profile
 
 TITLES = {
     "table-1": "Table 1: PoSE beside full length, random positions and plain windows (linear)",
+    "figure-2b": "Figure 2b: recall of pairs that stand anywhere in a text",
     "figure-4": "Figure 4: other interpolations and another architecture",
     "table-2": "Table 2: far targets",
     "table-4": "Table 4: which text the later chunks have",
@@ -44,6 +45,11 @@ class Experiment:
     def key(self) -> str:
         """Its name among files."""
         return _hyphened(self.table, self.name)
+
+    @property
+    def recalls(self) -> bool:
+        """Whether it is asked for pairs; else its loss is measured."""
+        return self.table == "figure-2b"
 
     @property
     def model(self) -> str:
@@ -84,6 +90,15 @@ def experiments(profile: Profile) -> Iterator[Experiment]:
             "table-1", "random positions" + of, factor, flags=["--position-sampler", "randpos"]
         )
         yield one("table-1", "PoSE" + of, factor)
+
+    def recall(name: str, scaling: str, **more) -> Experiment:
+        return one("figure-2b", name, scaling=scaling, family="recall", **more)
+
+    yield recall("as it was", "none", trained=False)
+    yield recall("linear, not trained", "linear", trained=False)
+    for told, scaling in (("no interpolation", "none"), ("linear", "linear")):
+        yield recall(f"plain windows, {told}", scaling, flags=plain)
+        yield recall(f"PoSE, {told}", scaling)
 
     for family in ("llama", "gptj"):
         for scaling in ("linear", "ntk", "yarn"):

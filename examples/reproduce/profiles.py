@@ -16,10 +16,10 @@ class Profile:
         micro_batch: of them at once in a process.
         seeds: of each extension.
         factors: T / L of the main comparison, and of the far one (the paper's Table 2).
-        documents: held-out ones that are measured.
+        documents: held-out ones that are measured, and texts with pairs to recall.
         ranks: processes of a training.
         measure: flags of every measurement.
-        vocabulary: tokens of the tokenizer that is trained.
+        vocabulary: tokens of the tokenizer that is trained, 136 of them symbols to recall.
     """
 
     window: int
@@ -35,7 +35,7 @@ class Profile:
     documents: int
     ranks: int = 1
     measure: Sequence[str] = ()
-    vocabulary: int = 512
+    vocabulary: int = 704
 
 
 _SMALL = Profile(

@@ -54,23 +54,35 @@ class Reproduction:
 
     @property
     def corpus(self) -> tuple[str, str]:
-        here = f"{self.folder}/train_text_document", f"{self.folder}/test_text_document"
+        here = self._prefix("train"), self._prefix("test")
         return self.train or here[0], self.test or here[1]
+
+    def _prefix(self, part: str) -> str:
+        return f"{self.folder}/{part}_text_document"
+
+    def text(self, family: str) -> list[str]:
+        """--data-path of a training: pairs to recall are mixed with text."""
+        if family == "recall":
+            return ["0.3", self.corpus[0], "0.7", self._prefix("recall")]
+        return [self.corpus[0]]
 
     def prepare(self) -> None:
         """Corpus and tokenizer."""
         folder, profile = self.folder, self.profile
         if not self.train:
-            self.step("corpus", [["python", "examples/stdlib_corpus.py", f"{folder}/corpus"]])
-            text = f"{folder}/corpus/train.jsonl"
-            train = ["python", "tools/train_tokenizer.py", "--input", text]
+            corpus = f"{folder}/corpus"
+            pairs = ["python", "examples/reproduce/recall_corpus.py", f"{corpus}/train.jsonl"]
+            text = ["python", "examples/stdlib_corpus.py", corpus]
+            self.step("corpus", [text, [*pairs, corpus]])
+            train = ["python", "tools/train_tokenizer.py"]
+            train += ["--input", f"{corpus}/train.jsonl", f"{corpus}/symbols.jsonl"]
             train += ["--vocab-size", str(profile.vocabulary), "--output-dir", self.tokenizer]
             self.step("tokenizer", [[*train, "--overwrite"]])
-            for part in ("train", "test"):
+            for part in ("train", "test", "recall"):
                 make = ["python", "tools/preprocess_data.py", "--append-eod", "--overwrite"]
                 make += ["--tokenizer-type", "HuggingFaceTokenizer"]
                 make += ["--tokenizer-model", self.tokenizer]
-                make += ["--input", f"{folder}/corpus/{part}.jsonl"]
+                make += ["--input", f"{corpus}/{part}.jsonl"]
                 self.step(f"{part}-text", [[*make, "--output-prefix", f"{folder}/{part}"]])
 
     def base(self, family: str) -> None:
@@ -90,7 +102,7 @@ class Reproduction:
             make += ["--window", str(profile.window)]
             commands = [[*make, *profile.shape], _convert(f"{new}-hf", new)]
             shape = ["--pretrained-checkpoint", new]
-        train = self.trainer(base, profile.window, profile.batch, 1234)
+        train = self.trainer(base, family, profile.window, profile.batch, 1234)
         commands.append([*train, *shape, *profile.base])
         self.step(f"base-{family}", commands)
 
@@ -98,13 +110,13 @@ class Reproduction:
         for seed in self.profile.seeds if experiment.trained else [0]:
             yield Run(self, experiment, seed)
 
-    def trainer(self, save: str, window: int, batch: int, seed: int) -> list[str]:
+    def trainer(self, save: str, family: str, window: int, batch: int, seed: int) -> list[str]:
         profile = self.profile
         micro = max(min(profile.micro_batch, batch // profile.ranks), 1)
         return [
             *("torchrun", "--standalone", "--nproc-per-node", str(profile.ranks)),
             *("pretrain_pose.py", "--load", save, "--save", save, "--save-retain", "1"),
-            *("--data-path", self.corpus[0], "--split", "100,0,0", "--num-workers", "0"),
+            *("--data-path", *self.text(family), "--split", "100,0,0", "--num-workers", "0"),
             *("--tokenizer-model", self.tokenizer, "--seq-length", str(window)),
             *("--micro-batch-size", str(micro), "--global-batch-size", str(batch)),
             *("--seed", str(seed), "--log-interval", "50"),
@@ -197,7 +209,7 @@ class Run:
             window, batch = target, max(batch // experiment.factor, 1)
         iters = round(profile.iters * experiment.share)
         return [
-            *self.of.trainer(self.model, window, batch, self.seed),
+            *self.of.trainer(self.model, experiment.family, window, batch, self.seed),
             *("--pretrained-checkpoint", self.base, "--train-iters", str(iters)),
             *("--max-position-embeddings", str(target), "--rope-scaling", experiment.scaling),
             *("--rope-scaling-factor", str(experiment.factor)),
@@ -211,12 +223,14 @@ class Run:
         if not experiment.trained and experiment.scaling != "none":
             scale = ["--rope-scaling", experiment.scaling]
             scale += ["--rope-scaling-factor", str(experiment.factor)]
+        measure = ["tools/evaluate_perplexity.py", "--max-documents", str(profile.documents)]
+        measure += ["--stride", str(profile.window)]
+        if experiment.recalls:
+            measure = ["examples/reproduce/evaluate_recall.py", "--trials", str(profile.documents)]
         measured = map(str, lengths(experiment.table, profile))
         return [
-            *("python", "tools/evaluate_perplexity.py"),
-            *("--load", self.model, "--name", experiment.name),
-            *("--data-path", self.of.corpus[1], "--max-documents", str(profile.documents)),
-            *("--stride", str(profile.window), "--context-lengths", *measured, *scale),
+            *("python", *measure, "--load", self.model, "--name", experiment.name),
+            *("--data-path", self.of.corpus[1], "--context-lengths", *measured, *scale),
             *(*profile.measure, "--output", str(self.results)),
         ]
 

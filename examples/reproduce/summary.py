@@ -3,7 +3,7 @@
 import json
 import math
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from claims import Claim, claims
@@ -11,7 +11,14 @@ from experiments import TITLES, Experiment
 from profiles import Profile
 
 from pose_megatron.evaluation import report
-from pose_megatron.evaluation.claims import Interval, Verdict, at_most, mean_of, write_verdicts
+from pose_megatron.evaluation.claims import (
+    Interval,
+    Verdict,
+    at_most,
+    difference_of_shares,
+    mean_of,
+    write_verdicts,
+)
 
 
 def write(folder: Path, profile: Profile, runs: Mapping[Path, Experiment]) -> None:
@@ -56,33 +63,43 @@ class Tables:
                 continue
             experiment = self._experiments[of, name]
             for length, first in seeds[0].items():
-                losses = [rows[length]["loss"] for rows in seeds]
-                loss, error = statistics.fmean(losses), first["standard_error"]
-                if len(losses) > 1:
-                    error = statistics.stdev(losses) / math.sqrt(len(losses))
+                found = [rows[length] for rows in seeds]
                 yield {
                     "name": name,
-                    "metric": "perplexity",
-                    "measured": "in sliding windows",
-                    "stride": self.profile.window,
-                    "seeds": len(losses),
+                    "seeds": len(found),
                     "target": experiment.factor * self.profile.window,
                     "rope_scaling": experiment.scaling,
                     "flags": " ".join(experiment.flags),
-                    "documents": first["documents"],
                     "context_length": length,
-                    "perplexity": math.exp(loss),
-                    "loss": loss,
-                    "standard_error": error,
-                    "by_seed": losses,
+                    **(recalled(found) if experiment.recalls else self._lost(found)),
                     "made": first.get("made"),
                 }
 
+    def _lost(self, found: Sequence[dict]) -> dict:
+        losses = [row["loss"] for row in found]
+        loss, error = statistics.fmean(losses), found[0]["standard_error"]
+        if len(losses) > 1:
+            error = statistics.stdev(losses) / math.sqrt(len(losses))
+        return {
+            "metric": "perplexity",
+            "measured": "in sliding windows",
+            "stride": self.profile.window,
+            "documents": found[0]["documents"],
+            "perplexity": math.exp(loss),
+            "loss": loss,
+            "standard_error": error,
+            "by_seed": losses,
+        }
+
     def decides(self, claim: Claim) -> bool:
         """Whether there are the results that a claim is about."""
-        return all((claim.table, name) in self._results for name, _ in (claim.one, claim.other))
+        sides = filter(None, (claim.one, claim.other))
+        return all((claim.table, name) in self._results for name, _ in sides)
 
     def verdict(self, claim: Claim) -> Verdict:
+        if self._experiments[claim.table, claim.one[0]].recalls:
+            return self._verdict_on_recall(claim)
+        assert claim.other
         same = claim.one[0] == claim.other[0]
         losses = self._by_document if same else self._by_seed
         one, other = (losses(claim.table, *side) for side in (claim.one, claim.other))
@@ -93,6 +110,18 @@ class Tables:
         numbers = found.in_nats("documents" if same else "seeds")
         return at_most(claim.text, _size(found) if claim.alike else found, claim.limit, numbers)
 
+    def _verdict_on_recall(self, claim: Claim) -> Verdict:
+        found = self._missed(claim.table, *claim.one)
+        if claim.other:
+            found = difference_of_shares(found, self._missed(claim.table, *claim.other))
+        numbers = f"{found.mean:.0%} ({found.low:.0%} to {found.high:.0%})"
+        return at_most(claim.text, found, claim.limit, numbers)
+
+    def _missed(self, table: str, name: str, length: int) -> Interval:
+        """The share of pairs that are not recalled."""
+        found = share_recalled([rows[length] for rows in self._results[table, name]])
+        return Interval(1 - found.mean, 1 - found.high, 1 - found.low, found.n)
+
     def _by_seed(self, table: str, name: str, length: int) -> list[float]:
         return [rows[length]["loss"] for rows in self._results[table, name]]
 
@@ -100,6 +129,28 @@ class Tables:
         """Means over seeds."""
         each = [rows[length]["by_document"] for rows in self._results[table, name]]
         return [statistics.fmean(some) for some in zip(*each, strict=True)]
+
+
+def share_recalled(seeds: Sequence[dict]) -> Interval:
+    """From results of passkeys: of several seeds by their spread, of one by its answers."""
+    shares = [row["passkey"] for row in seeds]
+    if len(shares) == 1:
+        return Interval(shares[0], seeds[0]["low"], seeds[0]["high"], len(seeds[0]["answers"]))
+    found = mean_of(shares)
+    return Interval(found.mean, max(found.low, 0.0), min(found.high, 1.0), found.n)
+
+
+def recalled(seeds: Sequence[dict]) -> dict:
+    """What is said of a model at a context length."""
+    found, first = share_recalled(seeds), seeds[0]
+    return {
+        **{name: first[name] for name in ("metric", "needle", "needles", "trials")},
+        "passkey": found.mean,
+        "low": found.low,
+        "high": found.high,
+        "by_seed": [row["passkey"] for row in seeds],
+        "answers": [answer for row in seeds for answer in row["answers"]],
+    }
 
 
 def _size(value: Interval) -> Interval:

@@ -2,14 +2,18 @@
 
 import json
 import math
+import random
 import re
 import shlex
 import subprocess
 import sys
+from collections import Counter
 
+import numpy as np
 import pytest
 
 from pose_megatron.config import arguments
+from pose_megatron.errors import ConfigError
 
 FIRST_LOSS = 2.0
 
@@ -21,9 +25,10 @@ def modules(root, monkeypatch):
     import claims
     import experiments
     import profiles
+    import recall
     import summary
 
-    return claims, experiments, profiles, summary
+    return claims, experiments, profiles, summary, recall
 
 
 def dry_run(root, *flags):
@@ -34,8 +39,8 @@ def dry_run(root, *flags):
 @pytest.mark.parametrize(
     "profile, own, trainings",
     [
-        ("cpu", [], 2 + 3 * 30),
-        ("gpu", [], 2 + 3 * 30),
+        ("cpu", [], 3 + 3 * 34),
+        ("gpu", [], 3 + 3 * 34),
         ("paper", ["--model", "llama", "--train", "a", "--test", "b"], 27),
     ],
 )
@@ -53,11 +58,14 @@ def test_every_command_is_one_that_the_tools_take(root, profile, own, trainings)
     # what is measured was made before
     made = {*saved, *(line[line.index("--save-dir") + 1] for line in lines if "--save-dir" in line)}
     assert set(loaded) <= made
-    for program in ("evaluate_perplexity.py", "checkpoint/convert.py"):
+    programs = ["tools/evaluate_perplexity.py", "tools/checkpoint/convert.py"]
+    if not own:
+        programs.append("examples/reproduce/evaluate_recall.py")
+    for program in programs:
         known = subprocess.run(
-            [sys.executable, f"tools/{program}", "--help"], capture_output=True, text=True, cwd=root
+            [sys.executable, program, "--help"], capture_output=True, text=True, cwd=root
         ).stdout
-        used = {w for line in lines if f"tools/{program}" in line for w in line if w[:2] == "--"}
+        used = {w for line in lines if program in line for w in line if w[:2] == "--"}
         assert used and used <= set(re.findall(r"--[\w-]+", known))
 
 
@@ -87,7 +95,22 @@ def test_full_length_trains_on_as_many_tokens(root, modules):
 def made_up(folder, experiment, seed, lengths, loss):
     """A run's results with losses of two documents around the given one."""
     file = folder / f"{experiment.key}-{seed}.jsonl"
-    rows = [
+    recalled = [
+        {
+            "name": experiment.name,
+            "metric": "passkey",
+            "needle": "a pair",
+            "needles": 8,
+            "trials": 24,
+            "context_length": n,
+            "passkey": loss - FIRST_LOSS + 0.5,  # a share
+            "low": 0.25,
+            "high": 0.75,
+            "answers": [[0.5, True, 0.1], [0.6, False, 2.0]],
+        }
+        for n in lengths
+    ]
+    lost = [
         {
             "name": experiment.name,
             "metric": "perplexity",
@@ -100,13 +123,14 @@ def made_up(folder, experiment, seed, lengths, loss):
         }
         for n in lengths
     ]
+    rows = recalled if experiment.recalls else lost
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return file
 
 
 def results(folder, modules, losses):
     """{file: experiment} of all of them; a name's loss where it is given."""
-    _, experiments, profiles, _ = modules
+    _, experiments, profiles, *_ = modules
     profile = profiles.PROFILES["cpu"]
     found = {}
     for experiment in experiments.experiments(profile):
@@ -118,13 +142,14 @@ def results(folder, modules, losses):
 
 
 def test_every_claim_has_its_models_and_verdicts_follow_the_losses(tmp_path, modules):
-    claims, _, _, summary = modules
+    claims, _, _, summary, _ = modules
     named = {
         ("table-5", "3 chunks"): FIRST_LOSS - 0.1,
         ("table-5", "every token its own (random positions)"): FIRST_LOSS + 0.6,
         ("recipes", "CREAM"): FIRST_LOSS - 0.1,
         ("recipes", "LongRecipe"): FIRST_LOSS + 0.1,
         ("table-1", "random positions to 8 L"): FIRST_LOSS + 0.1,
+        ("figure-2b", "PoSE, no interpolation"): FIRST_LOSS + 0.45,  # 95 % recalled
     }
     profile, runs = results(tmp_path, modules, named)
     tables = summary.Tables(profile, runs)
@@ -141,6 +166,12 @@ def test_every_claim_has_its_models_and_verdicts_follow_the_losses(tmp_path, mod
     assert found["PoSE to 8 L loses there less than random positions"] == "holds"
     assert found["PoSE to 16 L loses there at most 0.05 nats more than at L"] == "holds"
     assert found["the base model loses at least 0.5 nats more at 8 L than at L"] == "does not hold"
+    pose = "PoSE, no interpolation: it misses"
+    assert found[f"{pose} at most 10% of pairs at 8 L"] == "holds"
+    assert found[f"beyond the paper: {pose} fewer of them than plain windows"] == "holds"
+    assert found["PoSE, linear: it misses at most 10% of pairs at 8 L"] == "does not hold"
+    text = "the base model misses at least 50% more of the pairs at 8 L than at L"
+    assert found[text] == "does not hold"
     assert len(found) == len(all_claims)
 
 
@@ -155,6 +186,67 @@ def test_rows_are_means_over_seeds_with_their_standard_errors(tmp_path, modules)
     assert row["by_seed"] == pytest.approx([2.001, 2.002, 2.003])
     base = next(modules[3].Tables(profile, runs).rows("table-1"))
     assert (base["seeds"], base["standard_error"]) == (1, 0.5)  # over its documents
+
+
+def test_what_is_recalled_is_a_mean_over_seeds(tmp_path, modules):
+    named = {("figure-2b", "PoSE, linear"): FIRST_LOSS + 0.3}
+    profile, runs = results(tmp_path, modules, named)
+    rows = {row["name"]: row for row in modules[3].Tables(profile, runs).rows("figure-2b")}
+    row = rows["PoSE, linear"]
+    # of 0.801, 0.802 and 0.803; 4.303 is Student's quantile for two degrees of freedom
+    assert row["passkey"] == pytest.approx(0.802)
+    assert row["high"] - row["passkey"] == pytest.approx(4.3027 * 0.001 / math.sqrt(3), rel=1e-4)
+    assert (row["seeds"], len(row["answers"])) == (3, 6)
+    base = rows["as it was"]  # one model: over its answers
+    assert (base["passkey"], base["low"], base["high"]) == (0.5, 0.25, 0.75)
+
+
+def test_a_document_repeats_its_pairs_between_the_text(modules):
+    recall = modules[4]
+    text = "".join(chr(ord("a") + i % 26) for i in range(800))
+    whole = 0
+    for seed in range(40):
+        made = recall.document(random.Random(seed), text)
+        symbols = "".join(c for c in made if c in recall.SYMBOLS)
+        pairs = Counter(symbols[i : i + 2] for i in range(0, len(symbols), 2))
+        assert 2 <= len(pairs) == len({pair[0] for pair in pairs}) <= 8  # one value a key
+        for key, value in pairs:
+            assert value in recall.VALUES[recall.KEYS.index(key)]
+        assert pairs.total() > len(pairs)
+        rest = "".join(c for c in made if c not in recall.SYMBOLS)
+        assert rest in ("", text)
+        whole += rest == text
+    assert 10 < whole < 40
+
+
+@pytest.mark.parametrize("length", [64, 301])
+def test_a_haystack_has_each_pair_once_and_asks_for_all(modules, length):
+    recall = modules[4]
+
+    def hay(draw, count):
+        return np.arange(count) % 100
+
+    made = recall.haystacks(lambda text: [ord(text)], hay, length, 5, 4, seed=3)
+    depths = []
+    for haystack in made:
+        tokens = haystack.tokens.tolist()
+        assert len(haystack.questions) == 4
+        for question in haystack.questions:
+            (key,), (value,) = question.tokens.tolist(), question.answer.tolist()
+            assert len(tokens) + 2 == length
+            assert tokens.count(key) == 1 and tokens[tokens.index(key) + 1] == value
+            place = tokens.index(key) / (length - 10)
+            assert question.depth == pytest.approx(place, abs=10 / length)
+            assert question.wanted == (chr(value),)
+            depths.append(question.depth)
+    assert sorted(depths) == pytest.approx([i / 19 for i in range(20)])
+    assert len({tuple(h.tokens.tolist()) for h in made}) == 5
+
+
+def test_a_symbol_of_several_tokens_is_named(modules):
+    recall = modules[4]
+    with pytest.raises(ConfigError, match=f"^{recall.KEYS[0]} is 3 tokens of this tokenizer"):
+        recall.haystacks(lambda text: list(text.encode()), None, 64, 1, 1, seed=0)
 
 
 def test_the_report_has_a_chapter_for_each_table(tmp_path, modules, capsys):
