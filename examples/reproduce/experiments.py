@@ -47,6 +47,12 @@ class Experiment:
         return _hyphened(self.table, self.name)
 
     @property
+    def rope(self) -> list[str]:
+        """Flags of its interpolation."""
+        factor = [] if self.scaling == "none" else ["--rope-scaling-factor", str(self.factor)]
+        return ["--rope-scaling", self.scaling, *factor]
+
+    @property
     def recalls(self) -> bool:
         """Whether it is asked for pairs; else its loss is measured."""
         return self.table == "figure-2b"

@@ -153,8 +153,7 @@ class Reproduction:
                 code = process.wait()
                 self._running.discard(process)
                 if code:
-                    last = log.read_text(errors="replace").rstrip().rpartition("\n")[2]
-                    raise SystemExit(f"{name}: exit code {code}, see {log}: {last}")
+                    raise SystemExit(f"{name}: exit code {code}, see {log}: {_reason(log)}")
         mark.touch()
         self.say(f"{name}: {time.monotonic() - start:.0f} s")
 
@@ -211,18 +210,14 @@ class Run:
         return [
             *self.of.trainer(self.model, experiment.family, window, batch, self.seed),
             *("--pretrained-checkpoint", self.base, "--train-iters", str(iters)),
-            *("--max-position-embeddings", str(target), "--rope-scaling", experiment.scaling),
-            *("--rope-scaling-factor", str(experiment.factor)),
-            *profile.extend,
+            *("--max-position-embeddings", str(target), *experiment.rope, *profile.extend),
             *experiment.flags,
         ]
 
     def measuring(self) -> list[str]:
         experiment, profile = self.experiment, self.of.profile
-        scale = []
-        if not experiment.trained and experiment.scaling != "none":
-            scale = ["--rope-scaling", experiment.scaling]
-            scale += ["--rope-scaling-factor", str(experiment.factor)]
+        # a model that was trained carries its own
+        scale = experiment.rope if not experiment.trained and experiment.scaling != "none" else []
         measure = ["tools/evaluate_perplexity.py", "--max-documents", str(profile.documents)]
         measure += ["--stride", str(profile.window)]
         if experiment.recalls:
@@ -238,6 +233,13 @@ class Run:
 def _convert(source: str, target: str) -> list[str]:
     command = ["python", "tools/checkpoint/convert.py", "--loader", "hf", "--saver", "megatron"]
     return [*command, "--load-dir", source, "--save-dir", target, "--overwrite"]
+
+
+def _reason(log: Path) -> str:
+    """The last line that names an error; below it torchrun has more of its own."""
+    lines = log.read_text(errors="replace").rstrip().splitlines() or [""]
+    errors = [line for line in lines if ": error: " in line]
+    return (errors or lines)[-1]
 
 
 def parse() -> argparse.Namespace:

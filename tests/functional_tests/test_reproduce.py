@@ -48,14 +48,16 @@ def test_it_runs_to_its_end_and_keeps_what_is_done(root, tmp_path):
 
 
 def test_a_run_that_fails_names_its_log(root, tmp_path):
-    (tmp_path / "base-llama").write_text("in the way")
-    for name in ("corpus", "tokenizer", "train-text", "test-text"):
+    for name in ("corpus", "tokenizer", "train-text", "test-text", "recall-text"):
         (tmp_path / "done").mkdir(exist_ok=True)
         (tmp_path / "done" / name).touch()
     done = run(root, tmp_path)
     assert done.returncode == 1
     log = tmp_path / "logs/base-llama.log"
-    assert done.stderr.startswith(f"base-llama: exit code 1, see {log}: ")
+    assert done.stderr == (
+        f"base-llama: exit code 1, see {log}: pretrain_pose.py: error: "
+        f"--tokenizer-model {tmp_path}/tokenizer: no such file or folder\n"
+    )
     assert "Traceback" not in done.stderr
 
 

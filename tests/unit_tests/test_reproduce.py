@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from pose_megatron.config import arguments
+from pose_megatron.config.model import resolve_scaling
 from pose_megatron.errors import ConfigError
 
 FIRST_LOSS = 2.0
@@ -51,7 +52,9 @@ def test_every_command_is_one_that_the_tools_take(root, profile, own, trainings)
     trained = [line[line.index("pretrain_pose.py") + 1 :] for line in lines if "torchrun" in line]
     assert len(trained) == trainings
     for words in trained:
-        arguments.parse(words)
+        flags = arguments.parse(words)
+        target = flags.model.max_position_embeddings or 64
+        resolve_scaling(flags.model, target, 64, loaded=None)
     saved = [words[words.index("--save") + 1] for words in trained]
     assert len(set(saved)) == len(saved)
     loaded = [line[line.index("--load") + 1] for line in lines if "--context-lengths" in line]
