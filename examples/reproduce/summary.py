@@ -132,12 +132,14 @@ class Tables:
 
 
 def share_recalled(seeds: Sequence[dict]) -> Interval:
-    """From results of passkeys: of several seeds by their spread, of one by its answers."""
-    shares = [row["passkey"] for row in seeds]
-    if len(shares) == 1:
-        return Interval(shares[0], seeds[0]["low"], seeds[0]["high"], len(seeds[0]["answers"]))
-    found = mean_of(shares)
-    return Interval(found.mean, max(found.low, 0.0), min(found.high, 1.0), found.n)
+    """From results of passkeys, with the wider interval: of the spread between seeds, or of what
+    the answers leave open, which are to the same questions."""
+    shares, low, high = ([row[key] for row in seeds] for key in ("passkey", "low", "high"))
+    low, high = statistics.fmean(low), statistics.fmean(high)
+    if len(shares) > 1:
+        spread = mean_of(shares)
+        low, high = min(low, max(spread.low, 0.0)), max(high, min(spread.high, 1.0))
+    return Interval(statistics.fmean(shares), low, high, len(shares))
 
 
 def recalled(seeds: Sequence[dict]) -> dict:

@@ -95,8 +95,9 @@ def test_full_length_trains_on_as_many_tokens(root, modules):
     assert tokens == {64 * 64 * 150}
 
 
-def made_up(folder, experiment, seed, lengths, loss):
-    """A run's results with losses of two documents around the given one."""
+def made_up(folder, experiment, seed, lengths, loss, answered):
+    """A run's results with losses of two documents around the given one; shares are known to
+    `answered` either way."""
     file = folder / f"{experiment.key}-{seed}.jsonl"
     recalled = [
         {
@@ -107,8 +108,8 @@ def made_up(folder, experiment, seed, lengths, loss):
             "trials": 24,
             "context_length": n,
             "passkey": loss - FIRST_LOSS + 0.5,  # a share
-            "low": 0.25,
-            "high": 0.75,
+            "low": loss - FIRST_LOSS + 0.5 - answered,
+            "high": loss - FIRST_LOSS + 0.5 + answered,
             "answers": [[0.5, True, 0.1], [0.6, False, 2.0]],
         }
         for n in lengths
@@ -131,7 +132,7 @@ def made_up(folder, experiment, seed, lengths, loss):
     return file
 
 
-def results(folder, modules, losses):
+def results(folder, modules, losses, answered=0.0001):
     """{file: experiment} of all of them; a name's loss where it is given."""
     _, experiments, profiles, *_ = modules
     profile = profiles.PROFILES["cpu"]
@@ -140,7 +141,7 @@ def results(folder, modules, losses):
         for seed in profile.seeds if experiment.trained else (0,):
             loss = losses.get((experiment.table, experiment.name), FIRST_LOSS) + seed / 1000
             lengths = experiments.lengths(experiment.table, profile)
-            found[made_up(folder, experiment, seed, lengths, loss)] = experiment
+            found[made_up(folder, experiment, seed, lengths, loss, answered)] = experiment
     return profile, found
 
 
@@ -200,8 +201,14 @@ def test_what_is_recalled_is_a_mean_over_seeds(tmp_path, modules):
     assert row["passkey"] == pytest.approx(0.802)
     assert row["high"] - row["passkey"] == pytest.approx(4.3027 * 0.001 / math.sqrt(3), rel=1e-4)
     assert (row["seeds"], len(row["answers"])) == (3, 6)
-    base = rows["as it was"]  # one model: over its answers
-    assert (base["passkey"], base["low"], base["high"]) == (0.5, 0.25, 0.75)
+    base = rows["as it was"]  # one model: by its answers
+    assert [base[key] for key in ("passkey", "low", "high")] == pytest.approx([0.5, 0.4999, 0.5001])
+
+    # seeds that agree do not make few answers many
+    _, runs = results(tmp_path, modules, named, answered=0.1)
+    rows = {row["name"]: row for row in modules[3].Tables(profile, runs).rows("figure-2b")}
+    row = rows["PoSE, linear"]
+    assert [row[key] for key in ("low", "high")] == pytest.approx([0.702, 0.902])
 
 
 def test_a_document_repeats_its_pairs_between_the_text(modules):
