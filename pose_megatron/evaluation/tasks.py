@@ -16,6 +16,7 @@ from pose_megatron.positions.draws import Draw
 
 _CHAINS = 2  # of variables: each is asked for, and the other one distracts
 _COMMON, _OFTEN, _SELDOM = 10, 30, 3  # common words, how often they stand, and how often others do
+_SHOWN = 3  # times each common word of an example, which has as many other words, once
 _FREQUENT, _ZETA = 3, 2.0  # of made-up words: how many are asked for, and the exponent
 
 
@@ -143,11 +144,15 @@ def _variables(draw: Draw, settings: Settings) -> Content:
 
 
 def _common_words(draw: Draw, settings: Settings) -> Content:
-    """A list in which some words stand often and the others seldom; asked for the common ones."""
+    """A list in which some words stand often and the others seldom; asked for the common ones. A
+    short list of other words, with the right answer, shows how, as in RULER."""
     others = (settings.entries - _COMMON * _OFTEN) // _SELDOM
-    found = words(draw, _COMMON + others)
-    common = found[:_COMMON]
-    return _list(draw, common * _OFTEN + found[_COMMON:] * _SELDOM, common)
+    found = words(draw, 3 * _COMMON + others)
+    shown, once, common = (found[i * _COMMON : (i + 1) * _COMMON] for i in range(3))
+    example = _list(draw, shown * _SHOWN + once, shown)
+    content = _list(draw, common * _OFTEN + found[3 * _COMMON :] * _SELDOM, common)
+    ((_, text),), (query,) = example.needles, example.queries
+    return replace(content, needles=[(1.0, text + query.text + query.answer), *content.needles])
 
 
 def _frequent_words(draw: Draw, settings: Settings) -> Content:

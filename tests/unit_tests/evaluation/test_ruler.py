@@ -76,8 +76,8 @@ def solve(text):
 
 
 def entries(text):
-    (whole,) = re.findall(r"\nIn this list [^:]*: (.*)\.\n?", text)
-    return Counter(whole.split(", "))
+    """Of the last list."""
+    return Counter(re.findall(r"\nIn this list [^:]*: (.*)\.\n?", text)[-1].split(", "))
 
 
 SIZES = st.builds(
@@ -137,6 +137,19 @@ def test_what_does_not_fit_is_named_with_its_size():
         made("multi-value", Bytes(), 500, settings=Settings(needles=40))
     with pytest.raises(ConfigError, match="500: variables with --hops 99 takes"):
         made("variables", Bytes(), 500, settings=Settings(hops=99))
+
+
+def test_common_words_begin_with_a_list_whose_answer_is_shown():
+    (haystack,) = made("common-words", Bytes(), 7000)
+    text = Bytes().decode(haystack.tokens.tolist())
+    (shown, answer), (asked, _) = re.findall(r"\nIn this list [^:]*: (.*)\.\n+(.*)", text)
+    counts = Counter(shown.split(", "))
+    assert sorted(counts.values()) == [1] * 10 + [3] * 10
+    line = "The 10 words that stand most often in the list are "
+    assert answer.startswith(line) and answer.endswith(".")
+    named = re.split(", | and ", answer.removeprefix(line).rstrip("."))
+    assert set(named) == {word for word, count in counts.items() if count == 3}
+    assert not counts.keys() & set(asked.split(", "))
 
 
 def test_lists_fill_the_text_and_count_as_they_should():
