@@ -11,6 +11,7 @@ L=64
 T=$((8 * L))
 BASE_ITERS=${BASE_ITERS:-1200}
 POSE_ITERS=${POSE_ITERS:-300}
+DOCUMENTS=${DOCUMENTS:-24}      # held-out ones that are measured
 started=$SECONDS
 
 step() { printf '\n\033[1m[%d:%02d] %s\033[0m\n' $(((SECONDS - started) / 60)) $(((SECONDS - started) % 60)) "$*"; }
@@ -60,7 +61,7 @@ step "the control: as many steps with linear, positions 0 to $((L - 1))"
 
 step "perplexity of held-out files at L to 8L"
 EVALUATE=(env OMP_NUM_THREADS=2 python tools/evaluate_perplexity.py
-    --data-path "$OUT/test_text_document" --max-documents 24 --stride $L
+    --data-path "$OUT/test_text_document" --max-documents "$DOCUMENTS" --stride $L
     --context-lengths $L $((2 * L)) $((4 * L)) $T --output "$OUT/results.jsonl")
 "${EVALUATE[@]}" --load "$OUT/base" --name "base"
 "${EVALUATE[@]}" --load "$OUT/plain-linear" --name "plain positions, linear"

@@ -31,7 +31,8 @@ def assert_one_sentence(done, message):
 @pytest.fixture(scope="module")
 def quickstart(tmp_path_factory):
     folder = tmp_path_factory.mktemp("quickstart")
-    done = run("bash", "examples/quickstart.sh", OUT=str(folder), BASE_ITERS="60", POSE_ITERS="12")
+    small = {"BASE_ITERS": "60", "POSE_ITERS": "12", "DOCUMENTS": "4"}
+    done = run("bash", "examples/quickstart.sh", OUT=str(folder), **small)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return folder, done.stdout
 
