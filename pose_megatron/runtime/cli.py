@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -52,14 +53,21 @@ def command(main: Callable[[], None]) -> Callable[[], int]:
             sys.stdout.reconfigure(errors="backslashreplace")
         try:
             code = _exit_code(main)
-            if code and world_size() > 1:
-                sys.stdout.flush()
-                os._exit(code)  # the other ranks may be inside a collective: nothing to wait for
-            return code
-        finally:
-            rest()
-            if distributed := _process_group():
-                distributed.destroy_process_group()
+        except Exception:
+            if world_size() == 1:
+                raise
+            traceback.print_exc()
+            code = 1
+        if code and world_size() > 1:
+            # The other ranks may be inside a collective, for which leaving the group waits: NCCL
+            # for minutes.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+        rest()
+        if distributed := _process_group():
+            distributed.destroy_process_group()
+        return code
 
     return guarded
 

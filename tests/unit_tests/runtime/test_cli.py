@@ -54,6 +54,42 @@ def test_another_rank_that_nobody_ends_speaks_for_itself():
     assert (process.returncode, error) == (1, "-c: error: --seq-length 0 is too short\n")
 
 
+FAULT = """
+import sys
+import time
+
+import torch.distributed as dist
+from pose_megatron.runtime import cli
+
+# NCCL's waits for the other ranks
+dist.destroy_process_group = lambda: time.sleep(1000)
+
+@cli.command
+def main():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    {end}
+
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize(
+    ("end", "last"),
+    [
+        ("raise RuntimeError('out of memory')", "RuntimeError: out of memory"),
+        ("raise ValueError('no such file')", "-c: error: no such file"),
+        ("raise KeyboardInterrupt", ""),
+    ],
+)
+def test_a_rank_that_fails_says_why_and_leaves_without_the_others(end, last):
+    env = {**os.environ, "RANK": "0", "WORLD_SIZE": "2"}
+    with running(FAULT.format(end=end), env=env, stderr=subprocess.PIPE) as process:
+        _, error = process.communicate(timeout=PATIENCE)
+    assert process.returncode == (130 if "Keyboard" in end else 1)
+    assert last in error.splitlines()[-1]
+    assert ("Traceback" in error) == ("RuntimeError" in end)
+
+
 @pytest.mark.parametrize("flag", ["--help", "--version"])
 def test_a_reader_may_leave_early(flag):
     program = [sys.executable, "-m", "pose_megatron.commands", flag]
