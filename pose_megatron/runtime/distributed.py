@@ -8,6 +8,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from pose_megatron.errors import ConfigError
 from pose_megatron.runtime.attempts import join
 from pose_megatron.runtime.processes import end_with_parent
 from pose_megatron.runtime.ranks import rank, world_size
@@ -32,6 +33,7 @@ def initialize(
 
     Raises:
         ValueError: the environment has RANK but no MASTER_ADDR to meet at.
+        ConfigError: as `local_rank`, where there are GPUs.
     """
     from megatron.core import (  # takes seconds, and not every tool needs it
         parallel_state,
@@ -41,7 +43,7 @@ def initialize(
     timeout = datetime.timedelta(minutes=timeout_minutes)
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(local_rank())
     if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun is the parent
         end_with_parent(os.getppid())
     if dist.is_initialized():  # by a checkpoint reader, with a single rank
@@ -61,6 +63,23 @@ def initialize(
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed)
+
+
+def local_rank() -> int:
+    """This rank's number on its node, which is that of its GPU.
+
+    Raises:
+        ConfigError: there are several ranks, and nothing says which of its node's this is.
+    """
+    if "LOCAL_RANK" in os.environ:
+        return int(os.environ["LOCAL_RANK"])
+    if world_size() > 1:
+        raise ConfigError(
+            f"WORLD_SIZE is {world_size()} and LOCAL_RANK is missing: all ranks of a node would "
+            "take GPU 0. Start them with torchrun, or set LOCAL_RANK to each one's number on its "
+            "node (Slurm's SLURM_LOCALID)"
+        )
+    return 0
 
 
 def device() -> torch.device:
