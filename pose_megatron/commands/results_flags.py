@@ -8,7 +8,7 @@ from pose_megatron.runtime.cli import positive
 def add_results_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("results", nargs="+", help="files of JSON lines")
-    add("--window", type=positive, help="mark the training window L, in tokens")
+    add("--window", type=positive, help="mark this window, in tokens")
     add(
         "--apart",
         action="store_true",

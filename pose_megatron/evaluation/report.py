@@ -133,7 +133,7 @@ def build(
 
     Args:
         chapters: by title, files of results; one without a title is the whole report.
-        window: training window L in tokens, to be marked.
+        window: in tokens, to be marked.
         apart: as of results.read.
 
     Raises:

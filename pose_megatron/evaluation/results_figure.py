@@ -10,6 +10,7 @@ from pose_megatron.evaluation.results import Curve, lengths_of
 # Shares of what was asked for, and what their axis says.
 _SHARES = {"passkey": "passkeys found", "ruler": "mean over RULER's tasks"}
 _DEPTHS = 10  # bins of a needle's depth
+_LABEL = 0.09  # width of a length's label, as a share of the axis
 
 
 def _tasks_of(curves: Sequence[Curve]) -> list[str]:
@@ -27,7 +28,7 @@ def plot(
 
     Args:
         path: PNG or SVG, the same bytes for the same curves.
-        window: training window L in tokens, to be marked.
+        window: in tokens, to be marked.
     """
     import matplotlib
 
@@ -73,7 +74,7 @@ def _draw_curves(axes, curves: Sequence[Curve], metric: str, window: int | None)
     lengths = lengths_of(curves)
     values = [row[metric] for curve in curves for row in curve.points.values()]
     axes.set_xscale("log", base=2)
-    axes.set_xticks(lengths, [f"{n:,}" for n in lengths])
+    axes.set_xticks(lengths, _apart(lengths))
     if metric in _SHARES:
         axes.set_ylim(-0.03, 1.03)
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
@@ -92,7 +93,7 @@ def _draw_curves(axes, curves: Sequence[Curve], metric: str, window: int | None)
         axes.text(
             window,
             at,
-            " training window",
+            f" window of {window:,}",
             color="grey",
             va=side,
             fontsize=8,
@@ -105,6 +106,17 @@ def _draw_curves(axes, curves: Sequence[Curve], metric: str, window: int | None)
         axes.legend(fontsize=8)
     else:  # long labels would hide the curves
         axes.figure.legend(fontsize=8, loc="outside lower center")
+
+
+def _apart(lengths: Sequence[int]) -> list[str]:
+    """Labels of lengths on a logarithmic axis; none where it would touch the next one."""
+    least = math.log(lengths[-1] / lengths[0]) * _LABEL
+    labels, right = [], math.inf
+    for n in reversed(lengths):
+        near = right - math.log(n) < least
+        labels.append("" if near else f"{n:,}")
+        right = right if near else math.log(n)
+    return labels[::-1]
 
 
 def _draw_depths(figure, grid, curves: Sequence[Curve]) -> None:

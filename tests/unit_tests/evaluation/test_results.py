@@ -4,6 +4,7 @@ import json
 import os
 import resource
 import signal
+from itertools import pairwise
 
 import pytest
 
@@ -94,6 +95,30 @@ def test_passkeys_are_kept_apart_by_needles_and_drawn_by_label(tmp_path):
         "| base, needles 1 | 50% | 50% |",
         "| base, needles 8 | 50% | 50% |",
     ]
+
+
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        [2048, 4096, 8192, 10240, 12288, 14336, 16384],
+        [64, 128, 256, 512],
+        [65536, 131072],
+        list(range(4096, 65537, 4096)),
+    ],
+)
+def test_labels_of_lengths_do_not_touch_each_other(tmp_path, monkeypatch, lengths):
+    from matplotlib import pyplot
+
+    curves = read(tmp_path, [GOOD | {"context_length": n} for n in lengths])
+    with monkeypatch.context() as patched:
+        drawn = []
+        patched.setattr(pyplot, "close", drawn.append)
+        results_figure.plot(curves, "perplexity", tmp_path / "curves.png", 8192)
+    labels = [label for label in drawn[0].axes[0].get_xticklabels() if label.get_text()]
+    boxes = [label.get_window_extent() for label in labels]
+    pyplot.close(drawn[0])
+    assert labels[-1].get_text() == f"{lengths[-1]:,}"
+    assert all(one.x1 < other.x0 for one, other in pairwise(boxes))
 
 
 def ruler(task, length, share, **more):
