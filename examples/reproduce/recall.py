@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 
 from pose_megatron.errors import ConfigError
-from pose_megatron.evaluation.haystack import Draft, Encode, Hay, Haystack, Question
+from pose_megatron.evaluation.haystack import Draft, Encode, Hay, Haystack, Question, depths
 from pose_megatron.positions.draws import PASSKEYS, Draw
 
 # Hiragana and ideographs: a character each that texts do not hold, and a token each.
@@ -49,14 +49,14 @@ def haystacks(
         ConfigError: a symbol is not one token of this tokenizer.
     """
     ids = {symbol: _one(encode(symbol), symbol) for symbol in SYMBOLS}
-    made, last = [], max(trials * needles - 1, 1)
+    made = []
     for trial in range(trials):
         draw = Draw(seed, length, trial, PASSKEYS)
         pairs: list[tuple[float, Sequence[int]]] = []
         questions = []
-        for number, key in enumerate(draw.different(len(KEYS), needles)):
+        keys = draw.different(len(KEYS), needles)
+        for key, depth in zip(keys, depths(trial, trials, needles), strict=True):
             value = VALUES[key][draw.integer(0, len(VALUES[key]) - 1)]
-            depth = (trial + trials * number) / last
             pair = [ids[KEYS[key]], ids[value]]
             pairs.append((depth, pair))
             asked, answer = torch.tensor(pair).split(1)

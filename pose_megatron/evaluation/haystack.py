@@ -131,6 +131,13 @@ def question(
     return Question(tokens[:same], tokens[same:], room(len(whole) - same), wanted, depth)
 
 
+def depths(trial: int, trials: int, needles: int) -> list[float]:
+    """Those of a haystack's needles, ascending. Over all haystacks they are evenly spaced from 0 to
+    1: the first needles of all are at the front, and so on."""
+    last = trials * needles - 1
+    return [(trial + trials * k) / last if last else 0.5 for k in range(needles)]
+
+
 def filler(encode: Encode) -> Hay:
     """A haystack of FILLER, repeated."""
     ids = np.asarray(encode(FILLER), dtype=np.int64)

@@ -16,7 +16,15 @@ import torch
 from torch import Tensor
 
 from pose_megatron.errors import ConfigError
-from pose_megatron.evaluation.haystack import Draft, Encode, Hay, Haystack, Question, question
+from pose_megatron.evaluation.haystack import (
+    Draft,
+    Encode,
+    Hay,
+    Haystack,
+    Question,
+    depths,
+    question,
+)
 from pose_megatron.evaluation.reading import UNASKED
 from pose_megatron.evaluation.replicas import batches
 from pose_megatron.evaluation.retrieval import Retrieval
@@ -71,16 +79,15 @@ def haystacks(
     """
     if not 1 <= needles <= len(NAMES):
         raise ConfigError(f"--needles {needles} must lie between 1 and {len(NAMES)}")
-    made, last = [], trials * needles - 1
+    made = []
     for trial in range(trials):
         draw = Draw(seed, length, trial, PASSKEYS)
         names = draw.different(len(NAMES), needles)
         span = 10**_DIGITS - 10 ** (_DIGITS - 1)
         numbers = [str(10 ** (_DIGITS - 1) + n) for n in draw.different(span, needles)]
-        # Of K needles in a haystack the first ones of all haystacks are at the front, and so on.
-        depths = [(trial + trials * k) / last if last else 0.5 for k in range(needles)]
         texts, questions = [], []
-        for name, number, depth in zip(names, numbers, depths, strict=True):
+        places = depths(trial, trials, needles)
+        for name, number, depth in zip(names, numbers, places, strict=True):
             line = f"\nThe pass key of {NAMES[name]} is"
             texts.append((depth, encode(f"{line} {number}\n")))
             questions.append(question(encode, line, f" {number}", (number,), depth))
