@@ -1,5 +1,7 @@
 """cpu.py: each of megatron-core's CUDA words has its CPU meaning, in every thread."""
 
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -72,6 +74,22 @@ def test_it_holds_in_other_threads():
     thread.start()
     thread.join()
     assert seen == ["cpu"]
+
+
+def test_what_megatron_core_would_compile_runs_as_it_is_written():
+    program = """
+import sys, torch
+own = torch.compile
+from pose_megatron.runtime import cpu
+cpu.install()
+from megatron.core.fusions.fused_bias_swiglu import swiglu
+assert "torch._inductor" not in sys.modules
+assert torch.compile is own  # the user's still compiles
+x = torch.tensor([[0.0, 1.0, 3.0, 4.0]])
+silu = 1 / (1 + torch.e ** -1)
+assert torch.allclose(swiglu(x), torch.tensor([[0.0, 4 * silu]]))
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_installing_twice_wraps_once():
