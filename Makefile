@@ -2,6 +2,7 @@
 # make real-model   the same for SmolLM2-135M, a real pretrained model, beside its controls
 # make reproduce    the paper's tables in small, with seeds and verdicts, an evening
 # make test         all tests          make unit   the ones that take seconds
+#                   WORKERS=2 of their files side by side
 # make bench        the benchmarks, half an hour; OUT=folder for the figures
 # make faults       damaged and hostile files, kills, restarts, 20 minutes; for more
 #                   DAMAGES=360 LARGE=--large PAIRS=10 RESTARTS=21
@@ -37,32 +38,36 @@ real-model: $(BIN)/.ready
 reproduce: $(BIN)/.ready
 	python examples/reproduce/run.py --profile cpu --jobs 2
 
+# The long files first; a file's tests share what they prepare, so they stay in one process.
+WORKERS ?= 2
+PYTEST := python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
 test: $(BIN)/.ready
-	python -m pytest
+	$(PYTEST) tests/functional_tests tests/unit_tests
 
 unit: $(BIN)/.ready
-	python -m pytest tests/unit_tests
+	$(PYTEST) tests/unit_tests
 
 # What depends on the release of megatron-core.
 FUNCTIONAL := tests/functional_tests
 PLUGIN_TESTS := $(FUNCTIONAL)/test_megatron_plugin.py
 STOP_AND_GO := $(FUNCTIONAL)/test_stop_and_go.py
-CURRENT_TESTS := tests/unit_tests $(FUNCTIONAL)/test_matrix.py $(STOP_AND_GO) \
+CURRENT_TESTS := $(FUNCTIONAL)/test_matrix.py $(STOP_AND_GO) $(PLUGIN_TESTS) \
     $(FUNCTIONAL)/test_convert_tool.py $(FUNCTIONAL)/test_convert_ranks.py \
-    $(FUNCTIONAL)/test_families.py $(FUNCTIONAL)/test_experts.py $(PLUGIN_TESTS)
+    $(FUNCTIONAL)/test_families.py $(FUNCTIONAL)/test_experts.py tests/unit_tests
 # Of these, what CI has the time for: the folders that use megatron-core, of stop and go the signal,
 # the damage and the kills, and of conversion every family.
 USING_CORE := $(patsubst %,tests/unit_tests/%,checkpoints config data evaluation megatron models \
     runtime training)
-CURRENT_TESTS_IN_SHORT := $(USING_CORE) $(FUNCTIONAL)/test_matrix.py \
+CURRENT_TESTS_IN_SHORT := $(PLUGIN_TESTS) $(FUNCTIONAL)/test_matrix.py \
     $(STOP_AND_GO)::test_a_signal_saves_and_the_same_command_goes_on \
     $(STOP_AND_GO)::test_a_damaged_checkpoint_is_named_and_the_one_before_can_be_taken \
     $(STOP_AND_GO)::test_a_run_killed_again_and_again_comes_to_the_same_end \
     $(STOP_AND_GO)::test_a_kill_before_common_pt_is_written_loses_nothing \
-    $(FUNCTIONAL)/test_families.py $(PLUGIN_TESTS)
+    $(FUNCTIONAL)/test_families.py $(USING_CORE)
 
 test-current: .venv-current/bin/.ready
-	PATH=$(CURDIR)/.venv-current/bin:$$PATH python -m pytest $(CURRENT_TESTS)
+	PATH=$(CURDIR)/.venv-current/bin:$$PATH $(PYTEST) $(CURRENT_TESTS)
 
 # The current megatron-core, which asks for Python 3.12, in a folder before the other one of .venv.
 # NVIDIA does not support it on 3.11: a substitute for CI, where neither Python 3.12 nor PyTorch's
@@ -71,7 +76,7 @@ CURRENT := $(shell sed -n 's/^megatron-core==\(.*\); python_version >=.*/\1/p' c
 SUBSTITUTE := .venv/megatron-core-$(CURRENT)
 
 test-current-on-3.11: $(SUBSTITUTE)/.ready
-	PYTHONPATH=$(CURDIR)/$(SUBSTITUTE) python -m pytest $(CURRENT_TESTS_IN_SHORT)
+	PYTHONPATH=$(CURDIR)/$(SUBSTITUTE) $(PYTEST) $(CURRENT_TESTS_IN_SHORT)
 
 OUT ?= runs/benchmarks
 BENCHMARKS := step_overhead full_length resume dataset convert preprocess evaluate
