@@ -27,7 +27,7 @@ from pose_megatron.evaluation.perplexity import Perplexities
 from pose_megatron.evaluation.record import Record
 from pose_megatron.evaluation.target import find_target
 from pose_megatron.evaluation.transformers_reader import load_model
-from pose_megatron.runtime.distributed import device
+from pose_megatron.runtime.device import device
 from pose_megatron.runtime.startup import prepare_megatron
 
 

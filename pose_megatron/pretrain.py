@@ -15,7 +15,7 @@ from pose_megatron.runtime.startup import prepare_megatron
 @command
 def main() -> None:
     args = parse()
-    prepare_megatron()
+    prepare_megatron(args.parallel.device)
     from pose_megatron.config.layout import lay_out
     from pose_megatron.data.batch import fields_here
     from pose_megatron.runtime import distributed

@@ -35,7 +35,7 @@ def parse() -> argparse.Namespace:
 @command
 def main() -> None:
     flags = parse()
-    prepare_megatron()
+    prepare_megatron(flags.device)
 
     from pose_megatron.evaluation import passkey
     from pose_megatron.evaluation.haystack import check_vocabulary

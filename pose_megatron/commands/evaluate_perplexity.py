@@ -64,7 +64,7 @@ def main() -> None:
         raise ConfigError("--max-document-tokens has no effect without --stride")
     if flags.max_document_tokens:
         check_cut(flags.max_document_tokens, max(flags.context_lengths))
-    prepare_megatron()
+    prepare_megatron(flags.device)
 
     from pose_megatron.evaluation.corpus_text import files_of, long_documents
     from pose_megatron.evaluation.perplexity import Perplexities

@@ -55,7 +55,7 @@ def parse() -> argparse.Namespace:
 @command
 def main() -> None:
     flags = parse()
-    prepare_megatron()
+    prepare_megatron(flags.device)
 
     from pose_megatron.evaluation import ruler
     from pose_megatron.evaluation.haystack import Haystack, check_vocabulary

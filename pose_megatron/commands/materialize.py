@@ -78,7 +78,7 @@ def main() -> None:
     if args.data.materialized:
         raise ConfigError("--materialized names such files; this program writes them")
     samples = number_of_samples(flags.samples, args.training)
-    prepare_megatron()
+    prepare_megatron("cpu")
     from tqdm import tqdm
 
     from pose_megatron.data import materialized

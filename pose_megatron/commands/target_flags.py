@@ -10,6 +10,7 @@ from pose_megatron.rope.names import METHOD_NAMES
 from pose_megatron.runtime.cli import positive
 from pose_megatron.runtime.ranges import LARGEST_INT32, real, whole
 from pose_megatron.runtime.ranks import print_rank_0
+from pose_megatron.runtime.startup import DEVICES
 
 if TYPE_CHECKING:  # it needs torch, and comes after the flags are read
     from pose_megatron.evaluation.target import EvaluationTarget
@@ -49,7 +50,17 @@ def add_target_flags(parser: argparse.ArgumentParser) -> None:
     add("--tokenizer-type", choices=TOKENIZER_TYPES, default="HuggingFaceTokenizer")
     add("--tokenizer-model", help="default: the one that the checkpoint carries")
     add("--prepend-bos", action="store_true", help="begin with the token that begins a sequence")
-    add("--bf16", action="store_true", help="compute in bfloat16 (default: float32)")
+    precision = parser.add_mutually_exclusive_group()
+    precision.add_argument(
+        "--bf16",
+        action="store_true",
+        default=None,
+        help="compute in bfloat16 (default: where the weights have 16 bits, on a GPU)",
+    )
+    precision.add_argument(
+        "--fp32", dest="bf16", action="store_false", help="compute in float32 (default elsewhere)"
+    )
+    add("--device", choices=DEVICES, default="auto", help="compute on it [what there is]")
     add("--name", help="label in tables and plots (default: the folder's name)")
     add("--output", help="JSON lines file to append to; the same command goes on where it ended")
     for name, what in LAYOUT.items():
@@ -66,6 +77,10 @@ def target_of(flags: argparse.Namespace) -> dict:
 
 def introduce(flags: argparse.Namespace, target: "EvaluationTarget") -> None:
     """Prints what is evaluated, and whether --data-path is of another tokenizer."""
+    from pose_megatron.runtime.device import describe_device
+
+    precision = "bfloat16" if target.bf16 else "float32"
+    print_rank_0(f"{target.name}: in {precision} on {describe_device()}")
     print_rank_0(f"{target.name}: rope scaling {target.model.rope_scaling}")
     if beyond := [length for length in target.lengths if length > target.window]:
         lengths = ", ".join(f"{length:,}" for length in beyond)

@@ -209,6 +209,12 @@ def _check_combinations(args: Arguments) -> None:
             "--recompute-granularity full needs --recompute-method and --recompute-num-layers, "
             "which have no meaning without it"
         )
+    norms = t.recompute_granularity == "selective" and "layernorm" in t.recompute_modules
+    if norms and args.model.transformer_impl == "torch":
+        raise ConfigError(
+            "--recompute-modules layernorm: megatron-core recomputes norms through Transformer "
+            "Engine only; mlp gives more memory back, or take --transformer-impl transformer_engine"
+        )
     if args.checkpoint.finetune and not args.checkpoint.load:
         raise ConfigError("--finetune takes the weights of a checkpoint: name it with --load")
     if args.checkpoint.save_interval and not args.checkpoint.save:

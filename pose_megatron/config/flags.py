@@ -13,6 +13,7 @@ from pose_megatron.errors import ConfigError, flag_name
 from pose_megatron.positions.laws import CONTENTS, SAMPLERS, SKIP_LAWS
 from pose_megatron.rope.names import METHOD_NAMES
 from pose_megatron.runtime.ranges import LARGEST_INT32, LARGEST_SEED, Range, real, whole
+from pose_megatron.runtime.startup import DEVICES
 
 LR_DECAY_STYLES = ("constant", "linear", "cosine", "inverse-square-root", "WSD")
 
@@ -327,7 +328,10 @@ class TrainingFlags(Flags):
         None, "with full: layers per group, or number of first layers", within=whole(1)
     )
     recompute_modules: list[str] = flag(
-        ["core_attn"], "with selective: modules to recompute (default: core_attn)", nargs="+"
+        ["core_attn"],
+        "with selective: modules to recompute; mlp gives most memory back, core_attn (the default) "
+        "hardly any, as fused attention keeps no scores",
+        nargs="+",
     )
 
 
@@ -358,6 +362,7 @@ class ParallelFlags(Flags):
     overlap_param_gather: bool = flag(
         False, "gather weights during the forward pass; needs the two flags above"
     )
+    device: str = flag("auto", "compute on cuda, on the cpu, or on what there is", DEVICES)
     distributed_timeout_minutes: int = flag(
         10, "minutes until a collective gives up", within=whole(1, _YEAR)
     )

@@ -14,7 +14,7 @@ from megatron.core import parallel_state
 
 from pose_megatron.data.dataset import TrainingSet
 from pose_megatron.errors import ConfigError
-from pose_megatron.runtime.distributed import device
+from pose_megatron.runtime.device import device
 from pose_megatron.runtime.processes import leave_signals_to_parent
 
 FIELDS = ("tokens", "labels", "loss_mask", "position_ids")

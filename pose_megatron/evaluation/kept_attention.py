@@ -11,11 +11,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
-from pose_megatron.models.attention import SdpaCoreAttention
+from pose_megatron.models import attention
 
 
 @dataclass
@@ -34,7 +33,7 @@ class Place:
 class KeptAttention(torch.nn.Module):
     """A layer's core attention that remembers."""
 
-    def __init__(self, core: SdpaCoreAttention, place: Place):
+    def __init__(self, core: attention.SdpaCoreAttention, place: Place):
         super().__init__()
         self.scale, self.group, self.place = core.scale, core.group, place
         self._kept: Tensor | None = None  # keys and values, [2, b, g, capacity, d]
@@ -81,17 +80,12 @@ def attend(
     Returns:
         [b, h, s, d].
     """
-    grouped = query.size(1) != key.size(1)
     if keys.size(2) == 0:
-        return F.scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=scale, enable_gqa=grouped
-        )
+        return attention.attend(query, key, value, is_causal=True, scale=scale)
     if query.is_cuda:
         keys, values = torch.cat([keys, key], 2), torch.cat([values, value], 2)
         mask = causal_lower_right(query.size(2), keys.size(2))
-        return F.scaled_dot_product_attention(
-            query, keys, values, attn_mask=mask, scale=scale, enable_gqa=grouped
-        )
+        return attention.attend(query, keys, values, attn_mask=mask, scale=scale)
     # On a CPU such a mask is a matrix, and takes a third longer than these two parts without one.
     far, far_weight = _flash_on_cpu(query, keys, values, False, scale)
     near, near_weight = _flash_on_cpu(query, key, value, True, scale)

@@ -15,7 +15,7 @@ from torch import Tensor
 from pose_megatron.evaluation.kept_attention import KeptAttention, Place
 from pose_megatron.evaluation.reading import UNASKED, Reader, Scores, first_asked, score
 from pose_megatron.models.gpt import PoseModel
-from pose_megatron.runtime.distributed import device
+from pose_megatron.runtime.device import device
 
 _SCORED_AT_ONCE = 1024  # tokens whose logits stand in memory together
 

@@ -28,7 +28,7 @@ from pose_megatron.evaluation.logits import load_logits
 from pose_megatron.evaluation.stage import round_to
 from pose_megatron.evaluation.transformers_reader import load_model
 from pose_megatron.rope.scaling import inverse_frequencies
-from pose_megatron.runtime.distributed import device
+from pose_megatron.runtime.device import device
 from pose_megatron.runtime.json_files import naming
 
 Say = Callable[[str], None]  # takes what is done next

@@ -1,15 +1,19 @@
 """The model under evaluation, as it is or with an interpolation put on it."""
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from pose_megatron.checkpoints.huggingface.config_json import read_config
 from pose_megatron.checkpoints.huggingface.format import HuggingFace
 from pose_megatron.checkpoints.megatron import directory
 from pose_megatron.checkpoints.megatron.directory import Checkpoint
+from pose_megatron.checkpoints.megatron.torch_dist import weights_of
 from pose_megatron.config.flags import ModelFlags, ParallelFlags
 from pose_megatron.config.layout import divide_ranks
 from pose_megatron.config.model import resolve_model
@@ -97,7 +101,7 @@ def find_target(
     rope_scaling: str | None = None,
     rope_scaling_factor: float | None = None,
     rope_scaling_config: str | None = None,
-    bf16: bool = False,
+    bf16: bool | None = None,
     name: str | None = None,
     **layout: Any,
 ) -> EvaluationTarget:
@@ -109,6 +113,8 @@ def find_target(
         iteration: default: the latest.
         rope_scaling: interpolates up to the longest context a checkpoint that is not interpolated;
             `_factor` and `_config` as the flags of pretrain_pose.py.
+        bf16: whether to compute in bfloat16, else in float32; None: on a GPU, where most weights
+            have 16 bits.
         name: default: the folder's.
         layout: sizes of model parallelism; 1 where not given.
 
@@ -162,4 +168,13 @@ def find_target(
     if rope_scaling is None and original.rope_scaling.interpolation.keeps_window:
         window = int(window * original.rope_scaling.factor)
     root = Path(load)
+    if bf16 is None:
+        bf16 = torch.cuda.is_available() and _has_16_bits(root, found)
     return EvaluationTarget(name or root.name, lengths, root, found, model, window, bf16, layout)
+
+
+def _has_16_bits(root: Path, found: Checkpoint | None) -> bool:
+    """Whether most tensors of a checkpoint, or of a Hugging Face folder, are stored so."""
+    dtypes = weights_of(found).dtypes if found else HuggingFace().open(root).dtypes
+    ((most, _),) = Counter(dtypes.values()).most_common(1)
+    return most.itemsize == 2

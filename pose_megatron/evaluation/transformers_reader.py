@@ -11,7 +11,7 @@ from pose_megatron.errors import ConfigError, gist
 from pose_megatron.evaluation.reading import Reader, Scores, first_asked, score
 from pose_megatron.models.shape import ModelConfig
 from pose_megatron.rope.huggingface import to_hf
-from pose_megatron.runtime.distributed import device
+from pose_megatron.runtime.device import device
 
 
 class TransformersReader(Reader):

@@ -94,13 +94,11 @@ class SdpaCoreAttention(MegatronModule):
 
     def _attend(self, query, key, value, mask=None, is_causal=False):
         dropout = self.dropout if self.training else 0.0
-        attend = F.scaled_dot_product_attention
         options = {
             "attn_mask": mask,
             "is_causal": is_causal,
             "dropout_p": dropout,
             "scale": self.scale,
-            "enable_gqa": key.size(1) != query.size(1),
         }
         if not dropout or self.config.sequence_parallel:
             return attend(query, key, value, **options)
@@ -118,6 +116,25 @@ class SdpaCoreAttention(MegatronModule):
         chunks = _Gather.apply(x, self.group).chunk(2 * n)
         order = [2 * min(c, 2 * n - 1 - c) + (c >= n) for c in range(2 * n)]
         return torch.cat([chunks[c] for c in order])
+
+
+def attend(query, key, value, **options):
+    """torch's attention: query [b, h, s, d], key and value [b, g, s, d] -> [b, h, s, d].
+
+    For grouped queries in float32, GPUs have no kernel but the one that holds all scores: there
+    keys and values are repeated, for the memory-efficient one.
+    """
+    if key.size(1) != query.size(1):
+        if query.is_cuda and query.dtype == torch.float32:
+            key, value = (for_each_head(x, query.size(1)) for x in (key, value))
+        else:
+            options["enable_gqa"] = True
+    return F.scaled_dot_product_attention(query, key, value, **options)
+
+
+def for_each_head(x, heads: int):
+    """Keys or values of groups [b, g, s, d] -> of heads [b, h, s, d]."""
+    return x.repeat_interleave(heads // x.size(1), dim=1)
 
 
 class _Gather(torch.autograd.Function):

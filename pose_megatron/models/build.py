@@ -16,7 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from pose_megatron.models.families import family_named
 from pose_megatron.models.gpt import PoseGPTModel, PoseModel, softmax_scale
 from pose_megatron.models.shape import ModelConfig
-from pose_megatron.runtime.distributed import device
+from pose_megatron.runtime.device import device
 from pose_megatron.runtime.megatron_core import require_hybrid
 
 

@@ -1,4 +1,4 @@
-"""Process groups, device and seeds of the ranks that run together."""
+"""Process groups and seeds of the ranks that run together."""
 
 import datetime
 import os
@@ -8,8 +8,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from pose_megatron.errors import ConfigError
 from pose_megatron.runtime.attempts import join
+from pose_megatron.runtime.device import local_rank
 from pose_megatron.runtime.processes import end_with_parent
 from pose_megatron.runtime.ranks import rank, world_size
 
@@ -63,27 +63,6 @@ def initialize(
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed)
-
-
-def local_rank() -> int:
-    """This rank's number on its node, which is that of its GPU.
-
-    Raises:
-        ConfigError: there are several ranks, and nothing says which of its node's this is.
-    """
-    if "LOCAL_RANK" in os.environ:
-        return int(os.environ["LOCAL_RANK"])
-    if world_size() > 1:
-        raise ConfigError(
-            f"WORLD_SIZE is {world_size()} and LOCAL_RANK is missing: all ranks of a node would "
-            "take GPU 0. Start them with torchrun, or set LOCAL_RANK to each one's number on its "
-            "node (Slurm's SLURM_LOCALID)"
-        )
-    return 0
-
-
-def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 class CpuGroup:

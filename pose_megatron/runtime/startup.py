@@ -8,6 +8,7 @@ from pose_megatron.errors import ConfigError
 from pose_megatron.runtime.cli import refuse
 from pose_megatron.runtime.megatron_core import megatron_core_version
 
+DEVICES = ("auto", "cpu", "cuda")  # what --device takes
 # Warnings of megatron-core and torch at every start, about optional packages and about names and
 # calls that only they, or we, can change.
 KNOWN_WARNINGS = (
@@ -32,18 +33,21 @@ KNOWN_LOG_LINES = {
 }
 
 
-def prepare_megatron() -> None:
+def prepare_megatron(device: str = "auto") -> None:
     """Mutes known warnings, and lets megatron-core run on a machine without CUDA.
 
     For programs; importing the library changes neither. Where megatron-core is missing or too old,
-    it ends the program with a sentence that says what to install.
+    or `device` (--device) is not to be had, it ends the program with a sentence that says what to
+    do.
     """
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # orders tensor-parallel overlap
     _mute()
     from pose_megatron.runtime import cpu
+    from pose_megatron.runtime.device import choose_device
 
     try:
         megatron_core_version()
+        choose_device(device)
     except ConfigError as error:
         refuse(error)
     cpu.install()

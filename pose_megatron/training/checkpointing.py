@@ -38,6 +38,7 @@ from pose_megatron.checkpoints.megatron.torch_dist_metadata import read_index
 from pose_megatron.errors import ConfigError, DamagedCheckpoint, SaveFailed, gist
 from pose_megatron.models.shape import ModelConfig
 from pose_megatron.runtime.megatron_core import common_state_is_an_object, megatron_core_version
+from pose_megatron.runtime.ranks import print_rank_0
 from pose_megatron.training.hybrid_layout import retarget_to_hybrid_layout
 from pose_megatron.training.optimizer import init_optimizer_state, parts
 from pose_megatron.training.optimizer import load as load_optimizer
@@ -345,9 +346,17 @@ def _random_state() -> ShardedObject:
 
 
 def _restore_random_state(states: list[dict]) -> None:
+    """Those of the device go on too, unless it is of another kind and has other generators; no
+    sample, position or step draws from them."""
     state = states[0]
     random.setstate(state["random_rng_state"])
     np.random.set_state(state["np_rng_state"])
     torch.set_rng_state(state["torch_rng_state"])
+    if state["cuda_rng_state"].shape != torch.cuda.get_rng_state().shape:
+        print_rank_0(
+            "the run was saved on another kind of device: the random generators of this one begin "
+            "anew; samples, positions and steps, which do not draw from them, go on"
+        )
+        return
     torch.cuda.set_rng_state(state["cuda_rng_state"])
     tensor_parallel.get_cuda_rng_tracker().set_states(state["rng_tracker_states"])

@@ -2,6 +2,7 @@
 
 from pose_megatron.config.layout import Layout
 from pose_megatron.data.materialized import read_description
+from pose_megatron.runtime.device import describe_device
 from pose_megatron.runtime.ranks import print_rank_0
 from pose_megatron.training.resume import trained_tokens
 from pose_megatron.training.run import Run
@@ -36,6 +37,7 @@ def describe(run: Run, layout: Layout) -> None:
         f"{layout.data_parallel_size}{shared}, batch {batch} = {t.micro_batch_size} x "
         f"{layout.num_microbatches(batch)} micro-batches x {layout.data_parallel_size}"
         f"{f', from {layout.batch_size(0)} up' if layout.rampup else ''}\n"
+        f"device     {describe_device()}\n"
         f"training   {length(run, layout)}, seed {t.seed}"
     )
     if args.data.materialized:

@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from pose_megatron.config.flags import LoggingFlags
 from pose_megatron.errors import ConfigError
-from pose_megatron.runtime.distributed import device
+from pose_megatron.runtime.device import device
 from pose_megatron.runtime.ranks import print_rank_0, rank, world_size
 from pose_megatron.training.step import Step
 from pose_megatron.training.trainer import Trainer

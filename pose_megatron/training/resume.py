@@ -58,7 +58,7 @@ FREE = (
     *("transformer_impl", "model_class", "exit_duration_in_mins", "max_skipped_iterations"),
     *("loss_spike_factor", "recompute_granularity", "recompute_method"),
     *("recompute_num_layers", "recompute_modules", "overlap_grad_reduce"),
-    *("overlap_param_gather", "distributed_timeout_minutes"),
+    *("overlap_param_gather", "device", "distributed_timeout_minutes"),
 )
 SHAPE = tuple(
     name for name in _names(ModelFlags) if name not in FREE and name != "max_position_embeddings"

@@ -16,7 +16,7 @@ from megatron.core.utils import unwrap_model
 
 from pose_megatron.data.batch import get_batch
 from pose_megatron.data.dataset import PoseDataset, TrainingSet
-from pose_megatron.runtime.distributed import device
+from pose_megatron.runtime.device import device
 from pose_megatron.training.optimizer import update
 from pose_megatron.training.stop import Stop
 from pose_megatron.training.trainer import Trainer
