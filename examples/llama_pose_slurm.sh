@@ -29,6 +29,7 @@ MINUTES=$((12 * 60 - 20))                             # of --time, less one save
 source .venv/bin/activate
 export OMP_NUM_THREADS=8
 export CUDA_DEVICE_MAX_CONNECTIONS=1                  # orders tensor-parallel overlap before Blackwell
+export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True # less memory lost between tensors
 export TORCH_NCCL_ASYNC_ERROR_HANDLING=1              # a lost rank ends the others, not a hang
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1           # or a replaced node waits for an address in vain
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600             # seconds after SIGTERM for a save
@@ -50,7 +51,7 @@ TRAINING_ARGS=(
     --train-iters 1000 --global-batch-size 64 --micro-batch-size 1 --bf16
     --lr 2e-5 --lr-warmup-iters 10 --weight-decay 0 --clip-grad 1.0)
 PARALLEL_ARGS=(
-    --tensor-model-parallel-size 4 --sequence-parallel
+    --tensor-model-parallel-size 2 --sequence-parallel
     --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather)
 DATA_ARGS=(
     --tokenizer-model "$MODEL" --data-path "$DATA" --split 990,10,0)

@@ -64,7 +64,7 @@ def recipe(hf_folder: str, corpus: str, run: str) -> ConfigContainer:
     cfg = llama2_7b_pretrain_config()
     # Its weights are loaded by a hook, too, before ours.
     cfg.model = model = AutoBridge.from_hf_pretrained(hf_folder).to_megatron_provider()
-    model.tensor_model_parallel_size, model.sequence_parallel = 4, True
+    model.tensor_model_parallel_size, model.sequence_parallel = 2, True
     model.seq_length = WINDOW
     model.apply_rope_fusion = False  # the kernel takes one row of angles for the whole batch
     head = model.kv_channels or model.hidden_size // model.num_attention_heads

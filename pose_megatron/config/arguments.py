@@ -209,8 +209,14 @@ def _check_combinations(args: Arguments) -> None:
             "--recompute-granularity full needs --recompute-method and --recompute-num-layers, "
             "which have no meaning without it"
         )
+    impl, backend = args.model.transformer_impl, args.model.attention_backend
+    if impl == "torch" and backend not in ("auto", "flash"):
+        raise ConfigError(
+            f"--attention-backend {backend} is Transformer Engine's: take it with "
+            "--transformer-impl transformer_engine; torch takes fused kernels wherever they run"
+        )
     norms = t.recompute_granularity == "selective" and "layernorm" in t.recompute_modules
-    if norms and args.model.transformer_impl == "torch":
+    if norms and impl == "torch":
         raise ConfigError(
             "--recompute-modules layernorm: megatron-core recomputes norms through Transformer "
             "Engine only; mlp gives more memory back, or take --transformer-impl transformer_engine"

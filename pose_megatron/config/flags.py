@@ -135,6 +135,11 @@ class ModelFlags(Flags):
         "torch runs everywhere; transformer_engine needs a GPU and the package",
         ("torch", "transformer_engine"),
     )
+    attention_backend: str = flag(
+        "auto",
+        "kernels of Transformer Engine's attention; torch takes fused ones wherever they run",
+        ("auto", "flash", "fused", "unfused"),
+    )
     model_class: str = flag(
         "gpt",
         "megatron-core's GPTModel, or its successor HybridModel from 0.19 on: same weights, same "

@@ -53,7 +53,7 @@ class Fact(NamedTuple):
 
 _NO_DROPOUT = "there is no dropout"
 _ROTARY = "positions are rotary"
-_SDPA = "attention uses flash kernels wherever they run"
+_SDPA = "attention uses fused kernels, cuDNN's or flash attention, wherever they run"
 _UNFUSED = "rotation by position id is not fused"
 FACTS = {
     # The model. GPT-J and Baichuan2 checkpoints bring their own layers with --load.
@@ -68,7 +68,6 @@ FACTS = {
     # How it is computed.
     "use_mcore_models": Fact((True,), "models are megatron-core's"),
     "use_flash_attn": Fact((True,), _SDPA),
-    "attention_backend": Fact(("auto", "flash"), _SDPA),
     "attention_softmax_in_fp32": Fact((True,), "softmax is computed in float32"),
     "masked_softmax_fusion": Fact((False,), "the attention kernel masks by itself"),
     "bias_gelu_fusion": Fact((False,), "the MLP has no GELU"),
@@ -156,7 +155,7 @@ def _listed() -> str:
 
 
 def _stated(name: str, *values: bool | float | str) -> str:
-    """--swiglu, --no-rope-fusion, --ckpt-format torch_dist, --attention-backend auto|flash."""
+    """--swiglu, --no-rope-fusion, --ckpt-format torch_dist, --distributed-backend nccl|gloo."""
     if isinstance(values[0], bool):
         return flag_name(name if values[0] else f"no_{name}")
     shown = (f"{value:g}" if isinstance(value, float) else str(value) for value in values)

@@ -1,8 +1,9 @@
 """Attention and RMSNorm without CUDA or Transformer Engine, and the layer spec of LLaMA.
 
 `--transformer-impl torch` runs everywhere: core attention is torch's scaled_dot_product_attention
-(flash attention where the device has it), also under context parallelism, and RMSNorm supports
-sequence parallelism. Parameter names are Transformer Engine's, so one checkpoint serves both specs.
+(cuDNN's kernels or flash attention where the device has them), also under context parallelism, and
+RMSNorm supports sequence parallelism. Parameter names are Transformer Engine's, so one checkpoint
+serves both specs.
 
 Shapes: s = this rank's tokens (sequence / cp), b = micro-batch, h = this rank's heads, g = this
 rank's query groups (key-value heads), d = kv_channels.
@@ -29,6 +30,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn.attention.bias import causal_lower_right
 
 from pose_megatron.errors import ConfigError
+from pose_megatron.runtime import transformer_engine
 
 
 class SdpaCoreAttention(MegatronModule):
@@ -193,16 +195,15 @@ def layer_spec(
         vp_stage: model chunk of an interleaved pipeline's stage, else None.
 
     Raises:
-        ConfigError: the implementation is Transformer Engine, which cannot be imported.
+        ConfigError: the implementation is Transformer Engine, which is missing, broken or of
+            another version.
     """
     if implementation == "transformer_engine":
-        try:
-            import transformer_engine  # noqa: F401
-        except ImportError as error:
+        if fault := transformer_engine.fault():
             raise ConfigError(
-                f"--transformer-impl transformer_engine: {error}; install "
-                "'pose-megatron[gpu]', or use --transformer-impl torch"
-            ) from None
+                f"--transformer-impl transformer_engine: {fault}; {transformer_engine.INSTALL}. Or "
+                "use --transformer-impl torch"
+            )
         return get_gpt_layer_with_transformer_engine_spec(
             num_experts=config.num_moe_experts,
             moe_grouped_gemm=config.moe_grouped_gemm,

@@ -11,6 +11,7 @@ from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 from megatron.core.distributed import finalize_model_grads
+from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from pose_megatron.models.families import family_named
@@ -25,6 +26,7 @@ def transformer_config(
     *,
     bf16: bool = False,
     transformer_impl: str = "torch",
+    attention_backend: str = "auto",
     model_class: str = "gpt",
     tensor_model_parallel_size: int = 1,
     pipeline_model_parallel_size: int = 1,
@@ -40,6 +42,7 @@ def transformer_config(
     Args:
         model: shape and rope.
         transformer_impl: `torch` or `transformer_engine`.
+        attention_backend: of Transformer Engine: `auto`, `flash`, `fused` or `unfused`.
         model_class: `gpt`, or `hybrid`, which has two layers for each of the model's.
         sequence_parallel: has no effect on one tensor rank.
         moe_aux_loss_coeff: weight of the loss that spreads the tokens over the experts.
@@ -76,6 +79,7 @@ def transformer_config(
         qk_layernorm=model.qk_layernorm,
         hidden_dropout=0.0,
         attention_dropout=0.0,
+        attention_backend=AttnBackend[attention_backend],
         softmax_scale=softmax_scale(model.kv_channels, model.rotary_percent, model.rope_scaling),
         tensor_model_parallel_size=tensor_model_parallel_size,
         pipeline_model_parallel_size=pipeline_model_parallel_size,

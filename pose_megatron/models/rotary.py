@@ -5,6 +5,7 @@ import logging
 import math
 from typing import Any
 
+import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.transformer.attention import Attention, SelfAttention
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -65,13 +66,19 @@ class PoseRotaryEmbedding(RotaryEmbedding):
         """Angles [s, b, 1, rotary_dim] at the bound ids; s = max_seq_len / context ranks.
 
         Raises:
-            ConfigError: nothing is bound, the length differs, or sequences are packed.
+            ConfigError: nothing is bound, the length differs, sequences are packed, or the ids have
+                16 bits.
         """
         ids = self._position_ids
         if ids is None:
             raise ConfigError(
                 "no position ids reached this pipeline stage: hand position_ids [b, s] to the "
                 "model on every stage, the middle and last ones too"
+            )
+        if ids.dtype in (torch.bfloat16, torch.float16):
+            raise ConfigError(
+                f"position ids have become {ids.dtype}, which cannot hold most whole numbers above "
+                "256: Float16Module casts floating-point ones; hand them over as int64"
             )
         if packed_seq:
             raise ConfigError("PoSE has no packed (THD) sequences: feed dense rows [b, s]")

@@ -725,3 +725,16 @@ def test_an_ambiguous_window_is_asked_for():
     assert told.factor == 8.0
     with pytest.raises(ValueError, match="say with --rope-scaling-factor"):
         extended_again(RopeScaling("yarn", 4.0, 4096), 8192, **asked | {"rope_scaling": "yarn"})
+
+
+def test_kernels_of_transformer_engine_need_it():
+    with pytest.raises(ValueError, match="--attention-backend fused is Transformer Engine's"):
+        parse([*RUN, "--attention-backend", "fused"])
+    engine = ["--transformer-impl", "transformer_engine"]
+    args = parse([*RUN, *engine, "--attention-backend", "fused"])
+    assert args.model.attention_backend == "fused"
+    assert parse([*RUN, "--attention-backend", "flash"]).model.transformer_impl == "torch"
+    norms = ["--recompute-granularity", "selective", "--recompute-modules", "mlp", "layernorm"]
+    with pytest.raises(ValueError, match="--recompute-modules layernorm: .* Transformer Engine"):
+        parse([*RUN, *norms])
+    assert parse([*RUN, *engine, *norms]).training.recompute_modules == ["mlp", "layernorm"]

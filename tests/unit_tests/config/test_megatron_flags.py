@@ -41,7 +41,7 @@ PAIRS = [
     ("--disable-bias-linear", "--no-disable-bias-linear", "linear layers have no bias"),
     ("--attention-dropout 0", "--attention-dropout 0.1", "there is no dropout"),
     ("--hidden-dropout 0.0", "--hidden-dropout 0.1", "there is no dropout"),
-    ("--attention-backend auto", "--attention-backend unfused", "flash kernels"),
+    ("--use-flash-attn", "--no-use-flash-attn", "fused kernels"),
     ("--attention-softmax-in-fp32", "--no-attention-softmax-in-fp32", "in float32"),
     ("--no-rope-fusion", "--rope-fusion", "is not fused"),
     ("--no-bias-swiglu-fusion", "--bias-swiglu-fusion", "transformer_engine"),
@@ -128,7 +128,7 @@ def test_help_lists_the_facts_in_a_group_of_their_own(capsys):
         parse(["--help"])
     group = capsys.readouterr().out.partition("flags that state what holds anyway")[2]
     assert len(group.partition("example:")[0].splitlines()) < 20
-    for flag in ("--swiglu,", "--normalization RMSNorm,", "--attention-backend auto|flash,"):
+    for flag in ("--swiglu,", "--normalization RMSNorm,", "--ckpt-format torch_dist,"):
         assert flag in group
 
 

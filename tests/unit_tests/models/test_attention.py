@@ -10,7 +10,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from pose_megatron.models.attention import RMSNorm, SdpaCoreAttention, layer_spec
+from pose_megatron.models.attention import RMSNorm, SdpaCoreAttention, for_each_head, layer_spec
 
 
 def core_config(**options):
@@ -49,6 +49,19 @@ def softmax_attention(query, key, value, scale):
             heads.append((scores.softmax(0)[..., None] * values).sum(0))
         rows.append(torch.cat(heads, dim=-1))
     return torch.stack(rows)
+
+
+@pytest.mark.parametrize("groups", [4, 2, 1])
+def test_keys_of_groups_repeated_for_each_head_are_theirs(groups):
+    """How a GPU attends in float32."""
+    s, b, h, d = 9, 2, 4, 8
+    query, key, value = (torch.randn(s, b, n, d) for n in (h, groups, groups))
+    q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+    out = torch.nn.functional.scaled_dot_product_attention(
+        q, for_each_head(k, h), for_each_head(v, h), is_causal=True
+    )
+    expected = softmax_attention(query, key, value, d**-0.5)
+    torch.testing.assert_close(out.permute(2, 0, 1, 3).flatten(2), expected)
 
 
 @pytest.mark.parametrize("groups", [4, 2, 1])
@@ -140,6 +153,6 @@ def test_the_layer_spec_leaves_the_librarys_own_alone(world):
 def test_transformer_engine_is_missed_in_one_sentence(world):
     with pytest.raises(
         ValueError,
-        match="--transformer-impl transformer_engine: .*install .*or use --transformer-impl torch",
+        match="--transformer-impl transformer_engine: .*install .*Or use --transformer-impl torch",
     ):
         layer_spec(core_config(), "transformer_engine")

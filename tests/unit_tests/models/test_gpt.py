@@ -305,6 +305,12 @@ def test_position_ids_of_another_shape_are_refused(ids):
         logits(ours(shape()), ids)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_position_ids_that_a_16_bit_model_has_cast_are_refused(dtype):
+    with pytest.raises(ValueError, match="cannot hold most whole numbers above 256"):
+        logits(ours(shape()), SKIPPED.to(dtype))
+
+
 def test_packed_sequences_are_refused():
     mine, ends = ours(shape()), torch.tensor([0, 20, WINDOW], dtype=torch.int32)
     packed = PackedSeqParams(

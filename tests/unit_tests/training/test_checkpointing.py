@@ -456,3 +456,22 @@ def test_an_older_iteration_can_be_asked_for(tmp_path):
     save(trainer)
     new, old = (whole_models.read_weights(tmp_path, i)[0]["output_layer.weight"] for i in (None, 0))
     torch.testing.assert_close(new, old + 1)
+
+
+def test_random_generators_of_another_device_are_left_and_said(world, capsys):
+    def state():
+        return [checkpointing._random_state().data[0]]
+
+    (saved,) = state()
+    torch.rand(1)
+    before = torch.rand(3)
+    checkpointing._restore_random_state([saved])
+    torch.rand(1)
+    assert torch.equal(torch.rand(3), before) and not capsys.readouterr().out
+
+    saved["cuda_rng_state"] = torch.zeros(16, dtype=torch.uint8)  # as a GPU's is: seed and offset
+    now = torch.cuda.get_rng_state()
+    saved["torch_rng_state"] = torch.get_rng_state()
+    checkpointing._restore_random_state([saved])
+    assert torch.equal(torch.cuda.get_rng_state(), now)
+    assert "saved on another kind of device" in capsys.readouterr().out

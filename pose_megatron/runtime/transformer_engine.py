@@ -1,0 +1,48 @@
+"""Transformer Engine, where it is installed and works with the megatron-core that is."""
+
+import functools
+import sys
+from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.util import find_spec
+
+from packaging.requirements import Requirement
+
+INSTALL = (
+    "install it after PyTorch, from a clone: pip install --no-build-isolation '.[gpu]'; that "
+    "compiles, with CUDA's toolkit and cuDNN's headers"
+)
+
+
+@functools.cache
+def fault() -> str | None:
+    """Why Transformer Engine cannot be used; None where it can.
+
+    One that cannot be imported is hidden from then on: megatron-core takes it where it finds it,
+    and would fail with it, though nothing that runs here needs it.
+    """
+    if find_spec("transformer_engine") is None:
+        return "it is not installed"
+    try:
+        import transformer_engine.pytorch  # noqa: F401
+    except Exception as error:  # a library that is missing is an OSError, another version anything
+        for name in [name for name in sys.modules if name.startswith("transformer_engine")]:
+            del sys.modules[name]
+        sys.modules["transformer_engine"] = None  # type: ignore[assignment]  # not to be found
+        said = str(error).strip().splitlines() or [type(error).__name__]
+        return f"it is installed and cannot be imported ({said[0]})"
+    return _other_version()
+
+
+def _other_version() -> str | None:
+    """That megatron-core asks for another version, where its package says for which."""
+    try:
+        found = version("transformer_engine")
+    except PackageNotFoundError:  # a build of the user's own
+        return None
+    for line in requires("megatron-core") or []:
+        wanted = Requirement(line)
+        if wanted.name != "transformer-engine" or wanted.specifier.contains(found, True):
+            continue
+        core = version("megatron-core")
+        return f"it is {found}, and megatron-core {core} asks for {wanted.specifier}"
+    return None
