@@ -19,6 +19,7 @@ def main() -> None:
     from pose_megatron.config.layout import lay_out
     from pose_megatron.data.batch import fields_here
     from pose_megatron.runtime import distributed
+    from pose_megatron.runtime.device import check_bf16
     from pose_megatron.training.description import describe
     from pose_megatron.training.resume import changes
     from pose_megatron.training.run import assemble, train_valid_test_datasets_provider
@@ -30,6 +31,8 @@ def main() -> None:
     if rank() == 0:
         logging.getLogger("pose_megatron").setLevel(logging.INFO)
 
+    if args.training.bf16:
+        check_bf16()
     # What is trained, and how the ranks divide it.
     run = assemble(args)
     check_save(run)

@@ -22,6 +22,7 @@ from pose_megatron.evaluation.reading import Reader
 from pose_megatron.evaluation.stage import load_stage, meet
 from pose_megatron.models.families import family_named
 from pose_megatron.models.shape import ModelConfig
+from pose_megatron.runtime.device import check_bf16
 from pose_megatron.runtime.ranks import world_size
 
 
@@ -120,7 +121,7 @@ def find_target(
 
     Raises:
         ConfigError: a length below 2, a model that is not ours, one that is interpolated already,
-            or a layout that it cannot have.
+            a layout that it cannot have, or a GPU without bfloat16.
         DamagedCheckpoint: there is no checkpoint, or it cannot be read.
     """
     lengths = sorted(set(context_lengths))
@@ -170,6 +171,8 @@ def find_target(
     root = Path(load)
     if bf16 is None:
         bf16 = torch.cuda.is_available() and _has_16_bits(root, found)
+    if bf16:
+        check_bf16()
     return EvaluationTarget(name or root.name, lengths, root, found, model, window, bf16, layout)
 
 

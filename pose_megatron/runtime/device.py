@@ -44,6 +44,20 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def check_bf16() -> None:
+    """That this rank's GPU, if it has one, computes in bfloat16, and not in software.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    if torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
+        found = torch.cuda.get_device_properties(local_rank())
+        raise ConfigError(
+            f"--bf16: {found.name} (compute capability {found.major}.{found.minor}) has no "
+            "bfloat16, which begins with Ampere, 8.0: leave the flag out to compute in float32"
+        )
+
+
 def local_rank() -> int:
     """This rank's number on its node, which is that of its GPU.
 

@@ -48,7 +48,7 @@ FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
 FOREIGN = {
     "torchrun": {"--nproc-per-node", "--rdzv-endpoint", "--max-restarts", "--signals-to-handle"},
     "vLLM": {"--max-model-len"},
-    "pip": {"--index-url", "--no-deps"},
+    "pip": {"--index-url", "--no-build-isolation", "--no-deps"},
     "zstd": {"--long"},
     "Megatron-LM, refused here": {"--reset-position-ids"},
     "Megatron's pretrain(), refused by the plugin": set(map(flag_name, _REFUSED)),

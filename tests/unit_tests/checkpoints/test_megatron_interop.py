@@ -141,11 +141,11 @@ def their_args(**more):
     )
 
 
-def save_as_they_do(root, common: dict, tensors: dict):
+def save_as_they_do(root, common: dict, tensors: dict, dtype=torch.float32):
     """A torch_dist checkpoint: stock model, their common state, their tracker."""
     path = root / "iter_0000020"
     path.mkdir(parents=True)
-    model = stock_model()
+    model = stock_model().to(dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(tensors[todays_name(name)])

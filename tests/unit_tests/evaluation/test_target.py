@@ -47,11 +47,11 @@ def test_a_recorded_window_is_not_contradicted(load):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_gpu_computes_in_the_precision_of_the_weights_unless_told(tmp_path, monkeypatch, dtype):
-    tensors = {name: tensor.to(dtype) for name, tensor in whole_tensors().items()}
-    save_as_they_do(tmp_path, {"args": their_args()}, tensors)
+    save_as_they_do(tmp_path, {"args": their_args()}, whole_tensors(), dtype)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert not find_target(tmp_path, [64]).bf16
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     assert find_target(tmp_path, [64]).bf16 == (dtype != torch.float32)
     assert not find_target(tmp_path, [64], bf16=False).bf16
     assert find_target(tmp_path, [64], bf16=True).bf16

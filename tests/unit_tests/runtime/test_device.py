@@ -2,13 +2,14 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from pose_megatron.errors import ConfigError
 from pose_megatron.runtime import device
-from pose_megatron.runtime.device import choose_device, describe_device, local_rank
+from pose_megatron.runtime.device import check_bf16, choose_device, describe_device, local_rank
 
 without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA")
 
@@ -83,6 +84,17 @@ print(torch.ones(1, device="cuda").device, device(), describe_device())
         [sys.executable, "-c", program], check=True, capture_output=True, text=True
     ).stdout
     assert told == "cpu cpu CPU: CUDA_VISIBLE_DEVICES is empty\n"
+
+
+def test_a_gpu_without_bfloat16_is_named(monkeypatch):
+    volta = SimpleNamespace(name="Tesla V100-SXM2-16GB", major=7, minor=0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda rank: volta)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    with pytest.raises(ConfigError, match=r"--bf16: Tesla V100-SXM2-16GB .*7\.0.* float32"):
+        check_bf16()
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    check_bf16()
 
 
 @pytest.mark.parametrize(
