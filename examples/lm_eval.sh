@@ -25,7 +25,7 @@ for folder in "$@"; do
     [ ! -f "$folder/config.json" ] || continue
     [ -z "$(find -L "$folder" -maxdepth 1 \( -name 'latest_*.txt' -o -name 'iter_*' -o -name .metadata \))" ] ||
         fail "$folder is a Megatron checkpoint; export it with: python tools/checkpoint/convert.py" \
-            "--loader megatron --saver hf --load-dir $folder --save-dir ${folder%/}-hf"
+            "--loader megatron --saver hf$(printf ' --load-dir %q --save-dir %q' "$folder" "${folder%/}-hf")"
     fail "$folder has no config.json, so it is not a Hugging Face folder"
 done
 version=$(python -c 'from importlib.metadata import version; print(version("lm_eval"))' 2> /dev/null) ||

@@ -46,7 +46,7 @@ def haystacks(
     Over all texts the pair that is asked for moves evenly from the front to the back.
 
     Raises:
-        ConfigError: a symbol is not one token of this tokenizer.
+        ConfigError: a symbol is not one token of this tokenizer, or the pairs do not fit.
     """
     ids = {symbol: _one(encode(symbol), symbol) for symbol in SYMBOLS}
     made = []
@@ -61,7 +61,13 @@ def haystacks(
             pairs.append((depth, pair))
             asked, answer = torch.tensor(pair).split(1)
             questions.append(Question(asked, answer, 1, (value,), depth))
-        made.append(Draft((), pairs, questions).filled(length, hay, draw))
+        draft = Draft((), pairs, questions)
+        if draft.takes > length:
+            raise ConfigError(
+                f"--context-lengths {length}: {needles} pairs and a question take {draft.takes} "
+                "tokens; take fewer --needles"
+            )
+        made.append(draft.filled(length, hay, draw))
     return made
 
 

@@ -8,6 +8,7 @@ import inspect
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -234,6 +235,7 @@ def test_short_context_tasks_that_are_done_are_not_done_again(short_tasks, tmp_p
         (["base", "nowhere"], {}, "nowhere: no such folder"),
         (["base", "empty"], {}, "empty has no config.json, so it is not a Hugging Face folder"),
         (["base", "run/"], {}, "--saver hf --load-dir run/ --save-dir run-hf"),
+        (["base", "a run"], {}, r"--load-dir a\ run --save-dir a\ run-hf"),
         (["base", "run/iter_0000001"], {}, "run/iter_0000001 is a Megatron checkpoint; export it"),
         (["base", "base"], {"INCLUDE": "nowhere"}, "nowhere: no such folder"),
         (["base", "base"], {"path": "bin"}, "lm_eval is not installed; install it with: pip inst"),
@@ -246,6 +248,7 @@ def test_folders_that_lm_eval_cannot_read_are_named(
     (tmp_path / "empty").mkdir()
     (tmp_path / "run/iter_0000001").mkdir(parents=True)
     (tmp_path / "run/iter_0000001/.metadata").write_text("")
+    shutil.copytree(tmp_path / "run", tmp_path / "a run")
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/python").write_text("#!/bin/sh\nexit 1\n")  # a Python without lm_eval
     (tmp_path / "bin/python").chmod(0o755)

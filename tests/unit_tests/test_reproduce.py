@@ -253,6 +253,13 @@ def test_a_haystack_has_each_pair_once_and_asks_for_all(modules, length):
     assert len({tuple(h.tokens.tolist()) for h in made}) == 5
 
 
+def test_pairs_that_do_not_fit_are_counted(modules):
+    *_, recall = modules
+    # 8 pairs of 2 tokens, a key and its value
+    with pytest.raises(ConfigError, match="--context-lengths 17: 8 pairs .* take 18 tokens"):
+        recall.haystacks(lambda text: [ord(text)], None, 17, 1, 8, seed=0)
+
+
 def test_a_symbol_of_several_tokens_is_named(modules):
     recall = modules[4]
     with pytest.raises(ConfigError, match=f"^{recall.KEYS[0]} is 3 tokens of this tokenizer"):
