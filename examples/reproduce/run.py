@@ -284,8 +284,13 @@ def main() -> None:
         try:
             whole.prepare()
             families = dict.fromkeys(experiment.family for experiment in chosen)
-            list(pool.map(whole.base, families))
-            for done in as_completed([pool.submit(run) for run in runs]):
+            bases = {family: pool.submit(whole.base, family) for family in families}
+
+            def after_base(run: Run) -> None:
+                bases[run.experiment.family].result()
+                run()
+
+            for done in as_completed([pool.submit(after_base, run) for run in runs]):
                 done.result()
         except BaseException as error:
             pool.shutdown(wait=False, cancel_futures=True)
