@@ -214,9 +214,11 @@ def _logits_check(
         found = find(sides["megatron"], args.iteration)
         if found.is_legacy and not args.verify:  # no model loads this layout
             return
+        import torch
+
         from pose_megatron.runtime.startup import prepare_megatron
 
-        prepare_megatron()
+        prepare_megatron("auto" if torch.cuda.is_available() else "cpu")  # a GPU is not needed
         from pose_megatron.evaluation import parity
 
         errors.update(

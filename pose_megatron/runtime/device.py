@@ -35,8 +35,8 @@ def choose_device(wanted: str = "auto") -> None:
     if hidden in ("", "-1") or not _made_for_a_gpu() or not (files := _device_files()):
         return
     raise ConfigError(
-        f"there is a GPU ({files[0]}), but {_why_not(hidden)}. {_way_out()}, or take --device cpu "
-        "to run without"
+        f"there is a GPU ({files[0]}), but {_why_not(hidden)}. {_way_out()}, or hide it "
+        "(CUDA_VISIBLE_DEVICES=) to run on the CPU"
     )
 
 

@@ -32,7 +32,7 @@ def test_a_gpu_that_pytorch_cannot_use_is_no_reason_to_train_on_the_cpu(a_gpu):
     assert said.startswith(f"there is a GPU ({a_gpu}), but PyTorch")
     # what torch itself says: not compiled with CUDA, or no driver found
     assert "Torch not compiled with CUDA" in said or "NVIDIA driver" in said
-    assert "nvidia-smi" in said and "--device cpu" in said
+    assert "nvidia-smi" in said and "CUDA_VISIBLE_DEVICES=" in said
 
 
 @without_cuda
