@@ -13,7 +13,7 @@ def test_a_few_of_each_kind(root, tmp_path):
         [sys.executable, root / "benchmarks/faults", *words, "--output", tmp_path / "figures.json"],
         capture_output=True,
         text=True,
-        timeout=PATIENCE,
+        timeout=2 * PATIENCE,
     )
     assert run.returncode == 0, run.stdout + run.stderr[-3000:]
     figures = json.loads((tmp_path / "figures.json").read_text())
