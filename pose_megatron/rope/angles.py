@@ -1,4 +1,4 @@
-"""Rotary angles at any position ids."""
+"""Rotary angles at any position ids, and frequencies that whole positions multiply exactly."""
 
 import math
 
@@ -21,3 +21,18 @@ def angles(position_ids: Tensor, inv_freq: Tensor) -> Tensor:
     product = position_ids.t().double()[..., None, None] * inv_freq
     half = (product - turn * torch.round(product / turn)).float()
     return torch.cat((half, half), dim=-1)
+
+
+def fixed_point_turns(inv_freq: Tensor) -> Tensor:
+    """Frequencies in units of 2^-64 turns per position, modulo a turn: [n] -> int64 [n].
+
+    Whole positions times these wrap round where turns do, so no position is too large. What is left
+    is the rounding of `inv_freq` and of this quotient: at position p at most p 2^-52 radians for
+    each radian per position, 4e-9 at 2^24.
+
+    Args:
+        inv_freq: radians per position, float64.
+    """
+    turns = inv_freq.double() / (2 * math.pi)
+    turns = turns - torch.floor(turns + 0.5)  # in [-1/2, 1/2), which an int64 holds
+    return (turns * 2.0**64).round().to(torch.int64)
