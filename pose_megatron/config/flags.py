@@ -146,6 +146,12 @@ class ModelFlags(Flags):
         "losses, same checkpoints",
         ("gpt", "hybrid"),
     )
+    fused_rotary: str = flag(
+        "auto",
+        "rotate queries and keys by one kernel, forward and backward; auto: wherever there is a "
+        "CUDA device and Triton",
+        ("auto", "on", "off"),
+    )
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,15 @@ from typing import NamedTuple
 from pose_megatron.errors import ConfigError, flag_name
 from pose_megatron.runtime.ranges import real
 
+_ONE_ROW = "its kernel takes one row of angles for a whole micro-batch; --fused-rotary has another"
 REFUSED = {
     "reset_position_ids": "positions come from --position-sampler and never start again inside a "
     "sample",
     "reset_attention_mask": "samples are dense rows under a causal mask by token index",
     "sft": "packed (THD) sequences have no place for skip-wise positions",
     "mtp_num_layers": "multi-token prediction shifts tokens and not their angles",
-    "apply_rope_fusion": "the fused kernel takes one row of angles for a whole micro-batch",
-    "fused_single_qkv_rope": "the fused kernel takes one row of angles for a whole micro-batch",
+    "apply_rope_fusion": _ONE_ROW,
+    "fused_single_qkv_rope": _ONE_ROW,
     "enable_cuda_graph": "a captured graph replays the angles of other samples",
     "external_cuda_graph": "a captured graph replays the angles of other samples",
     "cuda_graph_impl": "a captured graph replays the angles of other samples",
@@ -54,7 +55,7 @@ class Fact(NamedTuple):
 _NO_DROPOUT = "there is no dropout"
 _ROTARY = "positions are rotary"
 _SDPA = "attention uses fused kernels, cuDNN's or flash attention, wherever they run"
-_UNFUSED = "rotation by position id is not fused"
+_UNFUSED = "--fused-rotary says whether rotation by position id is fused"
 FACTS = {
     # The model. GPT-J and Baichuan2 checkpoints bring their own layers with --load.
     "position_embedding_type": Fact(("rope",), _ROTARY),

@@ -22,7 +22,10 @@ from pose_megatron.runtime.ranks import print_rank_0
 _OURS = {
     PositionFlags: tuple(f.name for f in dataclasses.fields(PositionFlags)),
     DataFlags: ("data_mode", "packed_skips", "materialized", "short_documents"),
-    ModelFlags: ("original_max_position_embeddings", "rope_scaling", "rope_scaling_config"),
+    ModelFlags: (
+        *("original_max_position_embeddings", "rope_scaling", "rope_scaling_config"),
+        "fused_rotary",
+    ),
 }
 # Megatron's flags that change positions, angles or samples, and the way out.
 _REFUSED = {
@@ -110,10 +113,11 @@ def arguments_of(args: argparse.Namespace) -> Arguments:
 
 
 def model_flags_of(args: argparse.Namespace) -> ModelFlags:
-    """The rope flags of a run of Megatron's, as our own."""
+    """The rotary flags of a run of Megatron's, as our own."""
     return ModelFlags(
         rope_scaling=args.rope_scaling,
         rope_scaling_factor=args.rope_scaling_factor,
         rope_scaling_config=args.rope_scaling_config,
         original_max_position_embeddings=args.original_max_position_embeddings,
+        **({"fused_rotary": args.fused_rotary} if args.fused_rotary else {}),
     )

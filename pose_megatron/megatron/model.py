@@ -75,21 +75,19 @@ def with_pose(config: Any, args: argparse.Namespace) -> Any:
             f"scale is {scale or 'the default'}; leave it out"
         )
     transformer.softmax_scale = scale
-    # The fused kernel takes one row of angles for the whole batch.
+    # Megatron's kernel takes one row of angles for the whole batch; --fused-rotary has another.
     transformer.apply_rope_fusion = args.apply_rope_fusion = False
     config.rotary_base = args.rotary_base = rope.rotary_base
     if args.transformer_impl == "local":
         _use_torch_layers(config, rope.model)
-    config.pre_wrap_hooks.append(partial(_install, rope))
+    config.pre_wrap_hooks.append(partial(_install, rope, model_flags_of(args).fused_rotary))
     args.pose_megatron = rope.record()
     return config
 
 
-def _install(rope: Rope, chunks: list[MegatronModule]) -> list[MegatronModule]:
-    return [
-        install_pose(chunk, rope.rope_scaling, rope.rotary_base, rope.rotary_percent)
-        for chunk in chunks
-    ]
+def _install(rope: Rope, fused: str, chunks: list[MegatronModule]) -> list[MegatronModule]:
+    how = rope.rope_scaling, rope.rotary_base, rope.rotary_percent, fused
+    return [install_pose(chunk, *how) for chunk in chunks]
 
 
 def _use_torch_layers(config: Any, model: ModelConfig | None) -> None:

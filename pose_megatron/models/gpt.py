@@ -3,8 +3,9 @@
 megatron-core's own rotary embedding takes a length and rotates by 0, 1, 2, ...; `position_ids`
 reach only the (absent) learned embedding. Here every pipeline stage turns its position ids into one
 tensor of angles per micro-batch, [s, b, 1, rotary_dim] in float32, and hands it to the stock layers
-in place of the stock tensor. Nothing reads "the current position ids" later: recomputation and
-interleaved schedules see the tensor that their own forward made.
+in place of the stock tensor; for the kernel of `fused_rotary` it is a tensor of whole numbers.
+Nothing reads "the current position ids" later: recomputation and interleaved schedules see the
+tensor that their own forward made.
 """
 
 import torch
@@ -57,18 +58,25 @@ class PoseGPTModel(PositionIdsDriven):
         config: megatron-core's; its `softmax_scale` is what `softmax_scale()` returns for
             `rope_scaling`.
         rope_scaling: interpolation of the rotary frequencies.
+        fused_rotary: whether one kernel rotates queries and keys: `auto` (wherever there is a CUDA
+            device and Triton), `on` or `off`.
         others: GPTModel's.
 
     Raises:
         ConfigError: `config` lacks the attention temperature of `rope_scaling`, or has it twice;
-            or it has a setting that rotates without the position ids.
+            or it has a setting that rotates without the position ids; or the kernel cannot be `on`.
     """
 
     def __init__(
-        self, config: TransformerConfig, *args, rope_scaling: RopeScaling = RopeScaling(), **kwargs
+        self,
+        config: TransformerConfig,
+        *args,
+        rope_scaling: RopeScaling = RopeScaling(),
+        fused_rotary: str = "auto",
+        **kwargs,
     ):
         super().__init__(config, *args, **kwargs | {"position_embedding_type": "rope"})
-        bind_rotary(self, rope_scaling, self.rotary_base, self.rotary_percent)
+        bind_rotary(self, rope_scaling, self.rotary_base, self.rotary_percent, fused_rotary)
 
 
 def install_pose(
@@ -76,6 +84,7 @@ def install_pose(
     rope_scaling: RopeScaling = RopeScaling(),
     rotary_base: float | None = None,
     rotary_percent: float | None = None,
+    fused_rotary: str = "auto",
 ) -> GPTModel | HybridModel:
     """Makes a model built by others follow its position ids, in place.
 
@@ -89,12 +98,14 @@ def install_pose(
         rope_scaling: interpolation; replaces whatever the model was built with.
         rotary_base, rotary_percent: what the model was built with. A GPTModel knows them; a
             HybridModel does not, and needs both.
+        fused_rotary: as PoseGPTModel's.
 
     Raises:
         ConfigError: the model is wrapped already, follows its position ids with another scaling,
             has no such rotary embedding, or layers that rotate without it; rotary_base or
-            rotary_percent is missing or not the model's; or its attention temperature is not the
-            scaling's (build it with `config.softmax_scale = softmax_scale(...)`).
+            rotary_percent is missing or not the model's; its attention temperature is not the
+            scaling's (build it with `config.softmax_scale = softmax_scale(...)`); or the kernel
+            cannot be `on`.
     """
     _check_kind(model)
     base = _given(model, "rotary_base", rotary_base)
@@ -108,7 +119,7 @@ def install_pose(
         return model
     if isinstance(model, HybridModel):
         _check_frequencies(model.rotary_pos_emb, base, int(model.config.kv_channels * percent))
-    bind_rotary(model, rope_scaling, base, percent)
+    bind_rotary(model, rope_scaling, base, percent, fused_rotary)
     driven = PositionIdsDriven if isinstance(model, GPTModel) else PositionIdsDrivenHybrid
     cls = type(model)
     # A HybridModel keeps neither.

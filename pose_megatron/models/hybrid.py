@@ -31,7 +31,7 @@ class PoseHybridModel(PositionIdsDrivenHybrid):
 
     Args:
         config: as PoseGPTModel's, with two layers for each of a GPTModel.
-        rope_scaling: interpolation of the rotary frequencies.
+        rope_scaling, fused_rotary: as PoseGPTModel's.
         others: HybridModel's; the pattern has as many `*` as `-`.
 
     Raises:
@@ -45,6 +45,7 @@ class PoseHybridModel(PositionIdsDrivenHybrid):
         rope_scaling: RopeScaling = RopeScaling(),
         rotary_base: float = 10000,
         rotary_percent: float = 1.0,
+        fused_rotary: str = "auto",
         **kwargs,
     ):
         super().__init__(
@@ -55,7 +56,7 @@ class PoseHybridModel(PositionIdsDrivenHybrid):
             rotary_percent=rotary_percent,
         )
         self.rotary_base, self.rotary_percent = rotary_base, rotary_percent
-        bind_rotary(self, rope_scaling, rotary_base, rotary_percent)
+        bind_rotary(self, rope_scaling, rotary_base, rotary_percent, fused_rotary)
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
         sharded = super().sharded_state_dict(prefix, sharded_offsets, metadata)

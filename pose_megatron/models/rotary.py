@@ -12,7 +12,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import log_single_rank
 
 from pose_megatron.errors import ConfigError
-from pose_megatron.rope.angles import angles
+from pose_megatron.models import fused_rotary
+from pose_megatron.rope.angles import angles, fixed_point_turns
 from pose_megatron.rope.scaling import RopeScaling, attention_factor, inverse_frequencies
 
 logger = logging.getLogger(__name__)
@@ -24,6 +25,10 @@ class PoseRotaryEmbedding(RotaryEmbedding):
     Keeps inverse frequencies as a plain float64 tensor: a registered buffer would be cast to bf16
     with the model, which destroys positions beyond 256. `forward` is not cached: the stock cache is
     keyed by object identity and would return angles of a reused buffer's old content.
+
+    Args:
+        fused: whether the layers take what fused_rotary.packed makes in the place of angles.
+        others: RotaryEmbedding's.
     """
 
     def __init__(
@@ -34,6 +39,7 @@ class PoseRotaryEmbedding(RotaryEmbedding):
         scaling: RopeScaling,
         cp_group,
         rotary_interleaved: bool = False,
+        fused: bool = False,
     ):
         super().__init__(
             kv_channels,
@@ -43,7 +49,7 @@ class PoseRotaryEmbedding(RotaryEmbedding):
             use_cpu_initialization=True,
             cp_group=cp_group,
         )
-        self.scaling = scaling
+        self.scaling, self.fused = scaling, fused
         self._plain = (int(kv_channels * rotary_percent), rotary_base)
         trains = scaling.interpolation.trains
         self.set_length(None if trains else scaling.original_max_position_embeddings)
@@ -52,6 +58,7 @@ class PoseRotaryEmbedding(RotaryEmbedding):
     def set_length(self, length: int | None) -> None:
         """Sets the frequencies for sequences of `length` tokens; None for those of training."""
         self.inv_freq = inverse_frequencies(*self._plain, self.scaling, length)
+        self._turns = fixed_point_turns(self.inv_freq)
 
     @contextlib.contextmanager
     def bound(self, position_ids):
@@ -64,6 +71,8 @@ class PoseRotaryEmbedding(RotaryEmbedding):
 
     def forward(self, max_seq_len: int, offset: int = 0, packed_seq: bool = False, cp_group=None):
         """Angles [s, b, 1, rotary_dim] at the bound ids; s = max_seq_len / context ranks.
+
+        For the kernel, where it can take these ids, they and the frequencies instead.
 
         Raises:
             ConfigError: nothing is bound, the length differs, sequences are packed, or the ids have
@@ -90,6 +99,9 @@ class PoseRotaryEmbedding(RotaryEmbedding):
             )
         if self.training and not self.scaling.interpolation.trains:
             self.set_length(None)  # raises: such a method has no frequencies to train with
+        if self.fused and fused_rotary.takes(ids):
+            self._turns = self._turns.to(ids.device)
+            return fused_rotary.packed(ids, self._turns)
         self.inv_freq = self.inv_freq.to(ids.device)
         both = angles(ids, self.inv_freq)  # (f, f)
         if self.rotary_interleaved:  # pairs of neighbouring channels, not of the two halves
@@ -119,15 +131,23 @@ def softmax_scale(kv_channels: int, rotary_percent: float, scaling: RopeScaling)
 
 
 def bind_rotary(
-    model: Any, scaling: RopeScaling, rotary_base: float, rotary_percent: float
+    model: Any,
+    scaling: RopeScaling,
+    rotary_base: float,
+    rotary_percent: float,
+    fused: str = "auto",
 ) -> None:
     """Gives a built GPTModel or HybridModel a PoseRotaryEmbedding in place of its own.
 
     Sets `model.rotating_layers`, the layers that follow the position ids, counted from 1.
 
+    Args:
+        fused: whether the kernel rotates: `auto`, `on` or `off`, as fused_rotary.kernel_rotates.
+
     Raises:
         ConfigError: the model has a setting that rotates without the position ids, or lacks the
-            attention temperature of `scaling`, or no layer of it rotates. It is left as it was.
+            attention temperature of `scaling`, or no layer of it rotates, or the kernel cannot be
+            `on`. It is left as it was.
     """
     config = model.config
     check_settings(config)
@@ -139,6 +159,9 @@ def bind_rotary(
             f"{config.softmax_scale}) and no yarn_* attributes: the attention temperature takes "
             "exactly one route; set it from pose_megatron.models.gpt.softmax_scale before building"
         )
+    layers = [layer for layer in model.decoder.layers if _rotates(layer, config)]
+    attentions = [layer.self_attention for layer in layers]
+    by_kernel = fused_rotary.kernel_rotates(fused, attentions)
     model.rotary_pos_emb = PoseRotaryEmbedding(
         config.kv_channels,
         rotary_percent,
@@ -146,7 +169,10 @@ def bind_rotary(
         scaling,
         model.rotary_pos_emb.cp_group,
         config.rotary_interleaved,
+        by_kernel,
     )
+    if by_kernel:
+        fused_rotary.rotate_by_kernel(attentions)
     model.rotating_layers = rotating
 
 
@@ -169,7 +195,8 @@ def check_settings(config: TransformerConfig) -> None:
     for fusion in ("apply_rope_fusion", "fused_single_qkv_rope"):
         if getattr(config, fusion, False):
             raise ConfigError(
-                f"{fusion} expects one row of angles for the whole batch; switch it off"
+                f"{fusion} expects one row of angles for the whole batch; switch it off "
+                "(--fused-rotary takes its place)"
             )
     # The other implementations give each micro-batch its own angles: `local` copies them into its
     # graphs' buffers before every replay, and a whole iteration's graph computes them.

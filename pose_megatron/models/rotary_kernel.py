@@ -6,7 +6,8 @@ position. The upper 32 bits of that product are the angle; its nearest quarter t
 integer bits, and short polynomials give sine and cosine of the rest. No float64, no table.
 
 Needs Triton, so it is imported only where it rotates. With TRITON_INTERPRET=1 in the environment
-before Triton is imported, the same code runs on a CPU, slowly.
+before Triton is imported, the same code runs on a CPU, slowly; there results in bfloat16 are cut,
+which a GPU rounds.
 
 Shapes: s = tokens, b = samples, h = heads, d = a head's width, n = rotated pairs of a head.
 """
@@ -37,14 +38,6 @@ def _cos_sin(angle):
 
 
 @triton.jit
-def _store(pointers, values, mask):
-    kind: tl.constexpr = pointers.dtype.element_ty
-    if kind != tl.float32:  # to the nearest, which the interpreter does only when asked
-        values = values.to(kind, fp_downcast_rounding="rtne")
-    tl.store(pointers, values, mask=mask)
-
-
-@triton.jit
 def _rotate_heads(
     source,
     target,
@@ -71,14 +64,14 @@ def _rotate_heads(
             x = tl.load(read + channel, mask=mask, other=0.0).to(tl.float32)
             a, b = tl.split(tl.reshape(x, (AT_ONCE, PAIR_LANES, 2)))
             y = tl.join(a * cos - b * sin, b * cos + a * sin)
-            _store(write + channel, tl.reshape(y, (AT_ONCE, 2 * PAIR_LANES)), mask)
+            tl.store(write + channel, tl.reshape(y, (AT_ONCE, 2 * PAIR_LANES)), mask=mask)
         else:
             pair = tl.arange(0, PAIR_LANES)[None, :]
             mask = there & (pair < PAIRS)
             a = tl.load(read + pair, mask=mask, other=0.0).to(tl.float32)
             b = tl.load(read + pair + PAIRS, mask=mask, other=0.0).to(tl.float32)
-            _store(write + pair, a * cos - b * sin, mask)
-            _store(write + pair + PAIRS, b * cos + a * sin, mask)
+            tl.store(write + pair, a * cos - b * sin, mask=mask)
+            tl.store(write + pair + PAIRS, b * cos + a * sin, mask=mask)
         if 2 * PAIRS < WIDTH:  # channels that do not rotate
             channel = 2 * PAIRS + tl.arange(0, TAIL_LANES)[None, :]
             mask = there & (channel < WIDTH)
@@ -210,13 +203,16 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, position_ids, turns, factor, interleaved):
         ctx.save_for_backward(position_ids, turns)
-        ctx.how = factor, interleaved
+        ctx.factor, ctx.interleaved = factor, interleaved
         return _launch(query, key, position_ids, turns, factor, interleaved, False)
 
     @staticmethod
     def backward(ctx, query_grad, key_grad):
         # A rotation's transpose turns the other way.
-        grads = _launch(query_grad, key_grad, *ctx.saved_tensors, *ctx.how, True)
+        position_ids, turns = ctx.saved_tensors
+        grads = _launch(
+            query_grad, key_grad, position_ids, turns, ctx.factor, ctx.interleaved, True
+        )
         return *grads, None, None, None, None
 
 

@@ -97,7 +97,7 @@ def setup(run: Run, layout: Layout) -> Trainer:
     core = core_transformer_config_from_args(args, config)
     chunks = core.virtual_pipeline_model_parallel_size
     stages = [
-        build_model(core, config, impl, i, args.model.model_class)
+        build_model(core, config, impl, i, args.model.model_class, args.model.fused_rotary)
         for i in (range(chunks) if chunks else [None])
     ]
     if loaded is None:

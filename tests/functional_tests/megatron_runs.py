@@ -156,7 +156,7 @@ def run_and_note() -> int:
         from pose_megatron.megatron import model
 
         if options.stock:
-            model._install = lambda rope, chunks: chunks
+            model._install = lambda rope, fused, chunks: chunks
         step = training.train_step
 
         def noted(*args, **kwargs):

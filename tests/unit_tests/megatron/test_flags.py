@@ -64,3 +64,8 @@ def test_an_older_megatron_core_is_refused():
     message = "needs megatron.training of megatron-core 0.19 or newer, not of 0.1"
     with pytest.raises(ValueError, match=message):
         prepare()
+
+
+def test_the_fused_rotary_embedding_is_chosen_as_in_our_trainer():
+    assert model_flags_of(parsed()).fused_rotary == "auto"
+    assert model_flags_of(parsed("--fused-rotary", "off")).fused_rotary == "off"

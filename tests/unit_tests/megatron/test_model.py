@@ -23,6 +23,7 @@ def flags(**more):
         "rope_scaling": "yarn",
         "rope_scaling_factor": None,
         "rope_scaling_config": None,
+        "fused_rotary": None,
         "original_max_position_embeddings": None,
         "load": None,
         "pretrained_checkpoint": None,
