@@ -37,7 +37,7 @@ ARCHITECTURES = (80, 90, 100)
 SHAPES = {
     "Llama 3 8B": ("bf16", 32, 8, 128, 64, False),
     "Llama 3 8B in float32": ("fp32", 32, 8, 128, 64, False),
-    "one of 8 tensor ranks": ("bf16", 4, 1, 128, 64, False),
+    "its share on 8 ranks": ("bf16", 4, 1, 128, 64, False),
     "GPT-J": ("bf16", 16, 16, 256, 32, True),
     "a quarter of a head of 80": ("bf16", 32, 32, 80, 10, False),
 }
@@ -117,7 +117,8 @@ def show_errors(rows: list[dict]) -> None:
 def registers() -> list[dict]:
     rows = []
     for shape, sizes in SHAPES.items():
-        for backward in (False, True):
+        # The other pass is the same code but for one sign.
+        for backward in (False, True) if shape == "Llama 3 8B" else (False,):
             for architecture in ARCHITECTURES:
                 used = resources(*sizes, backward=backward, architecture=architecture)
                 row = {"shape": shape, "backward": backward, "architecture": architecture}
