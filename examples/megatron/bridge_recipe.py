@@ -66,7 +66,7 @@ def recipe(hf_folder: str, corpus: str, run: str) -> ConfigContainer:
     cfg.model = model = AutoBridge.from_hf_pretrained(hf_folder).to_megatron_provider()
     model.tensor_model_parallel_size, model.sequence_parallel = 2, True
     model.seq_length = WINDOW
-    model.apply_rope_fusion = False  # the kernel takes one row of angles for the whole batch
+    model.apply_rope_fusion = False  # its kernel takes one row of angles for all samples
     head = model.kv_channels or model.hidden_size // model.num_attention_heads
     model.softmax_scale = softmax_scale(head, model.rotary_percent, YARN)
     model.register_pre_wrap_hook(lambda chunks: [install_pose(chunk, YARN) for chunk in chunks])
