@@ -22,11 +22,11 @@ import torch
 FACTOR = 1.2079  # YaRN's, by 8
 # Tokens, samples, query heads, key heads, width of a head, channels that rotate, interleaved.
 SHAPES = {
-    "grouped": (6, 2, 4, 2, 64, 64, False),
-    "interleaved": (5, 3, 4, 1, 64, 64, True),
-    "partial": (6, 2, 3, 3, 80, 20, False),
-    "partial, interleaved": (4, 2, 2, 2, 96, 64, True),
-    "more heads than at once": (3, 2, 40, 4, 32, 32, False),
+    "grouped": (3, 2, 4, 2, 128, 128, False),
+    "interleaved": (2, 2, 4, 1, 64, 64, True),
+    "partial": (2, 2, 3, 3, 80, 20, False),
+    "partial, interleaved": (2, 2, 2, 2, 96, 64, True),
+    "more heads than at once": (2, 2, 40, 4, 32, 32, False),
 }
 
 
@@ -105,7 +105,7 @@ def formula(x, ids, inv_freq, interleaved, factor=FACTOR):
 
 SIZES = """--num-layers 2 --hidden-size 32 --num-attention-heads 4 --ffn-hidden-size 48
     --vocab-size 257 --untie-embeddings-and-output-weights --init-method-std 0.1
-    --seq-length 8 --max-position-embeddings 1048576 --original-max-position-embeddings 4096
+    --seq-length 4 --max-position-embeddings 16777216 --original-max-position-embeddings 4096
     --micro-batch-size 2 --global-batch-size 2 --train-iters 3 --lr 1e-3 --num-workers 0
     --split 100,0,0"""
 GROUPS = "--group-query-attention --num-query-groups 2 --rope-scaling yarn"
@@ -140,13 +140,13 @@ def training() -> dict:
             found[name] = {how: steps(f"{words} {how}", change) for how in ("off", "on")}
             if len(found) == 1:
                 rotary.fixed_point_turns = lambda f: angles.fixed_point_turns(f.float())
-                found[name]["rounded"] = steps(f"{words} on", change)
+                found[name]["rounded"] = steps(f"{words} on", change, 1)
                 rotary.fixed_point_turns = angles.fixed_point_turns
     return found
 
 
-def steps(words: str, change: dict) -> list[dict]:
-    """Three steps of our trainer."""
+def steps(words: str, change: dict, count: int = 3) -> list[dict]:
+    """The first steps of our trainer."""
     from pose_megatron.config.arguments import parse
     from pose_megatron.config.layout import lay_out
     from pose_megatron.models import rotary_kernel
@@ -173,7 +173,7 @@ def steps(words: str, change: dict) -> list[dict]:
 
     rotary_kernel._launch = counted
     rows = []
-    for _ in range(3):
+    for _ in range(count):
         step = train_step(trainer, data)
         rows.append({"loss": step.loss, "grad_norm": step.grad_norm, "launches": len(launches)})
         launches.clear()

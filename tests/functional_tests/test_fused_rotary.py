@@ -60,7 +60,7 @@ def test_a_model_has_the_losses_of_the_plain_path(training, model):
 
 def test_frequencies_rounded_to_float32_are_seen(training):
     found = training["grouped queries, YaRN, full recompute"]
-    assert far(found["rounded"], found["off"]) > 1e-5
+    assert far(found["rounded"], found["off"][:1]) > 1e-5
 
 
 def far(found, wanted) -> float:

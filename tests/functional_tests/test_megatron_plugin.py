@@ -149,6 +149,10 @@ def test_it_validates_and_tests(folder, stdlib_corpus):
             "--norm-epsilon 1e-6 --qk-layernorm",
             "--qk-layernorm True contradicts the checkpoint",
         ),
+        (
+            "--norm-epsilon 1e-6 --rope-scaling yarn --fused-rotary on",
+            "--fused-rotary on: torch finds no CUDA device, and Triton compiles for GPUs only",
+        ),
         ("--norm-epsilon 1e-6", "256 is beyond the checkpoint's 32: choose a --rope-scaling"),
     ],
 )
