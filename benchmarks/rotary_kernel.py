@@ -12,6 +12,7 @@ samples. Needs Triton.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import re
@@ -53,6 +54,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.here:
         print(json.dumps(PARTS[args.here][0]()))
+        return
+    if importlib.util.find_spec("triton") is None:
+        print("No Triton here, so no figures: pip install triton -c constraints.txt")
         return
     results = {}
     for name, (_, show) in PARTS.items():
