@@ -41,6 +41,9 @@ def choose_device(wanted: str = "auto") -> None:
 
 
 def device() -> torch.device:
+    """This rank's: its GPU or the CPU, or meta where a plan has made that torch's default."""
+    if (default := torch.get_default_device()).type == "meta":
+        return default
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

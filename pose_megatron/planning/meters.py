@@ -1,0 +1,101 @@
+"""What operators cost: FLOPs, bytes of memory read and written, bytes sent to other ranks.
+
+Each is read off the operators that the trainer really calls, by their tensors' shapes.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import FakeWork
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from pose_megatron.planning.ledger import Ledger
+
+# What a ring sends for each byte of the whole, times (n - 1) / n; NVIDIA's nccl-tests call it the
+# bus bandwidth's factor.
+_ALL_REDUCE = 2
+_DATALESS = ("barrier", "monitored_barrier_", "recv_", "recv_any_source_")
+_UNTOUCHED = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "detach")
+
+
+class Meters(TorchDispatchMode):
+    """Watches every operator while it lasts; collectives end at once, and nothing is sent.
+
+    Attributes:
+        phase: what the trainer is doing; counts are kept apart by it.
+        vocabulary: this rank's share of it; tensors of that width are logits. None: no such layer.
+        memory: of all tensors.
+        gemm, attention: {phase: FLOPs}.
+        moved: {phase: bytes that other operators read and write}.
+        sent: {(phase, name of the process group): bytes that this rank sends}.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.phase = "setup"
+        self.vocabulary: int | None = None
+        self.memory = Ledger()
+        self.gemm: Counter[str] = Counter()
+        self.attention: Counter[str] = Counter()
+        self.moved: Counter[str] = Counter()
+        self.sent: Counter[tuple[str, str]] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func.namespace == "c10d":
+            return self._collective(func, args)
+        out = func(*args, **kwargs)
+        results = list(_tensors(out))
+        for tensor in results:
+            self.memory.enter(tensor.untyped_storage(), self._part(tensor))
+        if formula := flop_registry.get(func.overloadpacket):
+            flops = formula(*args, **kwargs, out_val=out)
+            if "attention" in func.__name__:
+                self.attention[self.phase] += int(flops * _causal_share(func, args))
+            else:
+                self.gemm[self.phase] += flops
+        elif not func.is_view and func.overloadpacket.__name__ not in _UNTOUCHED:
+            operands = [*_tensors(args), *_tensors(kwargs.values())]
+            self.moved[self.phase] += sum(t.nbytes for t in [*operands, *results])
+        return out
+
+    def _part(self, tensor: torch.Tensor) -> str:
+        if self.phase == "batches" and tensor.shape[-1:] == (self.vocabulary,):
+            return "logits"
+        return "update" if self.phase == "update" else "activations"
+
+    def _collective(self, func, args):
+        """Counts what this rank sends, and returns as if all had arrived."""
+        name = func.overloadpacket.__name__
+        if name not in _DATALESS:
+            group = next(dist.ProcessGroup.unbox(a) for a in args if isinstance(a, torch.ScriptObject))
+            n = group.size()
+            whole = max(
+                sum(t.nbytes for t in _tensors(a)) for a in args[:2] if not isinstance(a, torch.ScriptObject)
+            )
+            if name not in ("broadcast_", "send"):
+                whole = whole * (n - 1) // n
+            if name.startswith("allreduce"):
+                whole *= _ALL_REDUCE
+            self.sent[self.phase, group.group_name] += whole
+        work = FakeWork().boxed()
+        returned = len(func._schema.returns)
+        return work if returned == 1 else (args[0], work) if returned == 2 else None
+
+
+def _tensors(value) -> Iterator[torch.Tensor]:
+    """The tensors in an operator's argument or result."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, list | tuple) or type(value).__name__ == "dict_values":
+        for part in value:
+            yield from _tensors(part)
+
+
+def _causal_share(func, args) -> float:
+    """The share of query-key pairs that a causal mask keeps; its last query sees all keys."""
+    query, key = args[1:3] if "backward" in func.__name__ else args[:2]
+    return 1 - query.size(-2) / (2 * key.size(-2))

@@ -1,0 +1,188 @@
+"""What one step of training takes of a pipeline stage's rank: memory, work and traffic."""
+
+import dataclasses
+import itertools
+from dataclasses import dataclass
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.optimizer import MegatronOptimizer
+
+from pose_megatron.config.layout import Layout
+from pose_megatron.data.batch import fields_here
+from pose_megatron.planning.meta import META, one_rank
+from pose_megatron.planning.meters import Meters
+from pose_megatron.training.optimizer import init_optimizer_state, parts
+from pose_megatron.training.run import Run
+from pose_megatron.training.step import train_step
+from pose_megatron.training.trainer import Trainer, setup
+
+PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "update")
+AXES = ("tensor", "context", "pipeline", "data", "expert")
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a rank computes, reads, writes and sends.
+
+    Attributes:
+        gemm, attention: FLOPs, with those of recomputation.
+        moved: bytes that other operators read and write.
+        sent: {axis of AXES: bytes to other ranks}.
+    """
+
+    gemm: float
+    attention: float
+    moved: float
+    sent: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A pipeline stage's first rank in one step.
+
+    Attributes:
+        number: the stage's, from 0.
+        parameters: on this rank.
+        memory: {part of PARTS: bytes} at the step's fullest moment; `update` is what the optimizer
+            needs in passing, when that is where the moment lies.
+        batch: work of one micro-batch, forward and backward.
+        step: work of the gradients' reduction and the update, once a step.
+    """
+
+    number: int
+    parameters: int
+    memory: dict[str, int]
+    batch: Work
+    step: Work
+
+    @property
+    def peak(self) -> int:
+        """Bytes at the fullest moment."""
+        return sum(self.memory.values())
+
+
+def measure(run: Run, layout: Layout, world_size: int, number: int) -> Stage:
+    """Runs one step of a stage's first rank on the meta device.
+
+    Args:
+        run: as `assemble` returns it; nothing is loaded.
+        number: of the pipeline stage.
+    """
+    p = run.args.parallel
+    sizes = p.sizes(run.model.num_layers)
+    rank = number * (world_size // p.pipeline_model_parallel_size)
+    run = dataclasses.replace(run, loaded=None, resume=False, tokenizer=None)
+    batches = _micro_batches(run, layout)
+    layout = dataclasses.replace(
+        layout,
+        global_batch_size=batches * layout.micro_batch_size * layout.data_parallel_size,
+        rampup=None,
+    )
+    with one_rank(rank, world_size, sizes), Meters() as meters:
+        trainer = setup(run, layout)
+        init_optimizer_state(trainer.optimizer)
+        _file(trainer, meters)
+        _mark_phases(trainer, meters)
+        tokens = torch.empty(
+            len(fields_here()), layout.micro_batch_size, run.args.data.seq_length,
+            dtype=torch.int64, device=META,
+        )  # fmt: skip
+        data = [itertools.repeat(tokens) for _ in trainer.models]
+        for model in trainer.models:
+            model.train()
+        meters.phase = "batches"
+        meters.memory.restart()
+        train_step(trainer, data if len(data) > 1 else data[0])
+        axes = _axes()
+        parameters = sum(t.numel() for stage in trainer.stages for t in stage.parameters())
+        memory = {part: meters.memory.fullest.get(part, 0) for part in PARTS}
+    batch, reduction, update = (
+        _work(meters, phase, axes) for phase in ("batches", "reduction", "update")
+    )
+    # What --overlap-grad-reduce and --overlap-param-gather send between layers is once a step, too.
+    once = {axis: batch.sent[axis] for axis in ("data", "expert") if axis == "data"}
+    step = Work(
+        reduction.gemm + update.gemm,
+        0,
+        reduction.moved + update.moved,
+        {axis: reduction.sent[axis] + update.sent[axis] + once.get(axis, 0) for axis in AXES},
+    )
+    sent = {axis: (0 if axis in once else n / batches) for axis, n in batch.sent.items()}
+    batch = Work(batch.gemm / batches, batch.attention / batches, batch.moved / batches, sent)
+    return Stage(number, parameters, memory, batch, step)
+
+
+def _micro_batches(run: Run, layout: Layout) -> int:
+    """As many as fill the pipeline: later ones take what earlier ones leave."""
+    p = run.args.parallel
+    pp, chunks = p.pipeline_model_parallel_size, p.virtual_pipeline_size(run.model.num_layers)
+    enough = 2 * pp if chunks or pp == 1 else pp + 1
+    return min(layout.num_microbatches(layout.global_batch_size), enough)
+
+
+def _file(trainer: Trainer, meters: Meters) -> None:
+    """Says whose the tensors are that outlast a step."""
+    ledger = meters.memory
+    for part in parts(trainer.optimizer):
+        ledger.move(_optimizer_tensors(part), "optimizer")
+    for model in trainer.models:
+        for buffer in [*model.buffers, *model.expert_parallel_buffers]:
+            ledger.move([buffer.grad_data], "gradients")
+            if buffer.param_data is not None:
+                ledger.move([buffer.param_data], "weights")
+    ledger.move((t for stage in trainer.stages for t in stage.parameters()), "weights")
+    last = trainer.stages[-1]
+    if last.post_process:
+        meters.vocabulary = trainer.config.padded_vocab_size // last.config.tensor_model_parallel_size
+
+
+def _optimizer_tensors(optimizer: MegatronOptimizer):
+    for group in optimizer.param_groups:
+        yield from group["params"]
+    for state in optimizer.optimizer.state.values():
+        yield from (value for value in state.values() if isinstance(value, torch.Tensor))
+
+
+def _mark_phases(trainer: Trainer, meters: Meters) -> None:
+    core, optimizer = trainer.stages[0].config, trainer.optimizer
+    reduce, prepare = core.finalize_model_grads_func, optimizer.prepare_grads
+
+    def reduction(*args, **kwargs):
+        meters.phase = "reduction"
+        return reduce(*args, **kwargs)
+
+    def update(*args, **kwargs):
+        meters.phase = "update"
+        return prepare(*args, **kwargs)
+
+    core.finalize_model_grads_func = reduction
+    optimizer.prepare_grads = update
+
+
+def _axes() -> dict[str, str]:
+    """{name of a process group: axis}."""
+    state = parallel_state
+    groups = {
+        "tensor": [state.get_tensor_model_parallel_group()],
+        "context": [state.get_context_parallel_group()],
+        "pipeline": [state.get_pipeline_model_parallel_group()],
+        "data": [
+            state.get_data_parallel_group(),
+            state.get_data_parallel_group(with_context_parallel=True),
+            state.get_expert_data_parallel_group(),
+        ],
+        "expert": [
+            state.get_expert_model_parallel_group(),
+            state.get_expert_tensor_and_model_parallel_group(),
+        ],
+    }
+    return {group.group_name: axis for axis, found in groups.items() for group in found}
+
+
+def _work(meters: Meters, phase: str, axes: dict[str, str]) -> Work:
+    sent = dict.fromkeys(AXES, 0.0)
+    for (when, group), bytes_sent in meters.sent.items():
+        if when == phase and group in axes:
+            sent[axes[group]] += bytes_sent
+    return Work(meters.gemm[phase], meters.attention[phase], meters.moved[phase], sent)
