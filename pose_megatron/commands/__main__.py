@@ -25,6 +25,9 @@ COMMANDS = {
         "verify": ("verify", "compare a checkpoint with its conversion"),
         "inspect": ("inspect_checkpoint", "describe a checkpoint without loading its weights"),
     },
+    "before training": {
+        "plan": ("plan", "say what a run needs: memory, work, traffic and time"),
+    },
     "evaluation": {
         "evaluate-perplexity": ("evaluate_perplexity", "measure perplexity by context length"),
         "evaluate-passkey": ("evaluate_passkey", "measure passkey retrieval by context length"),

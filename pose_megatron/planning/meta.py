@@ -8,8 +8,6 @@ would run as one fused kernel is put in by hand, because its pieces would be cou
 import contextlib
 import importlib
 import inspect
-import os
-import sys
 from collections.abc import Iterator
 from unittest import mock
 
@@ -17,32 +15,27 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
-from torch.utils._device import _device_constructors
+from torch.utils._device import DeviceContext, _device_constructors
 
 from pose_megatron.errors import ConfigError
 from pose_megatron.runtime import cpu, distributed
 
 META = torch.device("meta")
-# Their kernels need a GPU; Adam holds the same without them.
-_KERNELS = ("transformer_engine", "apex")
 
 
-def hide_gpus() -> None:
-    """Has this process run as on a machine without a GPU; call it before torch is imported."""
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    for name in _KERNELS:
-        sys.modules[name] = None  # type: ignore[assignment]  # how Python says: cannot be imported
-
-
-class OnMeta(TorchFunctionMode):
+class OnMeta(DeviceContext):
     """Every tensor is on the meta device, wherever code asks for it; its numbers are all one.
 
     torch hands a mode its own factories, and of a tensor's methods what cpu.install() has put in
-    their place.
+    their place. As a DeviceContext it is what torch.get_default_device() answers; on the stack it
+    stands like any other mode.
     """
 
+    __enter__ = TorchFunctionMode.__enter__
+    __exit__ = TorchFunctionMode.__exit__
+
     def __init__(self):
-        super().__init__()
+        super().__init__(META)
         tensor = torch.Tensor
         self.factories = _device_constructors() | {
             inspect.unwrap(getattr(torch, name)) for name in cpu.FACTORIES
@@ -53,6 +46,8 @@ class OnMeta(TorchFunctionMode):
         }
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
+        if type(func) is torch._ops.OpOverload:  # what a call has come down to
+            return func(*args, **kwargs or {})
         kwargs = dict(kwargs or {})
         if func in self.factories:
             kwargs["device"] = META
@@ -89,9 +84,25 @@ def _attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False
     return flash(query, key, value, 0.0, True, scale=options.get("scale"))[0]
 
 
+class _RMSNorm(torch.autograd.Function):
+    """The fused kernel, which saves its input and one float32 a row; on meta, torch's falls apart.
+
+    The products stand for passes over memory of the same size.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight, x.new_empty(x.shape[:-1], dtype=torch.float32))
+        return x * weight
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, _ = ctx.saved_tensors
+        return x * grad, torch.empty_like(weight)
+
+
 def _rms_norm(input, normalized_shape, weight=None, eps=None):
-    """The fused kernel, which saves its input and one number a row."""
-    return torch.ops.aten._fused_rms_norm(input, list(normalized_shape), weight, eps)[0]
+    return _RMSNorm.apply(input, weight)
 
 
 _ANSWERS = {
@@ -127,8 +138,12 @@ def one_rank(rank: int, world_size: int, sizes: dict) -> Iterator[None]:
             *args, **kwargs | {"backend": "fake"}
         ),
         (dist, "all_gather_object"): _all_the_same,
+        (dist, "batch_isend_irecv"): _one_by_one,  # no fake group has the meta device for its own
         # AdamW takes the same path as on a GPU.
-        (importlib.import_module("torch.optim.optimizer"), "_get_foreach_kernels_supported_devices"): lambda: ["meta"],
+        (
+            importlib.import_module("torch.optim.optimizer"),
+            "_get_foreach_kernels_supported_devices",
+        ): lambda: ["meta"],
     }
     with contextlib.ExitStack() as stack:
         for (owner, name), replacement in patches.items():
@@ -136,7 +151,7 @@ def one_rank(rank: int, world_size: int, sizes: dict) -> Iterator[None]:
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
         try:
             distributed.initialize(**sizes)
-            with META, OnMeta():
+            with OnMeta():
                 yield
         finally:
             parallel_state.destroy_model_parallel()
@@ -145,3 +160,7 @@ def one_rank(rank: int, world_size: int, sizes: dict) -> Iterator[None]:
 
 def _all_the_same(gathered: list, value, group=None) -> None:
     gathered[:] = [value] * len(gathered)
+
+
+def _one_by_one(operations: list) -> list:
+    return [each.op(each.tensor, each.peer, each.group, each.tag) for each in operations]

@@ -3,6 +3,7 @@
 Each is read off the operators that the trainer really calls, by their tensors' shapes.
 """
 
+import functools
 from collections import Counter
 from collections.abc import Iterator
 
@@ -51,14 +52,15 @@ class Meters(TorchDispatchMode):
         results = list(_tensors(out))
         for tensor in results:
             self.memory.enter(tensor.untyped_storage(), self._part(tensor))
-        if formula := flop_registry.get(func.overloadpacket):
-            flops = formula(*args, **kwargs, out_val=out)
-            if "attention" in func.__name__:
-                self.attention[self.phase] += int(flops * _causal_share(func, args))
-            else:
-                self.gemm[self.phase] += flops
-        elif not func.is_view and func.overloadpacket.__name__ not in _UNTOUCHED:
-            operands = [*_tensors(args), *_tensors(kwargs.values())]
+        kind = _kind(func)
+        if kind == "attention":
+            flops = flop_registry[func.overloadpacket](*args, **kwargs, out_val=out)
+            self.attention[self.phase] += int(flops * _causal_share(func, args))
+        elif kind == "gemm":
+            formula = flop_registry[func.overloadpacket]
+            self.gemm[self.phase] += formula(*args, **kwargs, out_val=out)
+        elif kind == "memory":
+            operands = [*_tensors(args), *_tensors(list(kwargs.values()))]
             self.moved[self.phase] += sum(t.nbytes for t in [*operands, *results])
         return out
 
@@ -71,12 +73,16 @@ class Meters(TorchDispatchMode):
         """Counts what this rank sends, and returns as if all had arrived."""
         name = func.overloadpacket.__name__
         if name not in _DATALESS:
-            group = next(dist.ProcessGroup.unbox(a) for a in args if isinstance(a, torch.ScriptObject))
+            group = next(
+                dist.ProcessGroup.unbox(a) for a in args if isinstance(a, torch.ScriptObject)
+            )
             n = group.size()
             whole = max(
-                sum(t.nbytes for t in _tensors(a)) for a in args[:2] if not isinstance(a, torch.ScriptObject)
+                sum(t.nbytes for t in _tensors(a))
+                for a in args[:2]
+                if not isinstance(a, torch.ScriptObject)
             )
-            if name not in ("broadcast_", "send"):
+            if n == 1 or name not in ("broadcast_", "send"):
                 whole = whole * (n - 1) // n
             if name.startswith("allreduce"):
                 whole *= _ALL_REDUCE
@@ -86,11 +92,21 @@ class Meters(TorchDispatchMode):
         return work if returned == 1 else (args[0], work) if returned == 2 else None
 
 
+@functools.cache
+def _kind(func) -> str:
+    """What an operator's time goes into: gemm, attention, memory, or nothing."""
+    if func.overloadpacket in flop_registry:
+        return "attention" if "attention" in func.__name__ else "gemm"
+    if func.is_view or func.overloadpacket.__name__ in _UNTOUCHED:
+        return ""
+    return "memory"
+
+
 def _tensors(value) -> Iterator[torch.Tensor]:
     """The tensors in an operator's argument or result."""
     if isinstance(value, torch.Tensor):
         yield value
-    elif isinstance(value, list | tuple) or type(value).__name__ == "dict_values":
+    elif isinstance(value, list | tuple):
         for part in value:
             yield from _tensors(part)
 

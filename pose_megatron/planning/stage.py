@@ -19,6 +19,7 @@ from pose_megatron.training.trainer import Trainer, setup
 
 PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "update")
 AXES = ("tensor", "context", "pipeline", "data", "expert")
+FEW = (2, 3)  # layers in each model chunk of a sketch
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,20 @@ class Work:
     attention: float
     moved: float
     sent: dict[str, float]
+
+    def beyond(self, other: "Work", share: float) -> "Work":
+        """On the line from `other` through this, `share` of its length further."""
+        return Work(
+            *(
+                here + share * (here - there)
+                for here, there in (
+                    (self.gemm, other.gemm),
+                    (self.attention, other.attention),
+                    (self.moved, other.moved),
+                )
+            ),
+            {axis: n + share * (n - other.sent[axis]) for axis, n in self.sent.items()},
+        )
 
 
 @dataclass(frozen=True)
@@ -60,6 +75,38 @@ class Stage:
     def peak(self) -> int:
         """Bytes at the fullest moment."""
         return sum(self.memory.values())
+
+    def beyond(self, other: "Stage", share: float) -> "Stage":
+        """As Work.beyond."""
+        return Stage(
+            self.number,
+            self.parameters + round(share * (self.parameters - other.parameters)),
+            {part: n + round(share * (n - other.memory[part])) for part, n in self.memory.items()},
+            self.batch.beyond(other.batch, share),
+            self.step.beyond(other.step, share),
+        )
+
+
+def sketch(run: Run, layout: Layout, world_size: int, number: int) -> Stage:
+    """What `measure` returns, from two runs of FEW layers in each model chunk: all else is linear
+    in the layers, as long as the fullest moment does not move."""
+    p, layers = run.args.parallel, run.model.num_layers
+    pp = p.pipeline_model_parallel_size
+    chunks = p.virtual_pipeline_size(layers) or 1
+    each = layers // pp // chunks
+    t = run.args.training
+    if each <= FEW[1] or t.recompute_method == "block" or (t.recompute_num_layers or 1) > 1:
+        return measure(run, layout, world_size, number)
+    parallel = p
+    fewer = []
+    for count in FEW:
+        if chunks > 1:
+            parallel = dataclasses.replace(p, num_layers_per_virtual_pipeline_stage=count)
+        model = dataclasses.replace(run.model, num_layers=count * chunks * pp)
+        args = dataclasses.replace(run.args, parallel=parallel)
+        shallow = dataclasses.replace(run, args=args, model=model)
+        fewer.append(measure(shallow, layout, world_size, number))
+    return fewer[1].beyond(fewer[0], (each - FEW[1]) / (FEW[1] - FEW[0]))
 
 
 def measure(run: Run, layout: Layout, world_size: int, number: int) -> Stage:
@@ -134,7 +181,9 @@ def _file(trainer: Trainer, meters: Meters) -> None:
     ledger.move((t for stage in trainer.stages for t in stage.parameters()), "weights")
     last = trainer.stages[-1]
     if last.post_process:
-        meters.vocabulary = trainer.config.padded_vocab_size // last.config.tensor_model_parallel_size
+        meters.vocabulary = (
+            trainer.config.padded_vocab_size // last.config.tensor_model_parallel_size
+        )
 
 
 def _optimizer_tensors(optimizer: MegatronOptimizer):
