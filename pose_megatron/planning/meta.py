@@ -8,7 +8,8 @@ would run as one fused kernel is put in by hand, because its pieces would be cou
 import contextlib
 import importlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 from unittest import mock
 
 import torch
@@ -40,7 +41,7 @@ class OnMeta(DeviceContext):
         self.factories = _device_constructors() | {
             inspect.unwrap(getattr(torch, name)) for name in cpu.FACTORIES
         }
-        self.answers = _ANSWERS | {
+        self.answers: dict[Any, Callable] = _ANSWERS | {
             tensor.cuda: lambda tensor, *args, **kwargs: tensor.to(META),
             torch.autograd.backward: self._backward,
         }
@@ -105,7 +106,7 @@ def _rms_norm(input, normalized_shape, weight=None, eps=None):
     return _RMSNorm.apply(input, weight)
 
 
-_ANSWERS = {
+_ANSWERS: dict[Any, Callable] = {
     torch.Tensor.item: lambda tensor: 1.0,
     torch.Tensor.tolist: lambda tensor: [1.0] * tensor.numel(),
     torch.Tensor.__float__: lambda tensor: 1.0,
@@ -130,6 +131,8 @@ def one_rank(rank: int, world_size: int, sizes: dict) -> Iterator[None]:
     from megatron.core import parallel_state
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
+    from pose_megatron.models import attention
+
     if dist.is_initialized():
         raise ConfigError("a plan needs a process that has not joined a process group")
     new_group = dist.new_group
@@ -139,6 +142,8 @@ def one_rank(rank: int, world_size: int, sizes: dict) -> Iterator[None]:
         ),
         (dist, "all_gather_object"): _all_the_same,
         (dist, "batch_isend_irecv"): _one_by_one,  # no fake group has the meta device for its own
+        # The mask of context parallelism, a subclass of tensors: attention is causal here anyway.
+        (attention, "causal_lower_right"): lambda queries, keys: None,
         # AdamW takes the same path as on a GPU.
         (
             importlib.import_module("torch.optim.optimizer"),

@@ -31,7 +31,8 @@ class Meters(TorchDispatchMode):
         memory: of all tensors.
         gemm, attention: {phase: FLOPs}.
         moved: {phase: bytes that other operators read and write}.
-        sent: {(phase, name of the process group): bytes that this rank sends}.
+        sent: {(phase, name of the process group, or `pipeline` for the next stage): bytes that this
+            rank sends}.
     """
 
     def __init__(self):
@@ -86,7 +87,9 @@ class Meters(TorchDispatchMode):
                 whole = whole * (n - 1) // n
             if name.startswith("allreduce"):
                 whole *= _ALL_REDUCE
-            self.sent[self.phase, group.group_name] += whole
+            # Of two stages, megatron-core has one send over the whole world's group.
+            over = "pipeline" if name == "send" else group.group_name
+            self.sent[self.phase, over] += whole
         work = FakeWork().boxed()
         returned = len(func._schema.returns)
         return work if returned == 1 else (args[0], work) if returned == 2 else None

@@ -11,11 +11,11 @@ from pose_megatron.planning.prediction import Prediction
 from pose_megatron.planning.search import Found
 from pose_megatron.planning.stage import AXES, PARTS, Stage
 
-LEGEND = """memory: a GPU's at the fullest moment of a step, GiB of tensors as CUDA's
-  allocator counts them; activations hold that moment's temporary tensors; update: the optimizer's, if the moment is there
+LEGEND = """memory: GiB of tensors on a GPU at the fullest moment of a step, by CUDA's allocator;
+  activations hold that moment's temporary tensors, update the optimizer's if the moment is there
 FLOPs: 6 a weight and token, and 6 x heads x channels x L a layer and token for causal attention
-sent: by a GPU in a step, GB, counted at the collectives for rings
-time: a prediction, nothing is measured. FLOPs, bytes and traffic over the rates above; launches and
+sent: by a GPU in a step, counted at the collectives, as rings send
+time: a prediction, nothing is measured: FLOPs, bytes and traffic over the rates above. Launches and
   waits of the host are not counted, so a real step is slower"""
 
 
@@ -207,15 +207,14 @@ def _comparison(plan: Plan) -> str:
     )
     row("PFLOPs of a step", lambda m: f"{m.job.flops / 1e15:,.2f}")
     for axis in AXES:
-        if any(side.job.sent(side.stages)[axis] >= 1e6 for side in sides):
-            row(
-                f"sent over {axis} parallelism, GB",
-                lambda m, axis=axis: f"{m.job.sent(m.stages)[axis] / 1e9:,.2f}",
-            )
+        sent = [side.job.sent(side.stages)[axis] / 1e9 for side in sides]
+        if max(sent) >= 0.001:
+            rows.append([f"sent over {axis} parallelism, GB", *(f"{n:,.2f}" for n in sent)])
     row("predicted step, s", lambda m: f"{m.prediction.step:,.2f}")
     for name in plan.pose.prediction.parts:
-        if any(side.prediction.parts[name] >= 0.005 for side in sides):
-            row(f"  {name}", lambda m, name=name: f"{m.prediction.parts[name]:,.2f}")
+        seconds = [side.prediction.parts[name] for side in sides]
+        if max(seconds) >= 0.005:
+            rows.append([f"  {name}", *(f"{n:,.2f}" for n in seconds)])
     row(
         "tokens/s of a GPU",
         lambda m: f"{m.job.tokens / m.prediction.step / m.job.world_size:,.0f}",
@@ -280,6 +279,6 @@ def search_to_dict(found: list[Found], tried: int, machine: Machine) -> dict:
 def nothing_fits(job: Job, machine: Machine) -> str:
     return (
         f"--search: no layout of {job.world_size} GPUs fits into {machine.gpu}'s "
-        f"{machine.memory:g} GiB less --reserve {machine.reserve:g}; give more --gpus, a larger --gpu, "
-        "or a smaller --micro-batch-size or --seq-length"
+        f"{machine.memory:g} GiB less --reserve {machine.reserve:g}; give more --gpus, a larger "
+        "--gpu, or a smaller --micro-batch-size or --seq-length"
     )

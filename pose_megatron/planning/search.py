@@ -9,7 +9,7 @@ from pose_megatron.planning.gpus import NODE, Rates
 from pose_megatron.planning.plan import Job, layout_of
 from pose_megatron.planning.prediction import Prediction
 
-MOST_STAGES = 16
+MOST_STAGES = 32
 RECOMPUTE_ALL = {
     "recompute_granularity": "full",
     "recompute_method": "uniform",
@@ -37,7 +37,7 @@ def search(
 
     They are tried from those that divide the model least; a layout whose weights, gradients and
     optimizer alone are too large is not run. The search ends with the size of model parallelism at
-    which `count` layouts have been found, as larger ones send more.
+    which `count` layouts have been found and one of them recomputes nothing: larger ones send more.
 
     Args:
         start: its other flags hold for all; the distributed optimizer is on, and sequence
@@ -58,7 +58,7 @@ def search(
             stages = job.ends()
             if (peak := max(stage.peak for stage in stages)) <= room:
                 found.append(Found(job, peak, job.predict(stages, rates)))
-        if len(found) >= count:
+        if len(found) >= count and not all(_recomputes(layout.job) for layout in found):
             break
     return sorted(found, key=lambda layout: layout.prediction.step)[:count], tried
 
@@ -87,6 +87,10 @@ def _candidates(start: Job) -> Iterator[Job]:
                 )
             except ConfigError:  # it does not divide
                 break
+
+
+def _recomputes(job: Job) -> bool:
+    return job.run.args.training.recompute_granularity is not None
 
 
 def _size(job: Job) -> int:

@@ -40,14 +40,9 @@ class Work:
     def beyond(self, other: "Work", share: float) -> "Work":
         """On the line from `other` through this, `share` of its length further."""
         return Work(
-            *(
-                here + share * (here - there)
-                for here, there in (
-                    (self.gemm, other.gemm),
-                    (self.attention, other.attention),
-                    (self.moved, other.moved),
-                )
-            ),
+            self.gemm + share * (self.gemm - other.gemm),
+            self.attention + share * (self.attention - other.attention),
+            self.moved + share * (self.moved - other.moved),
             {axis: n + share * (n - other.sent[axis]) for axis, n in self.sent.items()},
         )
 
@@ -147,15 +142,16 @@ def measure(run: Run, layout: Layout, world_size: int, number: int) -> Stage:
     batch, reduction, update = (
         _work(meters, phase, axes) for phase in ("batches", "reduction", "update")
     )
-    # What --overlap-grad-reduce and --overlap-param-gather send between layers is once a step, too.
-    once = {axis: batch.sent[axis] for axis in ("data", "expert") if axis == "data"}
+    # With the flags that overlap them, gradients and weights travel between the micro-batches.
+    once = batch.sent["data"]
     step = Work(
         reduction.gemm + update.gemm,
         0,
         reduction.moved + update.moved,
-        {axis: reduction.sent[axis] + update.sent[axis] + once.get(axis, 0) for axis in AXES},
+        {axis: reduction.sent[axis] + update.sent[axis] for axis in AXES},
     )
-    sent = {axis: (0 if axis in once else n / batches) for axis, n in batch.sent.items()}
+    step.sent["data"] += once
+    sent = {axis: n / batches for axis, n in batch.sent.items()} | {"data": 0.0}
     batch = Work(batch.gemm / batches, batch.attention / batches, batch.moved / batches, sent)
     return Stage(number, parameters, memory, batch, step)
 
@@ -215,7 +211,10 @@ def _axes() -> dict[str, str]:
     groups = {
         "tensor": [state.get_tensor_model_parallel_group()],
         "context": [state.get_context_parallel_group()],
-        "pipeline": [state.get_pipeline_model_parallel_group()],
+        "pipeline": [
+            state.get_pipeline_model_parallel_group(),
+            state.get_embedding_group(check_initialized=False),  # of tied embeddings
+        ],
         "data": [
             state.get_data_parallel_group(),
             state.get_data_parallel_group(with_context_parallel=True),
@@ -226,7 +225,8 @@ def _axes() -> dict[str, str]:
             state.get_expert_tensor_and_model_parallel_group(),
         ],
     }
-    return {group.group_name: axis for axis, found in groups.items() for group in found}
+    named = {group.group_name: axis for axis, found in groups.items() for group in found if group}
+    return named | {"pipeline": "pipeline"}
 
 
 def _work(meters: Meters, phase: str, axes: dict[str, str]) -> Work:

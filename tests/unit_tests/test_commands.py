@@ -19,6 +19,7 @@ TOOLS = {
     "convert": "checkpoint/convert.py",
     "verify": "checkpoint/verify.py",
     "inspect": "checkpoint/checkpoint_inspector.py",
+    "plan": "plan.py",
     "evaluate-perplexity": "evaluate_perplexity.py",
     "evaluate-passkey": "evaluate_passkey.py",
     "evaluate-ruler": "evaluate_ruler.py",

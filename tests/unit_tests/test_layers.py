@@ -21,6 +21,7 @@ ROOMS = [
     "data",
     "checkpoints",
     "training",
+    "planning",
     "evaluation",
     "megatron",
     "commands",
@@ -145,6 +146,7 @@ def test_no_file_outgrows_its_noun(path):
         ("commands.convert", {"torch", "megatron", "transformers"}),
         ("commands.verify", {"torch", "megatron", "transformers"}),
         ("commands.inspect_checkpoint", {"torch", "megatron", "transformers"}),
+        ("commands.plan", {"torch", "megatron", "transformers"}),
         ("checkpoints.convert", {"megatron", "transformers", "torch.distributed.checkpoint"}),
     ],
 )
