@@ -29,6 +29,7 @@ class Meters(TorchDispatchMode):
         phase: what the trainer is doing; counts are kept apart by it.
         vocabulary: this rank's share of it; tensors of that width are logits. None: no such layer.
         memory: of all tensors.
+        moments: {phase that is over: what the memory held where it was fullest}.
         gemm, attention: {phase: FLOPs}.
         moved: {phase: bytes that other operators read and write}.
         sent: {(phase, name of the process group, or `pipeline` for the next stage): bytes that this
@@ -40,10 +41,17 @@ class Meters(TorchDispatchMode):
         self.phase = "setup"
         self.vocabulary: int | None = None
         self.memory = Ledger()
+        self.moments: dict[str, dict[str, int]] = {}
         self.gemm: Counter[str] = Counter()
         self.attention: Counter[str] = Counter()
         self.moved: Counter[str] = Counter()
         self.sent: Counter[tuple[str, str]] = Counter()
+
+    def enter(self, phase: str) -> None:
+        """Begins a phase."""
+        self.moments[self.phase] = self.memory.fullest
+        self.memory.restart()
+        self.phase = phase
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}

@@ -105,6 +105,18 @@ def job(args: Arguments, model: ModelConfig, world_size: int) -> Job:
             f"--transformer-impl {impl} cannot be planned, as its kernels need a GPU: plan with "
             "--transformer-impl torch, which holds more"
         )
+    t = args.training
+    again = [name for name in t.recompute_modules if name not in ("core_attn", "mlp")]
+    if t.recompute_granularity == "selective" and again:
+        raise ConfigError(
+            f"--recompute-modules {again[0]} cannot be planned, as it needs Transformer Engine: "
+            "plan with core_attn and mlp, or with --recompute-granularity full"
+        )
+    if model.num_experts is not None:
+        raise ConfigError(
+            f"--num-experts {model.num_experts} cannot be planned: how many tokens an expert gets "
+            "depends on the text; plan a dense model of the same width for the rest"
+        )
     if not (args.training.train_iters or args.training.train_samples):
         args = _with(args, {"train_iters": 1000, "lr_warmup_iters": 0})  # memory knows no length
     layout = lay_out(args, model, world_size)

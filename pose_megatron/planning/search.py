@@ -98,9 +98,9 @@ def _size(job: Job) -> int:
 
 
 def _least(job: Job) -> float:
-    """Bytes that the mean stage of a dense bfloat16 model holds at the very least."""
+    """Bytes that the mean stage of a bfloat16 model holds at the very least."""
     run, dp = job.run, job.layout.data_parallel_size * job.run.args.parallel.context_parallel_size
-    if run.model.num_experts is not None or not run.args.training.bf16:
+    if not run.args.training.bf16:
         return 0
     p = run.args.parallel
     ranks = p.tensor_model_parallel_size * p.pipeline_model_parallel_size

@@ -18,6 +18,7 @@ from pose_megatron.training.step import train_step
 from pose_megatron.training.trainer import Trainer, setup
 
 PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "update")
+PHASES = ("batches", "reduction", "update")  # of a step
 AXES = ("tensor", "context", "pipeline", "data", "expert")
 FEW = (2, 3)  # layers in each model chunk of a sketch
 
@@ -54,17 +55,22 @@ class Stage:
     Attributes:
         number: the stage's, from 0.
         parameters: on this rank.
-        memory: {part of PARTS: bytes} at the step's fullest moment; `update` is what the optimizer
-            needs in passing, when that is where the moment lies.
+        moments: {phase of PHASES: {part of PARTS: bytes}}, where it is fullest; `update` is what
+            the optimizer needs in passing.
         batch: work of one micro-batch, forward and backward.
         step: work of the gradients' reduction and the update, once a step.
     """
 
     number: int
     parameters: int
-    memory: dict[str, int]
+    moments: dict[str, dict[str, int]]
     batch: Work
     step: Work
+
+    @property
+    def memory(self) -> dict[str, int]:
+        """{part: bytes} at the fullest moment of the step."""
+        return max(self.moments.values(), key=lambda parts: sum(parts.values()))
 
     @property
     def peak(self) -> int:
@@ -76,15 +82,21 @@ class Stage:
         return Stage(
             self.number,
             self.parameters + round(share * (self.parameters - other.parameters)),
-            {part: n + round(share * (n - other.memory[part])) for part, n in self.memory.items()},
+            {
+                phase: {
+                    part: n + round(share * (n - other.moments[phase][part]))
+                    for part, n in memory.items()
+                }
+                for phase, memory in self.moments.items()
+            },
             self.batch.beyond(other.batch, share),
             self.step.beyond(other.step, share),
         )
 
 
 def sketch(run: Run, layout: Layout, world_size: int, number: int) -> Stage:
-    """What `measure` returns, from two runs of FEW layers in each model chunk: all else is linear
-    in the layers, as long as the fullest moment does not move."""
+    """What `measure` returns, from two runs of FEW layers in each model chunk: all of it is linear
+    in the layers, memory phase by phase."""
     p, layers = run.args.parallel, run.model.num_layers
     pp = p.pipeline_model_parallel_size
     chunks = p.virtual_pipeline_size(layers) or 1
@@ -133,15 +145,15 @@ def measure(run: Run, layout: Layout, world_size: int, number: int) -> Stage:
         data = [itertools.repeat(tokens) for _ in trainer.models]
         for model in trainer.models:
             model.train()
-        meters.phase = "batches"
-        meters.memory.restart()
+        meters.enter("batches")
         train_step(trainer, data if len(data) > 1 else data[0])
+        meters.enter("end")
         axes = _axes()
         parameters = sum(t.numel() for stage in trainer.stages for t in stage.parameters())
-        memory = {part: meters.memory.fullest.get(part, 0) for part in PARTS}
-    batch, reduction, update = (
-        _work(meters, phase, axes) for phase in ("batches", "reduction", "update")
-    )
+    moments = {
+        phase: {part: meters.moments[phase].get(part, 0) for part in PARTS} for phase in PHASES
+    }
+    batch, reduction, update = (_work(meters, phase, axes) for phase in PHASES)
     # With the flags that overlap them, gradients and weights travel between the micro-batches.
     once = batch.sent["data"]
     step = Work(
@@ -153,7 +165,7 @@ def measure(run: Run, layout: Layout, world_size: int, number: int) -> Stage:
     step.sent["data"] += once
     sent = {axis: n / batches for axis, n in batch.sent.items()} | {"data": 0.0}
     batch = Work(batch.gemm / batches, batch.attention / batches, batch.moved / batches, sent)
-    return Stage(number, parameters, memory, batch, step)
+    return Stage(number, parameters, moments, batch, step)
 
 
 def _micro_batches(run: Run, layout: Layout) -> int:
@@ -194,11 +206,11 @@ def _mark_phases(trainer: Trainer, meters: Meters) -> None:
     reduce, prepare = core.finalize_model_grads_func, optimizer.prepare_grads
 
     def reduction(*args, **kwargs):
-        meters.phase = "reduction"
+        meters.enter("reduction")
         return reduce(*args, **kwargs)
 
     def update(*args, **kwargs):
-        meters.phase = "update"
+        meters.enter("update")
         return prepare(*args, **kwargs)
 
     core.finalize_model_grads_func = reduction

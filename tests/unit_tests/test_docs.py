@@ -150,7 +150,8 @@ def known_flags(program: str) -> set[str]:
         [sys.executable, program, "--help"], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True
     )
     own = set(FLAG.findall(help.stdout))
-    return own | known_flags("pretrain_pose.py") if "materialize" in program else own
+    takes_a_runs = program in ("tools/materialize_positions.py", "tools/plan.py")
+    return own | known_flags("pretrain_pose.py") if takes_a_runs else own
 
 
 def commands(page: Path) -> list[tuple[str, list[str]]]:

@@ -73,6 +73,7 @@ ALLOCATED = {
 SMALL = [*llama(8, 64, 128, 4, 300), "--seq-length", "64", "--global-batch-size", "8"]
 PIPELINED = [*SMALL, "--pipeline-model-parallel-size", "2"]
 TIED = [word for word in SMALL if not word.startswith("--untie")]
+ALONE = [word for word in SMALL if word != "--use-distributed-optimizer"]
 CASES = {name: plan for name, (plan, _) in ALLOCATED.items()} | {
     "sketch": {"gpus": 4, "flags": PIPELINED},
     "whole": {"gpus": 4, "flags": PIPELINED, "whole": True},
@@ -81,6 +82,8 @@ CASES = {name: plan for name, (plan, _) in ALLOCATED.items()} | {
         "flags": [*PIPELINED, "--num-layers-per-virtual-pipeline-stage", "2"],
         "whole": True,
     },
+    "update sketch": {"gpus": 1, "flags": [*ALONE, *FULL.split()]},
+    "update": {"gpus": 1, "flags": [*ALONE, *FULL.split()], "whole": True},
     "tied": {"gpus": 1, "flags": TIED, "whole": True},
     "tied, pipelined": {
         "gpus": 2,
@@ -183,11 +186,18 @@ def test_context_parallel_traffic_by_hand(found):
     assert stage["sent"]["context"] == 2 * gathered / 2  # and their gradients; a ring of two
 
 
-def test_a_sketch_comes_to_what_all_layers_come_to(found):
-    for sketched, whole in zip(found["sketch"], found["whole"], strict=True):
+@pytest.mark.parametrize("sketch, all_layers", [("sketch", "whole"), ("update sketch", "update")])
+def test_a_sketch_comes_to_what_all_layers_come_to(found, sketch, all_layers):
+    for sketched, whole in zip(found[sketch], found[all_layers], strict=True):
         assert sketched["parameters"] == whole["parameters"]
         for name in ("peak", "gemm", "attention"):
             assert sketched[name] == pytest.approx(whole[name], rel=0.002), name
+
+
+def test_the_optimizer_needs_another_float32_of_each_weight_in_passing(found):
+    (stage,) = found["update"]
+    # AdamW's denominator, of all weights at once
+    assert stage["memory"]["update"] == pytest.approx(4 * stage["parameters"], rel=0.02)
 
 
 def test_an_interleaved_pipeline_holds_more(found):
@@ -229,6 +239,15 @@ def test_a_layout_that_does_not_divide_is_refused():
         job(args, model_of(args), 3)
     args = parse([*SMALL, "--transformer-impl", "transformer_engine"], trains=False)
     with pytest.raises(ConfigError, match="--transformer-impl torch"):
+        job(args, model_of(args), 1)
+    args = parse(
+        [*SMALL, *"--recompute-granularity selective --recompute-modules layernorm".split()],
+        trains=False,
+    )
+    with pytest.raises(ConfigError, match="--recompute-modules layernorm cannot be planned"):
+        job(args, model_of(args), 1)
+    args = parse([*SMALL, "--num-experts", "4"], trains=False)
+    with pytest.raises(ConfigError, match="--num-experts 4 cannot be planned"):
         job(args, model_of(args), 1)
 
 
