@@ -8,7 +8,7 @@ from typing import Any
 
 from pose_megatron.checkpoints.huggingface.config_json import read_config
 from pose_megatron.checkpoints.megatron import directory
-from pose_megatron.config.flags import Arguments, PositionFlags
+from pose_megatron.config.flags import Arguments, CheckpointFlags, DataFlags, PositionFlags
 from pose_megatron.config.layout import Layout, lay_out
 from pose_megatron.config.model import resolve_model
 from pose_megatron.config.sampler import build_sampler
@@ -17,6 +17,7 @@ from pose_megatron.models.shape import ModelConfig
 from pose_megatron.planning.gpus import Rates
 from pose_megatron.planning.prediction import Prediction, predict
 from pose_megatron.planning.stage import AXES, Stage, measure, sketch
+from pose_megatron.preprocessing.tokenizer import build_tokenizer
 from pose_megatron.training.run import Run
 
 GIB = 2**30
@@ -88,9 +89,7 @@ class Job:
     def at_full_length(self) -> "Job":
         """Training on all T tokens of the target window instead, in the same layout; a step has as
         many samples."""
-        args = dataclasses.replace(self.run.args, position=PositionFlags())
-        args = _with(args, {"seq_length": self.run.model.max_position_embeddings})
-        return job(args, self.run.model, self.world_size)
+        return self.changed(seq_length=self.run.model.max_position_embeddings)
 
 
 def job(args: Arguments, model: ModelConfig, world_size: int) -> Job:
@@ -117,6 +116,11 @@ def job(args: Arguments, model: ModelConfig, world_size: int) -> Job:
             f"--num-experts {model.num_experts} cannot be planned: how many tokens an expert gets "
             "depends on the text; plan a dense model of the same width for the rest"
         )
+    # What is read and written, and where positions are, takes no memory, and need not be there.
+    data = DataFlags(seq_length=args.data.seq_length)
+    args = dataclasses.replace(
+        args, data=data, position=PositionFlags(), checkpoint=CheckpointFlags()
+    )
     if not (args.training.train_iters or args.training.train_samples):
         args = _with(args, {"train_iters": 1000, "lr_warmup_iters": 0})  # memory knows no length
     layout = lay_out(args, model, world_size)
@@ -143,7 +147,11 @@ def model_of(args: Arguments) -> ModelConfig:
             loaded = read_config(folder, divisor or 128)
         else:
             loaded = directory.find(load).model
-    return resolve_model(args.model, args.data.seq_length, loaded, None)
+    vocabulary = None
+    if args.data.tokenizer_model:
+        tokenizer = build_tokenizer(args.data.tokenizer_type, args.data.tokenizer_model)
+        vocabulary = tokenizer.vocab_size
+    return resolve_model(args.model, args.data.seq_length, loaded, vocabulary)
 
 
 def _with(args: Arguments, flags: dict[str, Any]) -> Arguments:
