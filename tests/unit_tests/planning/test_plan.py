@@ -241,10 +241,10 @@ def test_a_layout_that_does_not_divide_is_refused():
     with pytest.raises(ConfigError, match="--transformer-impl torch"):
         job(args, model_of(args), 1)
     args = parse(
-        [*SMALL, *"--recompute-granularity selective --recompute-modules layernorm".split()],
+        [*SMALL, *"--recompute-granularity selective --recompute-modules moe_act".split()],
         trains=False,
     )
-    with pytest.raises(ConfigError, match="--recompute-modules layernorm cannot be planned"):
+    with pytest.raises(ConfigError, match="--recompute-modules moe_act cannot be planned"):
         job(args, model_of(args), 1)
     args = parse([*SMALL, "--num-experts", "4"], trains=False)
     with pytest.raises(ConfigError, match="--num-experts 4 cannot be planned"):
