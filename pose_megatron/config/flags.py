@@ -146,6 +146,9 @@ class ModelFlags(Flags):
         "losses, same checkpoints",
         ("gpt", "hybrid"),
     )
+    bias_swiglu_fusion: bool = flag(
+        True, "fuse SwiGLU on GPUs, which keeps its input only for the backward pass"
+    )
     fused_rotary: str = flag(
         "auto",
         "rotate queries and keys by one kernel, forward and backward; auto: wherever there is a "

@@ -72,7 +72,6 @@ FACTS = {
     "attention_softmax_in_fp32": Fact((True,), "softmax is computed in float32"),
     "masked_softmax_fusion": Fact((False,), "the attention kernel masks by itself"),
     "bias_gelu_fusion": Fact((False,), "the MLP has no GELU"),
-    "bias_swiglu_fusion": Fact((False,), "only --transformer-impl transformer_engine fuses SwiGLU"),
     "bias_dropout_fusion": Fact((False,), _NO_DROPOUT),
     "rope_fusion": Fact((False,), _UNFUSED),
     "persist_layer_norm": Fact((False,), "norms use no persistent kernel"),

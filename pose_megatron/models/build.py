@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
@@ -27,6 +28,7 @@ def transformer_config(
     bf16: bool = False,
     transformer_impl: str = "torch",
     attention_backend: str = "auto",
+    bias_swiglu_fusion: bool = True,
     model_class: str = "gpt",
     tensor_model_parallel_size: int = 1,
     pipeline_model_parallel_size: int = 1,
@@ -43,6 +45,8 @@ def transformer_config(
         model: shape and rope.
         transformer_impl: `torch` or `transformer_engine`.
         attention_backend: of Transformer Engine: `auto`, `flash`, `fused` or `unfused`.
+        bias_swiglu_fusion: whether a GPU runs SwiGLU as one kernel each way. A CPU does not:
+            uncompiled, its backward pass would round every step to the weights' precision.
         model_class: `gpt`, or `hybrid`, which has two layers for each of the model's.
         sequence_parallel: has no effect on one tensor rank.
         moe_aux_loss_coeff: weight of the loss that spreads the tokens over the experts.
@@ -50,7 +54,8 @@ def transformer_config(
     """
     dtype = torch.bfloat16 if bf16 else torch.float32
     interleaved = virtual_pipeline_model_parallel_size is not None
-    fusions = transformer_impl == "transformer_engine"
+    family = family_named(model.family)
+    swiglu = family.gated_mlp and family.activation is F.silu
     experts: dict[str, Any] = {}
     if model.num_experts is not None:
         experts = {
@@ -67,7 +72,7 @@ def transformer_config(
     if recompute.get("recompute_num_layers"):
         recompute["recompute_num_layers"] *= layers
     return TransformerConfig(
-        **family_named(model.family).transformer_settings(),
+        **family.transformer_settings(),
         num_layers=layers * model.num_layers,
         hidden_size=model.hidden_size,
         ffn_hidden_size=model.ffn_hidden_size,
@@ -100,7 +105,7 @@ def transformer_config(
         # every layout has the same gradient.
         calculate_per_token_loss=True,
         finalize_model_grads_func=finalize_model_grads,
-        bias_activation_fusion=fusions,
+        bias_activation_fusion=bias_swiglu_fusion and swiglu and device().type != "cpu",
         masked_softmax_fusion=False,
         bias_dropout_fusion=False,
         persist_layer_norm=False,

@@ -56,7 +56,7 @@ FREE = (
     *_names(LoggingFlags),
     *("data_args_path", "data_cache_path", "num_workers", "init_method_std"),
     *("transformer_impl", "attention_backend", "model_class", "fused_rotary"),
-    *("exit_duration_in_mins", "max_skipped_iterations"),
+    *("bias_swiglu_fusion", "exit_duration_in_mins", "max_skipped_iterations"),
     *("loss_spike_factor", "recompute_granularity", "recompute_method"),
     *("recompute_num_layers", "recompute_modules", "overlap_grad_reduce"),
     *("overlap_param_gather", "device", "distributed_timeout_minutes"),

@@ -44,7 +44,6 @@ PAIRS = [
     ("--use-flash-attn", "--no-use-flash-attn", "fused kernels"),
     ("--attention-softmax-in-fp32", "--no-attention-softmax-in-fp32", "in float32"),
     ("--no-rope-fusion", "--rope-fusion", "--fused-rotary says whether"),
-    ("--no-bias-swiglu-fusion", "--bias-swiglu-fusion", "transformer_engine"),
     ("--optimizer adam", "--optimizer sgd", "the optimizer is Adam"),
     ("--ckpt-format torch_dist", "--ckpt-format zarr", "written as torch_dist"),
     ("--distributed-backend gloo", "--distributed-backend mpi", "nccl on GPUs"),

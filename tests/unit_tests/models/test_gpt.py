@@ -14,6 +14,7 @@ from megatron.core.transformer.module import Float16Module
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pose_megatron.config.arguments import parse
+from pose_megatron.models import build
 from pose_megatron.models.build import build_model, initialize, transformer_config
 from pose_megatron.models.gpt import PoseGPTModel, install_pose, softmax_scale
 from pose_megatron.models.shape import ModelConfig
@@ -286,6 +287,30 @@ def test_install_pose_makes_of_a_stock_model_the_same(method):
     assert list(theirs.state_dict()) == list(mine.state_dict())
     again = install_pose(theirs, model.rope_scaling)
     assert again is theirs and far(logits(again, SKIPPED), logits(mine, SKIPPED)) < 1e-5
+
+
+# What a GPU fuses.
+
+
+def test_swiglu_as_a_gpu_fuses_it_has_the_losses_and_gradients_of_its_pieces(monkeypatch):
+    model = shape("yarn", groups=2)
+    pieces = ours(model)
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "device", lambda: torch.device("cuda"))
+        config = transformer_config(model)
+        assert not transformer_config(model, bias_swiglu_fusion=False).bias_activation_fusion
+        other = shape(family="gptj", rotary_percent=0.5, kv_channels=16)
+        assert not transformer_config(other).bias_activation_fusion  # no gate, no SiLU
+    assert config.bias_activation_fusion and not transformer_config(model).bias_activation_fusion
+    fused = vivid(build_model(config, model))
+    losses = [one(TOKENS, SKIPPED, None, labels=TOKENS) for one in (fused, pieces)]
+    assert far(*losses) < 1e-5
+    for loss in losses:
+        loss.mean().backward()
+    wanted = dict(pieces.named_parameters())
+    for name, parameter in fused.named_parameters():
+        error = (parameter.grad - wanted[name].grad).norm() / wanted[name].grad.norm()
+        assert error < 1e-5, name
 
 
 # Guards.

@@ -43,8 +43,9 @@ PARAMETERS = {"7B": 6_738_415_616, "8B": 8_030_261_248, "70B": 70_553_706_496}
 NORMS = {"7B": 65 * 4096, "8B": 65 * 4096, "70B": 161 * 8192}  # on every tensor-parallel rank
 
 
-def case(size, gpus, window, tp=1, pp=1, more=""):
+def case(size, gpus, window, tp=1, pp=1, more="", fused=False):
     words = [*SIZES[size], "--seq-length", str(window), *more.split()]
+    words += [] if fused else ["--no-bias-swiglu-fusion"]
     if tp > 1:
         words += ["--tensor-model-parallel-size", str(tp), "--sequence-parallel"]
     if pp > 1:
@@ -56,6 +57,7 @@ FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-
 # {case: (how to plan it, GiB of the fullest stage)}
 ALLOCATED = {
     "8B tp2 8k": (case("8B", 8, 8192, tp=2), 62.30),
+    "8B tp2 8k, SwiGLU fused": (case("8B", 8, 8192, tp=2, fused=True), 55.30),
     "8B 4k": (case("8B", 8, 4096), 84.5),
     "8B 4k mlp": (
         case("8B", 8, 4096, more="--recompute-granularity selective --recompute-modules mlp"),
