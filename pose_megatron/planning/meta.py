@@ -129,6 +129,7 @@ def one_rank(rank: int, world_size: int, sizes: dict) -> Iterator[None]:
         ConfigError: this process is a rank of a real job.
     """
     from megatron.core import parallel_state
+    from megatron.core.fusions import fused_bias_swiglu
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     from pose_megatron.models import attention
@@ -144,6 +145,11 @@ def one_rank(rank: int, world_size: int, sizes: dict) -> Iterator[None]:
         (dist, "batch_isend_irecv"): _one_by_one,  # no fake group has the meta device for its own
         # The mask of context parallelism, a subclass of tensors: attention is causal here anyway.
         (attention, "causal_lower_right"): lambda queries, keys: None,
+        # One kernel each way, which a compiler makes: operators that read and write as much.
+        (fused_bias_swiglu, "swiglu"): lambda x: torch.ops.aten.glu(x, -1),
+        (fused_bias_swiglu, "swiglu_back"): lambda grad, x: torch.ops.aten.glu_backward(
+            grad, x, -1
+        ),
         # AdamW takes the same path as on a GPU.
         (
             importlib.import_module("torch.optim.optimizer"),
