@@ -113,9 +113,11 @@ class Reproduction:
     def trainer(self, save: str, family: str, window: int, batch: int, seed: int) -> list[str]:
         profile = self.profile
         micro = max(min(profile.micro_batch, batch // profile.ranks), 1)
+        launch = ["torchrun", "--standalone", "--nproc-per-node", str(profile.ranks)]
+        if profile.ranks == 1:  # needs no launcher, which takes seconds to start
+            launch = ["python"]
         return [
-            *("torchrun", "--standalone", "--nproc-per-node", str(profile.ranks)),
-            *("pretrain_pose.py", "--load", save, "--save", save, "--save-retain", "1"),
+            *(*launch, "pretrain_pose.py", "--load", save, "--save", save, "--save-retain", "1"),
             *("--data-path", *self.text(family), "--split", "100,0,0", "--num-workers", "0"),
             *("--tokenizer-model", self.tokenizer, "--seq-length", str(window)),
             *("--micro-batch-size", str(micro), "--global-batch-size", str(batch)),

@@ -49,7 +49,9 @@ def test_every_command_is_one_that_the_tools_take(root, profile, own, trainings)
     done = dry_run(root, "--profile", profile, *own)
     assert done.returncode == 0, done.stderr
     lines = [shlex.split(line) for line in done.stdout.splitlines()]
-    trained = [line[line.index("pretrain_pose.py") + 1 :] for line in lines if "torchrun" in line]
+    trained = [
+        line[line.index("pretrain_pose.py") + 1 :] for line in lines if "pretrain_pose.py" in line
+    ]
     assert len(trained) == trainings
     for words in trained:
         flags = arguments.parse(words)
