@@ -5,14 +5,13 @@ names and meanings are Megatron-LM's wherever it has one: `--seq-length` is the 
 `--max-position-embeddings` the target window T.
 """
 
-from collections.abc import Collection
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from typing import Any
 
-from pose_megatron.errors import ConfigError, flag_name
+from pose_megatron.config.flag import Flags, flag
 from pose_megatron.positions.laws import CONTENTS, SAMPLERS, SKIP_LAWS
 from pose_megatron.rope.names import METHOD_NAMES
-from pose_megatron.runtime.ranges import LARGEST_INT32, LARGEST_SEED, Range, real, whole
+from pose_megatron.runtime.ranges import LARGEST_INT32, LARGEST_SEED, real, whole
 from pose_megatron.runtime.startup import DEVICES
 
 LR_DECAY_STYLES = ("constant", "linear", "cosine", "inverse-square-root", "WSD")
@@ -21,43 +20,6 @@ LR_DECAY_STYLES = ("constant", "linear", "cosine", "inverse-square-root", "WSD")
 _SIZE = whole(1, LARGEST_INT32)
 _TINY = 1e-37  # an epsilon that float32 does not round to zero
 _YEAR = 365 * 24 * 60  # minutes
-
-
-def flag(
-    default,
-    help: str,
-    choices: Collection[str] | None = None,
-    nargs: str | int | None = None,
-    within: Range | None = None,
-    in_yaml: type | None = None,
-) -> Any:
-    """A dataclass field that is a flag; `choices` and `nargs` as argparse's.
-
-    Args:
-        within: the numbers that it takes; each numeric flag has them.
-        in_yaml: what its text may be in run.yaml: a list, of what stands between commas, or a dict,
-            for a JSON object.
-    """
-    metadata: dict[str, Any] = {"help": help, "choices": choices, "nargs": nargs}
-    metadata |= {"within": within, "in_yaml": in_yaml}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
-class Flags:
-    """A group of flags.
-
-    Raises:
-        ConfigError: a number is outside its flag's range.
-    """
-
-    def __post_init__(self):
-        for f in fields(self):  # type: ignore[arg-type]  # the groups are dataclasses
-            value, within = getattr(self, f.name), f.metadata["within"]
-            for number in value if isinstance(value, list) else [value]:
-                if within and number is not None and (fault := within.fault(number)):
-                    raise ConfigError(f"{flag_name(f.name)} {fault}")
 
 
 @dataclass(frozen=True)

@@ -104,6 +104,18 @@ def test_killed_ranks_start_again(one_node, tmp_path, stdlib_corpus):
     check_losses(job.losses(), one_node)
 
 
+def wait_for(port: int) -> None:
+    """Until something listens there."""
+    end = time.monotonic() + PATIENCE
+    while time.monotonic() < end:
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+            return
+        except OSError:
+            time.sleep(0.1)
+    raise TimeoutError(f"nothing listens at port {port}")
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="kills what only Linux ends with its parent")
 def test_a_node_is_killed_and_replaced(one_node, tmp_path, stdlib_corpus):
     with socket.socket() as free:
@@ -126,7 +138,7 @@ def test_a_node_is_killed_and_replaced(one_node, tmp_path, stdlib_corpus):
     # Without it, an agent that joins later waits for an address that nobody sends (torch 2.13).
     job = Job(tmp_path, stdlib_corpus, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
     host = job.agent(*launch)
-    time.sleep(2)  # it keeps the rendezvous
+    wait_for(port)  # the first agent keeps the rendezvous
     lost = job.agent(*launch)
     while len(job.losses()) < 40:
         assert host.poll() is lost.poll() is None

@@ -44,13 +44,14 @@ def said(capsys, house, carried="checkpoint/tokenizer", data=None, tokenizer=Non
         tokenizer_type="HuggingFaceTokenizer",
         tokenizer_model=tokenizer and str(house / tokenizer),
     )
-    target = SimpleNamespace(name="model", lengths=[], tokenizer=house / carried)
+    target = SimpleNamespace(name="model", lengths=[], tokenizer=house / carried, bf16=False)
     target.model = SimpleNamespace(rope_scaling="none")
     introduce(flags, target)
     if tokenizer or target.tokenizer.is_dir():
         open_tokenizer(flags, target)
-    first, *lines = capsys.readouterr().out.splitlines()
-    assert first == "model: rope scaling none" and len(lines) < 2
+    precision, rope, *lines = capsys.readouterr().out.splitlines()
+    assert precision.startswith("model: in float32 on ")
+    assert rope == "model: rope scaling none" and len(lines) < 2
     return "".join(lines)
 
 

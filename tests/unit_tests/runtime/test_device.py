@@ -63,6 +63,7 @@ def test_a_pytorch_without_cuda_beside_a_gpu_says_so(a_gpu, monkeypatch):
 @without_cuda
 @pytest.mark.parametrize("built", [None, "13.0"])
 def test_cuda_that_was_asked_for_and_is_not_there_is_refused(monkeypatch, built):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(torch.version, "cuda", built)
     with pytest.raises(ConfigError, match="--device cuda: PyTorch .* or take --device cpu"):
         choose_device("cuda")

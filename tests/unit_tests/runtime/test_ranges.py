@@ -161,6 +161,7 @@ def test_the_plugins_flags_have_ranges_too():
             rope_scaling_factor=None,
             rope_scaling_config=None,
             original_max_position_embeddings=None,
+            fused_rotary=None,
             seed=1,
         )
         setattr(args, name, options(FIELDS[name])["type"]("-1"))
