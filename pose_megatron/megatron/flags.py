@@ -119,5 +119,5 @@ def model_flags_of(args: argparse.Namespace) -> ModelFlags:
         rope_scaling_factor=args.rope_scaling_factor,
         rope_scaling_config=args.rope_scaling_config,
         original_max_position_embeddings=args.original_max_position_embeddings,
-        **({"fused_rotary": args.fused_rotary} if args.fused_rotary else {}),
+        fused_rotary=getattr(args, "fused_rotary", None) or "auto",
     )
