@@ -55,6 +55,13 @@ def pytest_report_header(config) -> str:
     return f"== Python {python}, torch {torch.__version__}, megatron-core {core}: {tests}"
 
 
+def pytest_collection_modifyitems(items) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     """The repository."""

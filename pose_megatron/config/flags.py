@@ -111,6 +111,11 @@ class ModelFlags(Flags):
     bias_swiglu_fusion: bool = flag(
         True, "fuse SwiGLU on GPUs, which keeps its input only for the backward pass"
     )
+    gradient_accumulation_fusion: bool = flag(
+        True,
+        "with --bf16 on GPUs, add up gradients of weights in float32 by the product that computes "
+        "them, without Transformer Engine",
+    )
     fused_rotary: str = flag(
         "auto",
         "rotate queries and keys by one kernel, forward and backward; auto: wherever there is a "

@@ -75,7 +75,6 @@ FACTS = {
     "bias_dropout_fusion": Fact((False,), _NO_DROPOUT),
     "rope_fusion": Fact((False,), _UNFUSED),
     "persist_layer_norm": Fact((False,), "norms use no persistent kernel"),
-    "gradient_accumulation_fusion": Fact((False,), "gradients are added up by themselves"),
     "accumulate_allreduce_grads_in_fp32": Fact((True,), "gradients are reduced in float32"),
     "moe_token_dispatcher_type": Fact(
         ("allgather",), "the ranks of --expert-model-parallel-size gather tokens"

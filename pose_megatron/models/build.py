@@ -15,6 +15,7 @@ from megatron.core.distributed import finalize_model_grads
 from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from pose_megatron.models import weight_gradients
 from pose_megatron.models.families import family_named
 from pose_megatron.models.gpt import PoseGPTModel, PoseModel, softmax_scale
 from pose_megatron.models.shape import ModelConfig
@@ -29,6 +30,7 @@ def transformer_config(
     transformer_impl: str = "torch",
     attention_backend: str = "auto",
     bias_swiglu_fusion: bool = True,
+    gradient_accumulation_fusion: bool = False,
     model_class: str = "gpt",
     tensor_model_parallel_size: int = 1,
     pipeline_model_parallel_size: int = 1,
@@ -47,6 +49,8 @@ def transformer_config(
         attention_backend: of Transformer Engine: `auto`, `flash`, `fused` or `unfused`.
         bias_swiglu_fusion: whether a GPU runs SwiGLU as one kernel each way. A CPU does not:
             uncompiled, its backward pass would round every step to the weights' precision.
+        gradient_accumulation_fusion: whether weight_gradients.py's product adds them up, on a GPU,
+            in bfloat16, with `torch`.
         model_class: `gpt`, or `hybrid`, which has two layers for each of the model's.
         sequence_parallel: has no effect on one tensor rank.
         moe_aux_loss_coeff: weight of the loss that spreads the tokens over the experts.
@@ -55,7 +59,9 @@ def transformer_config(
     dtype = torch.bfloat16 if bf16 else torch.float32
     interleaved = virtual_pipeline_model_parallel_size is not None
     family = family_named(model.family)
+    on_gpu = device().type != "cpu"
     swiglu = family.gated_mlp and family.activation is F.silu
+    accumulates = gradient_accumulation_fusion and on_gpu and bf16 and transformer_impl == "torch"
     experts: dict[str, Any] = {}
     if model.num_experts is not None:
         experts = {
@@ -95,6 +101,7 @@ def transformer_config(
         # Interleaved stages without overlapped sends give wrong numbers, silently.
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
+        batch_p2p_sync=False,  # a wait for the GPU that PyTorch before 2.0 needed
         sequence_parallel=sequence_parallel and tensor_model_parallel_size > 1,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -105,12 +112,12 @@ def transformer_config(
         # every layout has the same gradient.
         calculate_per_token_loss=True,
         finalize_model_grads_func=finalize_model_grads,
-        bias_activation_fusion=bias_swiglu_fusion and swiglu and device().type != "cpu",
+        bias_activation_fusion=bias_swiglu_fusion and swiglu and on_gpu,
         masked_softmax_fusion=False,
         bias_dropout_fusion=False,
         persist_layer_norm=False,
         apply_rope_fusion=False,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=accumulates and weight_gradients.install(),
     )
 
 

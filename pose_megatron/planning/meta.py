@@ -153,7 +153,7 @@ def one_rank(rank: int, world_size: int, sizes: dict) -> Iterator[None]:
         # AdamW takes the same path as on a GPU.
         (
             importlib.import_module("torch.optim.optimizer"),
-            "_get_foreach_kernels_supported_devices",
+            "_get_fused_kernels_supported_devices",
         ): lambda: ["meta"],
     }
     with contextlib.ExitStack() as stack:

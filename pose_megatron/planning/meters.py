@@ -67,7 +67,9 @@ class Meters(TorchDispatchMode):
             self.attention[self.phase] += int(flops * _causal_share(func, args))
         elif kind == "gemm":
             formula = flop_registry[func.overloadpacket]
-            self.gemm[self.phase] += formula(*args, **kwargs, out_val=out)
+            # without a dtype of the result, which the formulas do not know
+            operands = [a for a in args if not isinstance(a, torch.dtype)]
+            self.gemm[self.phase] += formula(*operands, **kwargs, out_val=out)
         elif kind == "memory":
             operands = [*_tensors(args), *_tensors(list(kwargs.values()))]
             self.moved[self.phase] += sum(t.nbytes for t in [*operands, *results])

@@ -22,6 +22,8 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from pose_megatron.config.flags import ParallelFlags, TrainingFlags
 from pose_megatron.config.layout import Layout
+from pose_megatron.runtime.device import device
+from pose_megatron.training.gradient_norm import mend_gradient_norm
 
 
 def build_optimizer(
@@ -29,6 +31,7 @@ def build_optimizer(
 ) -> MegatronOptimizer:
     """Adam over float32 main parameters; weight decay spares the norms."""
     mend_torch_adam()
+    mend_gradient_norm()
     config = OptimizerConfig(
         optimizer="adam",
         lr=t.lr,
@@ -43,7 +46,10 @@ def build_optimizer(
         use_distributed_optimizer=p.use_distributed_optimizer,
         overlap_param_gather=p.overlap_param_gather,
     )
-    return get_megatron_optimizer(config, chunks)
+    optimizer = get_megatron_optimizer(config, chunks)
+    if not distrib_optimizer.HAVE_APEX_OR_TE and device().type != "cpu":
+        fuse(optimizer)
+    return optimizer
 
 
 def build_scheduler(
@@ -76,6 +82,16 @@ def build_scheduler(
         use_checkpoint_opt_param_scheduler=False,
         override_opt_param_scheduler=True,
     )
+
+
+def fuse(optimizer: MegatronOptimizer) -> None:
+    """Has torch's AdamW update each tensor in one pass, without the copies that its loop makes.
+
+    Its `step` is then on the device, too.
+    """
+    for part in parts(optimizer):
+        for group in part.optimizer.param_groups:
+            group.update(fused=True, foreach=False)
 
 
 def parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
@@ -114,7 +130,7 @@ def load(optimizer: MegatronOptimizer, state: dict) -> None:
     That is put into the state: megatron-core 0.19 finds parameter groups by their learning rates.
     """
     group = optimizer.param_groups[0]  # all have the same of these
-    names = ("betas", "eps", "max_lr", "min_lr")
+    names = ("betas", "eps", "max_lr", "min_lr", "fused", "foreach")  # the last two: of the device
     _put({name: group[name] for name in names if name in group}, state)
     optimizer.load_state_dict(state)
 
@@ -137,13 +153,20 @@ def init_optimizer_state(optimizer: MegatronOptimizer) -> None:
         return
     for part in parts(optimizer):
         inner = part.optimizer
-        for parameter in (p for group in inner.param_groups for p in group["params"]):
-            if not inner.state[parameter]:
-                inner.state[parameter] = {
-                    "step": torch.zeros((), dtype=torch.float32),
-                    "exp_avg": torch.zeros_like(parameter),
-                    "exp_avg_sq": torch.zeros_like(parameter),
-                }
+        for group in inner.param_groups:
+            for parameter in group["params"]:
+                if not inner.state[parameter]:
+                    inner.state[parameter] = {
+                        "step": _steps(0, group, parameter),
+                        "exp_avg": torch.zeros_like(parameter),
+                        "exp_avg_sq": torch.zeros_like(parameter),
+                    }
+
+
+def _steps(count: float, group: dict, parameter: torch.Tensor) -> torch.Tensor:
+    """AdamW's `step` of a parameter, where it expects it."""
+    where = parameter.device if group.get("fused") else "cpu"
+    return torch.tensor(float(count), dtype=torch.float32, device=where)
 
 
 @functools.cache
@@ -171,9 +194,11 @@ def mend_torch_adam() -> None:
     def load_with_own_steps(self, state_dict):
         result = load(self, state_dict)
         step = float(state_dict["optimizer"]["param_groups"][0]["step"])
-        for state in self.optimizer.state.values():
-            if "step" in state:
-                state["step"] = torch.tensor(step, dtype=torch.float32)
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                state = self.optimizer.state.get(parameter, {})
+                if "step" in state:
+                    state["step"] = _steps(step, group, parameter)
         return result
 
     DistributedOptimizer._set_main_param_and_optimizer_states = set_state_keeping_step

@@ -157,6 +157,7 @@ def core_transformer_config_from_args(args: Arguments, model: ModelConfig) -> Tr
         transformer_impl=args.model.transformer_impl,
         attention_backend=args.model.attention_backend,
         bias_swiglu_fusion=args.model.bias_swiglu_fusion,
+        gradient_accumulation_fusion=args.model.gradient_accumulation_fusion,
         model_class=args.model.model_class,
         tensor_model_parallel_size=p.tensor_model_parallel_size,
         pipeline_model_parallel_size=p.pipeline_model_parallel_size,

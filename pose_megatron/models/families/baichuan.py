@@ -22,6 +22,8 @@ class _Baichuan(Family):
                 return super().forward(input_, weight, runtime_gather_output)
 
         layer.__class__ = NormalizedLinear
+        # the weight that is multiplied is no parameter, and has no gradient buffer
+        layer.gradient_accumulation_fusion = False
 
     def weight_as_llama(self, name, tensor):
         if name == OUTPUT:

@@ -196,10 +196,9 @@ def test_a_sketch_comes_to_what_all_layers_come_to(found, sketch, all_layers):
             assert sketched[name] == pytest.approx(whole[name], rel=0.002), name
 
 
-def test_the_optimizer_needs_another_float32_of_each_weight_in_passing(found):
+def test_the_optimizer_needs_nothing_in_passing(found):
     (stage,) = found["update"]
-    # AdamW's denominator, of all weights at once
-    assert stage["memory"]["update"] == pytest.approx(4 * stage["parameters"], rel=0.02)
+    assert stage["memory"]["update"] < 0.01 * 4 * stage["parameters"]
 
 
 def test_an_interleaved_pipeline_holds_more(found):

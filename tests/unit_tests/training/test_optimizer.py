@@ -1,0 +1,144 @@
+"""The optimizer as a GPU without Transformer Engine and apex has it."""
+
+import pytest
+import torch
+from megatron.core import parallel_state, utils
+from megatron.core.optimizer import clip_grads
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pose_megatron.checkpoints.megatron import directory
+from pose_megatron.config.arguments import parse
+from pose_megatron.config.layout import lay_out
+from pose_megatron.config.sampler import build_sampler
+from pose_megatron.models.shape import ModelConfig
+from pose_megatron.training.gradient_norm import mend_gradient_norm
+from pose_megatron.training.optimizer import fuse, parts, update
+from pose_megatron.training.run import Run
+from pose_megatron.training.trainer import save, setup
+
+pytestmark = pytest.mark.usefixtures("world")
+
+MODEL = ModelConfig(
+    num_layers=2,
+    hidden_size=32,
+    ffn_hidden_size=64,
+    num_attention_heads=4,
+    num_query_groups=2,
+    kv_channels=8,
+    vocab_size=257,
+    max_position_embeddings=256,
+    untie_embeddings_and_output_weights=True,
+)
+
+
+class Waits(TorchDispatchMode):
+    """How often a number is fetched to the host, where a GPU's would be waited for."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.overloadpacket.__name__ == "_local_scalar_dense"
+        return func(*args, **kwargs or {})
+
+
+def gradients(count=50):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(3, n + 1, generator=generator) * 10 ** (n % 5 - 2) for n in range(count)]
+
+
+def norm(grads):
+    group = parallel_state.get_model_parallel_group()
+    return clip_grads.get_grad_norm_fp32(grads, grad_stats_parallel_group=group)
+
+
+def test_the_norm_of_many_tensors_is_one_wait():
+    mend_gradient_norm()
+    grads = gradients()
+    whole = torch.cat([grad.flatten() for grad in grads]).double().norm().item()
+    with Waits() as waits:
+        found = norm(grads)
+    assert found == pytest.approx(whole, rel=1e-6) and waits.count == 1
+    with Waits() as waits:
+        utils.local_multi_tensor_l2_norm(0, None, [grads], False)
+    assert waits.count  # and what goes on inside torch.tensor() is not seen here
+
+
+def test_clipping_scales_to_the_norm_that_is_asked_for():
+    mend_gradient_norm()
+    parameters = [torch.zeros_like(grad) for grad in gradients()]
+    for parameter, grad in zip(parameters, gradients(), strict=True):
+        parameter.grad = grad
+    before = norm(gradients())
+    clip_grads.clip_grad_by_total_norm_fp32(parameters, 2.0, before)
+    for parameter, grad in zip(parameters, gradients(), strict=True):
+        torch.testing.assert_close(parameter.grad, grad * (2.0 / before), rtol=1e-5, atol=0)
+
+
+def trainer(*words, fused, loaded=None):
+    args = parse(["--train-iters", "4", "--seq-length", "32", "--lr", "0.01", *words])
+    sampler = build_sampler(args, MODEL.max_position_embeddings)
+    run = Run(args, MODEL, sampler, loaded=loaded, resume=loaded is not None)
+    with pytest.MonkeyPatch.context() as patch:
+        if fused:  # a CPU has the operator, too
+            patch.setattr("pose_megatron.training.optimizer.device", lambda: torch.device("cuda"))
+        return setup(run, lay_out(args, MODEL, 1))
+
+
+def step(made, seed):
+    """A step with random gradients; megatron-core's buffers give them to the optimizer."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in made.models[0].parameters():
+        parameter.main_grad.copy_(torch.randn(parameter.shape, generator=generator))
+    update(made.optimizer, clip_grad=1.0, finite=True)
+
+
+def weights(made):
+    return {name: p.detach().clone() for name, p in made.models[0].named_parameters()}
+
+
+def groups(made):
+    return [g for part in parts(made.optimizer) for g in part.optimizer.param_groups]
+
+
+FORMS = [[], ["--use-distributed-optimizer"], ["--bf16"], ["--bf16", "--use-distributed-optimizer"]]
+
+
+@pytest.mark.parametrize("words", FORMS, ids=" ".join)
+def test_fused_adam_takes_the_steps_of_torchs_loop(words):
+    made = {fused: trainer(*words, fused=fused) for fused in (True, False)}
+    start = weights(made[True])
+    for seed in range(3):
+        for each in made.values():
+            step(each, seed)
+    assert all(g["fused"] for g in groups(made[True])) and not any(
+        g["fused"] for g in groups(made[False])
+    )
+    for (name, one), other in zip(
+        weights(made[True]).items(), weights(made[False]).values(), strict=True
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7, msg=name)
+        assert not torch.equal(one, start[name])
+
+
+@pytest.mark.parametrize("words", FORMS, ids=" ".join)
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_checkpoint_goes_on_with_the_other_form(tmp_path, words, fused):
+    words = [*words, "--save", str(tmp_path)]
+    first = trainer(*words, fused=fused)
+    for seed in range(2):
+        step(first, seed)
+    first.iteration = 1
+    save(first)
+    step(first, 2)
+    loaded = directory.find(str(tmp_path))
+    second = trainer(*words, fused=not fused, loaded=loaded)
+    step(second, 2)
+    assert all(bool(g["fused"]) is not fused for g in groups(second))
+    for (name, one), other in zip(weights(first).items(), weights(second).values(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7, msg=name)
+
+
+def test_fuse_names_every_group():
+    made = trainer(fused=False)
+    fuse(made.optimizer)
+    assert [(g["fused"], g["foreach"]) for g in groups(made)] == [(True, False)] * len(groups(made))
