@@ -126,5 +126,6 @@ def machine() -> dict:
     return {
         "date": date.today().isoformat(),
         "device": gpu or f"{platform.machine()} CPU, {os.cpu_count()} cores",
+        "threads": torch.get_num_threads(),
         **{name: version(name) for name in ("torch", "megatron-core", "numpy")},
     }

@@ -8,6 +8,7 @@ from profiles import Profile
 TITLES = {
     "table-1": "Table 1: PoSE beside full length, random positions and plain windows (linear)",
     "figure-2b": "Figure 2b: recall of pairs that stand anywhere in a text",
+    "figure-3": "Figure 3: what a step costs, beside full length",
     "figure-4": "Figure 4: other interpolations and another architecture",
     "table-2": "Table 2: far targets",
     "table-4": "Table 4: which text the later chunks have",

@@ -19,6 +19,7 @@ class Profile:
         documents: held-out ones that are measured, and texts with pairs to recall.
         ranks: processes of a training.
         measure: flags of every measurement.
+        cost: flags of benchmarks/full_length.py.
         vocabulary: tokens of the tokenizer that is trained, 136 of them symbols to recall.
     """
 
@@ -34,6 +35,7 @@ class Profile:
     far: Sequence[int]
     documents: int
     ranks: int = 1
+    cost: Sequence[str] = ("--steps", "5")
     measure: Sequence[str] = ()
     vocabulary: int = 704
 
@@ -68,6 +70,7 @@ PROFILES = {
         extend="--lr 5e-4 --lr-warmup-iters 10 --bf16".split(),
         iters=300,
         measure=("--bf16",),
+        cost="--seq-length 2048 --hidden-size 2048 --steps 5 --extra=--bf16".split(),
         vocabulary=4096,
     ),
     # LLaMA-7B on 8 GPUs, as in the paper; not run, its commands are tested
@@ -88,6 +91,7 @@ PROFILES = {
         documents=20,
         ranks=8,
         measure=("--bf16",),
+        cost="--seq-length 2048 --hidden-size 4096 --steps 5 --extra=--bf16".split(),
     ),
     # seconds: whether all of it works
     "smoke": replace(
@@ -101,5 +105,6 @@ PROFILES = {
         factors=(2, 4),
         far=(8,),
         documents=3,
+        cost="--seq-length 16 --hidden-size 64 --factors 2 4 --steps 2".split(),
     ),
 }

@@ -106,6 +106,13 @@ class Reproduction:
         commands.append([*train, *shape, *profile.base])
         self.step(f"base-{family}", commands)
 
+    def cost(self) -> Path:
+        """What steps cost; nothing else should run meanwhile."""
+        found = self.folder / "cost.json"
+        measure = ["python", "benchmarks/full_length.py", *self.profile.cost]
+        self.step("cost", [[*measure, "--output", str(found)]])
+        return found
+
     def runs(self, experiment: Experiment) -> Iterator["Run"]:
         for seed in self.profile.seeds if experiment.trained else [0]:
             yield Run(self, experiment, seed)
@@ -300,8 +307,10 @@ def main() -> None:
             if isinstance(error, KeyboardInterrupt):
                 raise SystemExit("interrupted; the same command goes on") from None
             raise
+    cost = whole.cost() if "figure-3" in flags.tables else None
     if not flags.dry_run:
-        summary.write(flags.output, profile, {run.results: run.experiment for run in runs})
+        made = {run.results: run.experiment for run in runs}
+        summary.write(flags.output, profile, made, cost)
 
 
 if __name__ == "__main__":

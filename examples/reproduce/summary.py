@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from claims import Claim, claims
+from cost import cost_rows, cost_verdicts
 from experiments import TITLES, Experiment
 from profiles import Profile
 
@@ -21,16 +22,28 @@ from pose_megatron.evaluation.claims import (
 )
 
 
-def write(folder: Path, profile: Profile, runs: Mapping[Path, Experiment]) -> None:
-    """The tables as TABLE.jsonl, verdicts.json, report.html and report.md in the folder."""
+def write(
+    folder: Path, profile: Profile, runs: Mapping[Path, Experiment], cost: Path | None = None
+) -> None:
+    """The tables as TABLE.jsonl, verdicts.json, report.html and report.md in the folder.
+
+    Args:
+        cost: what benchmarks/full_length.py has found.
+    """
     tables = Tables(profile, runs)
-    chapters = {}
-    for table in tables.names:
-        file = folder / f"{table}.jsonl"
-        lines = (json.dumps(row) + "\n" for row in tables.rows(table))
-        file.write_text("".join(lines), encoding="utf-8")
-        chapters[TITLES[table]] = [str(file)]
+    rows = {table: list(tables.rows(table)) for table in tables.names}
     verdicts = [tables.verdict(claim) for claim in claims(profile) if tables.decides(claim)]
+    if cost:
+        found = json.loads(cost.read_text(encoding="utf-8"))
+        rows["figure-3"] = list(cost_rows(found))
+        verdicts += cost_verdicts(found)
+    chapters = {}
+    for table, title in TITLES.items():
+        if table in rows:
+            file = folder / f"{table}.jsonl"
+            lines = (json.dumps(row) + "\n" for row in rows[table])
+            file.write_text("".join(lines), encoding="utf-8")
+            chapters[title] = [str(file)]
     write_verdicts(folder / "verdicts.json", verdicts)
     title = f"The PoSE paper in small: L = {profile.window}"
     page = report.build(chapters, folder / "report.html", title, profile.window, verdicts)

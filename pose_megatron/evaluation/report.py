@@ -24,7 +24,10 @@ TITLES = {
     "perplexity": "Perplexity",
     "passkey": "Passkeys",
     "ruler": "RULER's tasks",
+    "seconds": "Seconds of a step",
+    "memory": "Peak memory of a step, MiB",
 }
+_COST = "Of a training step with one sample, against the length that it is trained for."
 _MEASURED = {
     "by position": "By position: each document goes through once, and its tokens are scored in "
     "bins of position that end at the context lengths. Each bin scores other tokens: compare "
@@ -165,7 +168,7 @@ def _section(
     title: str, anchor: str, curves: Sequence[Curve], metric: str, picture: Path
 ) -> Section:
     measured = dict.fromkeys(curve.conditions.get("measured") for curve in curves)
-    lead = _SHARES
+    lead = _COST if metric in ("seconds", "memory") else _SHARES
     if metric == "perplexity":
         lead = " ".join(_MEASURED[how] for how in measured if how in _MEASURED)
         lead += " Standard errors are over documents"
@@ -199,6 +202,8 @@ def _tables(curves: Sequence[Curve], metric: str) -> dict[str, Table]:
         if any("loss" in row for curve in curves for row in curve.results):
             tables["Loss in nats ± standard error"] = results_table.by_length(curves, _loss)
         return tables
+    if metric in ("seconds", "memory"):
+        return {TITLES[metric]: results_table.values(curves, metric)}
     what = {"passkey": "Passkeys found", "ruler": "Wanted strings found"}[metric]
     table = results_table.by_length(curves, lambda row: _share(row, metric))
     effective = {
@@ -238,7 +243,7 @@ def _digits(row: dict) -> str:
 
 def _in_words(curves: Sequence[Curve], metric: str) -> str:
     """What a picture shows, for those who do not see it."""
-    form = "{:.2f}" if metric == "perplexity" else "{:.0%}"
+    form = "{:.0%}" if metric in ("passkey", "ruler") else "{:.2f}"
     said = []
     for curve in curves:
         if curve.points:

@@ -18,7 +18,7 @@ from typing import Any
 
 from pose_megatron.errors import ConfigError
 
-METRICS = ("perplexity", "passkey", "ruler")
+METRICS = ("perplexity", "passkey", "ruler", "seconds", "memory")
 # What an evaluation finds, and how it was made; all else that a result says is a condition. So are
 # `tokens` and `documents`, how many are scored: sliding windows have the same at all lengths.
 _FOUND = {

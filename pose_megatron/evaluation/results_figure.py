@@ -9,6 +9,7 @@ from pose_megatron.evaluation.results import Curve, lengths_of
 
 # Shares of what was asked for, and what their axis says.
 _SHARES = {"passkey": "passkeys found", "ruler": "mean over RULER's tasks"}
+_COSTS = {"seconds": "seconds of a step", "memory": "peak memory of a step, MiB"}
 _DEPTHS = 10  # bins of a needle's depth
 _LABEL = 0.09  # width of a length's label, as a share of the axis
 
@@ -80,7 +81,7 @@ def _draw_curves(axes, curves: Sequence[Curve], metric: str, window: int | None)
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     else:
         axes.set_yscale("log")
-        ticks = [t * 10**e for e in range(-1, 7) for t in (1, 1.5, 2, 3, 4, 5, 7)]
+        ticks = [t * 10**e for e in range(-3, 7) for t in (1, 1.5, 2, 3, 4, 5, 7)]
         ticks = [t for t in ticks if min(values) * 0.9 <= t <= max(values) * 1.1]
         if len(ticks) < 3:
             finite = [value for value in values if math.isfinite(value)] or [1]
@@ -100,7 +101,7 @@ def _draw_curves(axes, curves: Sequence[Curve], metric: str, window: int | None)
             transform=axes.get_xaxis_transform(),
         )
     axes.set_xlabel("context length (tokens)")
-    axes.set_ylabel(_SHARES.get(metric, metric))
+    axes.set_ylabel((_SHARES | _COSTS).get(metric, metric))
     axes.grid(alpha=0.3)
     if all(curve.label == curve.name for curve in curves):
         axes.legend(fontsize=8)

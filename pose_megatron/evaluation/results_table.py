@@ -25,7 +25,8 @@ class Table:
 
 def values(curves: Sequence[Curve], metric: str) -> Table:
     """The metric itself."""
-    form = {"passkey": "{:.0%}", "ruler": "{:.1%}"}.get(metric, "{:.2f}")
+    forms = {"passkey": "{:.0%}", "ruler": "{:.1%}", "seconds": "{:.3f}", "memory": "{:,.0f}"}
+    form = forms.get(metric, "{:.2f}")
     return by_length(curves, lambda row: form.format(row[metric]))
 
 

@@ -17,6 +17,7 @@ from pose_megatron.config.model import resolve_scaling
 from pose_megatron.errors import ConfigError
 
 FIRST_LOSS = 2.0
+COSTS = ("Seconds of a step", "Peak memory of a step, MiB")
 
 
 @pytest.fixture
@@ -66,11 +67,13 @@ def test_every_command_is_one_that_the_tools_take(root, profile, own, trainings)
     programs = ["tools/evaluate_perplexity.py", "tools/checkpoint/convert.py"]
     if not own:
         programs.append("examples/reproduce/evaluate_recall.py")
+    programs.append("benchmarks/full_length.py")
     for program in programs:
         known = subprocess.run(
             [sys.executable, program, "--help"], capture_output=True, text=True, cwd=root
         ).stdout
-        used = {w for line in lines if program in line for w in line if w[:2] == "--"}
+        flags = (w for line in lines if program in line for w in line if w[:2] == "--")
+        used = {w.partition("=")[0] for w in flags}
         assert used and used <= set(re.findall(r"--[\w-]+", known))
 
 
@@ -268,13 +271,56 @@ def test_a_symbol_of_several_tokens_is_named(modules):
         recall.haystacks(lambda text: list(text.encode()), None, 64, 1, 1, seed=0)
 
 
+def measured_cost(**steps):
+    """As benchmarks/full_length.py writes it."""
+    rows = [
+        {"kind": name[:4], "target": int(name[5:]), "steps": seconds, "bytes": 3 * 2**20}
+        for name, seconds in steps.items()
+    ]
+    rows = [row | {"seconds": sorted(row["steps"])[1]} for row in rows]
+    return {
+        "date": "2026-11-29",
+        "device": "a CPU",
+        "threads": 1,
+        "torch": "2.13.0",
+        "megatron-core": "0.16.1",
+        "settings": {"seq_length": 8, "factors": [2, 16], "hidden_size": 64},
+        "results": rows,
+    }
+
+
+def test_costs_are_compared_step_by_step(modules):
+    import cost
+
+    fast, slow = [1.0, 1.01, 0.99], [20.0, 20.5, 19.5]
+    found = measured_cost(pose_16=fast, pose_128=fast, full_16=[2.0, 2.0, 2.0], full_128=slow)
+    rows = [
+        (r["name"], r["metric"], r["context_length"], r[r["metric"]]) for r in cost.cost_rows(found)
+    ]
+    assert ("PoSE", "seconds", 128, 1.0) in rows and ("full length", "seconds", 128, 20.0) in rows
+    assert ("PoSE", "memory", 16, 3.0) in rows and len(rows) == 8
+    same, more = cost.cost_verdicts(found)
+    assert (same.verdict, more.verdict) == ("holds", "holds")
+    # by hand: mean 20, standard deviation 0.5, 4.303 * 0.5 / sqrt(3) = 1.24
+    assert more.numbers == "20.00 times (18.76 to 21.24, 3 steps)"
+    grown = measured_cost(pose_16=fast, pose_128=[1.6, 1.61, 1.59], full_16=fast, full_128=slow)
+    assert [v.verdict for v in cost.cost_verdicts(grown)] == ["does not hold", "does not hold"]
+
+
 def test_the_report_has_a_chapter_for_each_table(tmp_path, modules, capsys):
     profile, runs = results(tmp_path, modules, {})
-    modules[3].write(tmp_path, profile, runs)
+    steps = [1.0, 1.1, 0.9]
+    cost = tmp_path / "cost.json"
+    found = measured_cost(pose_16=steps, pose_128=steps, full_16=steps, full_128=steps)
+    cost.write_text(json.dumps(found))
+    modules[3].write(tmp_path, profile, runs, cost)
     page = (tmp_path / "report.html").read_text()
     assert '<th scope="row">PoSE to 8 L</th>' in page  # the label is the name alone
     titles = re.findall(r"<h2>(.*)</h2>", page)
-    assert titles == ["Verdicts", *modules[1].TITLES.values(), "How they were made"]
+    chapters = list(modules[1].TITLES.values())
+    at = chapters.index(modules[1].TITLES["figure-3"])
+    chapters[at : at + 1] = [f"{chapters[at]}: {what}" for what in COSTS]
+    assert titles == ["Verdicts", *chapters, "How they were made"]
     assert len(json.loads((tmp_path / "verdicts.json").read_text())) == page.count(
         '<td class="verdict'
     )
