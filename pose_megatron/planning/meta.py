@@ -8,6 +8,8 @@ would run as one fused kernel is put in by hand, because its pieces would be cou
 import contextlib
 import importlib
 import inspect
+import sys
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -106,12 +108,39 @@ def _rms_norm(input, normalized_shape, weight=None, eps=None):
     return _RMSNorm.apply(input, weight)
 
 
+_OPERATORS = torch.library.Library("pose_megatron", "FRAGMENT")
+_OPERATORS.define("rotate(Tensor query, Tensor key) -> (Tensor, Tensor)")
+_OPERATORS.impl("rotate", lambda *tensors: tuple(map(torch.empty_like, tensors)), "Meta")
+
+
+class _Rotation(torch.autograd.Function):
+    """The fused kernel, which reads queries and keys, or their gradients, and writes as much."""
+
+    @staticmethod
+    def forward(ctx, query, key):
+        return torch.ops.pose_megatron.rotate(query, key)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return torch.ops.pose_megatron.rotate(*grads)
+
+
+class _RotaryKernel(types.ModuleType):
+    """models.rotary_kernel, which needs Triton."""
+
+    RUNS_ON_CPU = True
+
+    @staticmethod
+    def rotate(query, key, position_ids, turns, interleaved):
+        return _Rotation.apply(query, key)
+
+
+def _tolist(tensor: torch.Tensor) -> list[float]:
+    return [tensor.view(-1)[0].item()] * tensor.numel()
+
+
 _ANSWERS: dict[Any, Callable] = {
-    torch.Tensor.item: lambda tensor: 1.0,
-    torch.Tensor.tolist: lambda tensor: [1.0] * tensor.numel(),
-    torch.Tensor.__float__: lambda tensor: 1.0,
-    torch.Tensor.__int__: lambda tensor: 1,
-    torch.Tensor.__bool__: lambda tensor: True,
+    torch.Tensor.tolist: _tolist,
     torch.Tensor.normal_: lambda tensor, *args, **kwargs: tensor,
     F.scaled_dot_product_attention: _attention,
     F.rms_norm: _rms_norm,
@@ -132,7 +161,7 @@ def one_rank(rank: int, world_size: int, sizes: dict) -> Iterator[None]:
     from megatron.core.fusions import fused_bias_swiglu
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    from pose_megatron.models import attention
+    from pose_megatron.models import attention, fused_rotary
 
     if dist.is_initialized():
         raise ConfigError("a plan needs a process that has not joined a process group")
@@ -150,6 +179,10 @@ def one_rank(rank: int, world_size: int, sizes: dict) -> Iterator[None]:
         (fused_bias_swiglu, "swiglu_back"): lambda grad, x: torch.ops.aten.glu_backward(
             grad, x, -1
         ),
+        # As where there is CUDA.
+        (fused_rotary, "kernel_rotates"): lambda choice, attentions: (
+            choice != "off" and not fused_rotary._obstacle(True, attentions)
+        ),
         # AdamW takes the same path as on a GPU.
         (
             importlib.import_module("torch.optim.optimizer"),
@@ -159,6 +192,8 @@ def one_rank(rank: int, world_size: int, sizes: dict) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for (owner, name), replacement in patches.items():
             stack.enter_context(mock.patch.object(owner, name, replacement))
+        kernel = "pose_megatron.models.rotary_kernel"
+        stack.enter_context(mock.patch.dict(sys.modules, {kernel: _RotaryKernel(kernel)}))
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
         try:
             distributed.initialize(**sizes)

@@ -4,6 +4,7 @@ Each is read off the operators that the trainer really calls, by their tensors' 
 """
 
 import functools
+import math
 from collections import Counter
 from collections.abc import Iterator
 
@@ -19,7 +20,14 @@ from pose_megatron.planning.ledger import Ledger
 # bus bandwidth's factor.
 _ALL_REDUCE = 2
 _DATALESS = ("barrier", "monitored_barrier_", "recv_", "recv_any_source_")
-_UNTOUCHED = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "detach")
+# Elements in a block of an operator over many tensors, and blocks in a launch
+# (ATen/native/cuda/MultiTensorApply.cuh).
+_CHUNK, _BLOCKS = 65536, 320
+_SEVERAL: dict[str, int] = {}
+_UNTOUCHED = (
+    *("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided"),
+    *("detach", "_unsafe_view"),
+)
 
 
 class Meters(TorchDispatchMode):
@@ -32,6 +40,8 @@ class Meters(TorchDispatchMode):
         moments: {phase that is over: what the memory held where it was fullest}.
         gemm, attention: {phase: FLOPs}.
         moved: {phase: bytes that other operators read and write}.
+        launches: {phase: kernels and copies}, collectives among them.
+        waits: {phase: how often the host fetches a number, and so waits for the GPU}.
         sent: {(phase, name of the process group, or `pipeline` for the next stage): bytes that this
             rank sends}.
     """
@@ -45,6 +55,8 @@ class Meters(TorchDispatchMode):
         self.gemm: Counter[str] = Counter()
         self.attention: Counter[str] = Counter()
         self.moved: Counter[str] = Counter()
+        self.launches: Counter[str] = Counter()
+        self.waits: Counter[str] = Counter()
         self.sent: Counter[tuple[str, str]] = Counter()
 
     def enter(self, phase: str) -> None:
@@ -57,11 +69,16 @@ class Meters(TorchDispatchMode):
         kwargs = kwargs or {}
         if func.namespace == "c10d":
             return self._collective(func, args)
+        if func is torch.ops.aten._local_scalar_dense.default:
+            self.waits[self.phase] += args[0].is_meta  # what is on the host is at hand
+            return 1.0
         out = func(*args, **kwargs)
         results = list(_tensors(out))
         for tensor in results:
             self.memory.enter(tensor.untyped_storage(), self._part(tensor))
         kind = _kind(func)
+        if kind:
+            self.launches[self.phase] += _launches(func, args)
         if kind == "attention":
             flops = flop_registry[func.overloadpacket](*args, **kwargs, out_val=out)
             self.attention[self.phase] += int(flops * _causal_share(func, args))
@@ -84,6 +101,7 @@ class Meters(TorchDispatchMode):
         """Counts what this rank sends, and returns as if all had arrived."""
         name = func.overloadpacket.__name__
         if name not in _DATALESS:
+            self.launches[self.phase] += 1
             group = next(
                 dist.ProcessGroup.unbox(a) for a in args if isinstance(a, torch.ScriptObject)
             )
@@ -113,6 +131,15 @@ def _kind(func) -> str:
     if func.is_view or func.overloadpacket.__name__ in _UNTOUCHED:
         return ""
     return "memory"
+
+
+def _launches(func, args) -> int:
+    """How many kernels an operator is."""
+    name = func.overloadpacket.__name__
+    if name.startswith(("_foreach_", "_fused_")):
+        blocks = sum(math.ceil(t.numel() / _CHUNK) for t in args[0])
+        return max(1, math.ceil(blocks / _BLOCKS))
+    return _SEVERAL.get(name, 1)
 
 
 def _tensors(value) -> Iterator[torch.Tensor]:

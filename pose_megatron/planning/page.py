@@ -71,6 +71,8 @@ class Measured:
             "model_flops_per_token": self.job.run.model.flops_per_token(self.job.window),
             "model_flops_per_step": self.job.flops,
             "bytes_sent_per_gpu_and_step": self.job.sent(self.stages),
+            "launches_per_step": self.job.count(self.stages, "launches"),
+            "host_waits_per_step": self.job.count(self.stages, "waits"),
             "predicted_seconds_per_step": self.prediction.step,
             "predicted_seconds": self.prediction.parts,
             "predicted_model_flops_per_second_per_gpu": self.model_flops_rate,
@@ -210,6 +212,8 @@ def _comparison(plan: Plan) -> str:
         sent = [side.job.sent(side.stages)[axis] / 1e9 for side in sides]
         if max(sent) >= 0.001:
             rows.append([f"sent over {axis} parallelism, GB", *(f"{n:,.2f}" for n in sent)])
+    row("launches of a step", lambda m: f"{m.job.count(m.stages, 'launches'):,.0f}")
+    row("waits of the host in a step", lambda m: f"{m.job.count(m.stages, 'waits'):,.0f}")
     row("predicted step, s", lambda m: f"{m.prediction.step:,.2f}")
     for name in plan.pose.prediction.parts:
         seconds = [side.prediction.parts[name] for side in sides]

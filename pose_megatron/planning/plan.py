@@ -78,6 +78,12 @@ class Job:
             for axis in AXES
         }
 
+    def count(self, stages: list[Stage], what: str) -> float:
+        """Launches or waits of a step, of the stage that has most."""
+        return max(
+            getattr(s.batch, what) * self.micro_batches + getattr(s.step, what) for s in stages
+        )
+
     def changed(self, **flags: Any) -> "Job":
         """The job with other flags.
 

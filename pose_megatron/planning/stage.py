@@ -2,6 +2,8 @@
 
 import dataclasses
 import itertools
+import operator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +21,7 @@ from pose_megatron.training.trainer import Trainer, setup
 
 PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "update")
 PHASES = ("batches", "reduction", "update")  # of a step
+COUNTS = ("gemm", "attention", "moved", "launches", "waits")
 AXES = ("tensor", "context", "pipeline", "data", "expert")
 FEW = (2, 3)  # layers in each model chunk of a sketch
 
@@ -30,22 +33,31 @@ class Work:
     Attributes:
         gemm, attention: FLOPs, with those of recomputation.
         moved: bytes that other operators read and write.
+        launches: kernels that the host starts, collectives among them.
+        waits: how often the host waits for the GPU.
         sent: {axis of AXES: bytes to other ranks}.
     """
 
     gemm: float
     attention: float
     moved: float
+    launches: float
+    waits: float
     sent: dict[str, float]
 
     def beyond(self, other: "Work", share: float) -> "Work":
         """On the line from `other` through this, `share` of its length further."""
-        return Work(
-            self.gemm + share * (self.gemm - other.gemm),
-            self.attention + share * (self.attention - other.attention),
-            self.moved + share * (self.moved - other.moved),
-            {axis: n + share * (n - other.sent[axis]) for axis, n in self.sent.items()},
-        )
+        return self._with(other, lambda this, that: this + share * (this - that))
+
+    def __add__(self, other: "Work") -> "Work":
+        return self._with(other, operator.add)
+
+    def __truediv__(self, count: int) -> "Work":
+        return self._with(self, lambda this, _: this / count)
+
+    def _with(self, other: "Work", of: Callable[[float, float], float]) -> "Work":
+        counts = {name: of(getattr(self, name), getattr(other, name)) for name in COUNTS}
+        return Work(**counts, sent={axis: of(self.sent[axis], other.sent[axis]) for axis in AXES})
 
 
 @dataclass(frozen=True)
@@ -155,17 +167,10 @@ def measure(run: Run, layout: Layout, world_size: int, number: int) -> Stage:
     }
     batch, reduction, update = (_work(meters, phase, axes) for phase in PHASES)
     # With the flags that overlap them, gradients and weights travel between the micro-batches.
-    once = batch.sent["data"]
-    step = Work(
-        reduction.gemm + update.gemm,
-        0,
-        reduction.moved + update.moved,
-        {axis: reduction.sent[axis] + update.sent[axis] for axis in AXES},
-    )
-    step.sent["data"] += once
-    sent = {axis: n / batches for axis, n in batch.sent.items()} | {"data": 0.0}
-    batch = Work(batch.gemm / batches, batch.attention / batches, batch.moved / batches, sent)
-    return Stage(number, parameters, moments, batch, step)
+    step = reduction + update
+    step.sent["data"] += batch.sent["data"]
+    batch.sent["data"] = 0.0
+    return Stage(number, parameters, moments, batch / batches, step)
 
 
 def _micro_batches(run: Run, layout: Layout) -> int:
@@ -246,4 +251,4 @@ def _work(meters: Meters, phase: str, axes: dict[str, str]) -> Work:
     for (when, group), bytes_sent in meters.sent.items():
         if when == phase and group in axes:
             sent[axes[group]] += bytes_sent
-    return Work(meters.gemm[phase], meters.attention[phase], meters.moved[phase], sent)
+    return Work(**{name: getattr(meters, name)[phase] for name in COUNTS}, sent=sent)

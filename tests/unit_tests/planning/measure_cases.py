@@ -28,6 +28,7 @@ def row(stage):
         "memory": stage.memory,
         "gemm": stage.batch.gemm,
         "attention": stage.batch.attention,
+        "waits": (stage.batch.waits, stage.step.waits),
         "sent": stage.batch.sent,
         "sent_once": stage.step.sent,
     }

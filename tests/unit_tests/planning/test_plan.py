@@ -43,9 +43,11 @@ PARAMETERS = {"7B": 6_738_415_616, "8B": 8_030_261_248, "70B": 70_553_706_496}
 NORMS = {"7B": 65 * 4096, "8B": 65 * 4096, "70B": 161 * 8192}  # on every tensor-parallel rank
 
 
-def case(size, gpus, window, tp=1, pp=1, more="", fused=False):
-    words = [*SIZES[size], "--seq-length", str(window), *more.split()]
-    words += [] if fused else ["--no-bias-swiglu-fusion"]
+PIECES = "--fused-rotary off --no-gradient-accumulation-fusion"  # what is fused by default
+
+
+def case(size, gpus, window, tp=1, pp=1, more="", pieces=f"{PIECES} --no-bias-swiglu-fusion"):
+    words = [*SIZES[size], "--seq-length", str(window), *more.split(), *pieces.split()]
     if tp > 1:
         words += ["--tensor-model-parallel-size", str(tp), "--sequence-parallel"]
     if pp > 1:
@@ -57,7 +59,8 @@ FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-
 # {case: (how to plan it, GiB of the fullest stage)}
 ALLOCATED = {
     "8B tp2 8k": (case("8B", 8, 8192, tp=2), 62.30),
-    "8B tp2 8k, SwiGLU fused": (case("8B", 8, 8192, tp=2, fused=True), 55.30),
+    "8B tp2 8k, SwiGLU fused": (case("8B", 8, 8192, tp=2, pieces=PIECES), 55.30),
+    "8B tp2 8k, all fused": (case("8B", 8, 8192, tp=2, pieces=""), 55.06),
     "8B 4k": (case("8B", 8, 4096), 84.5),
     "8B 4k mlp": (
         case("8B", 8, 4096, more="--recompute-granularity selective --recompute-modules mlp"),
@@ -201,6 +204,11 @@ def test_the_optimizer_needs_nothing_in_passing(found):
     assert stage["memory"]["update"] < 0.01 * 4 * stage["parameters"]
 
 
+@pytest.mark.parametrize("name", ["8B tp2 8k", "70B tp8 pp4 8k", "interleaved", "context"])
+def test_the_host_waits_for_tokens_loss_and_norm_alone(found, name):
+    assert [stage["waits"] for stage in found[name]] == [[0, 3]] * len(found[name])
+
+
 def test_an_interleaved_pipeline_holds_more(found):
     plain, interleaved = (found[name][0]["memory"] for name in ("whole", "interleaved"))
     assert interleaved["weights"] == plain["weights"]
@@ -321,7 +329,9 @@ def test_a_step_takes_its_micro_batches_and_the_pipelines_bubble():
     nothing = dict.fromkeys(AXES, 0.0)
 
     def stage(gemm, sent):
-        return Stage(0, 0, {}, Work(gemm, 0, 0, nothing), Work(0, 0, 0, nothing | {"data": sent}))
+        return Stage(
+            0, 0, {}, Work(gemm, 0, 0, 0, 0, nothing), Work(0, 0, 0, 0, 0, nothing | {"data": sent})
+        )
 
     one = Rates(1, 1, 1, 1, 1)
     layout = ParallelFlags(pipeline_model_parallel_size=4)
