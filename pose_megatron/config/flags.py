@@ -383,6 +383,12 @@ class CheckpointFlags(Flags):
     save_retain: int | None = flag(
         None, "keep only the newest checkpoints in --save (default: all)", within=whole(1)
     )
+    dist_ckpt_optim_fully_reshardable: bool = flag(
+        True,
+        "with --use-distributed-optimizer: every checkpoint resumes in every layout of ranks, for "
+        "which a rank gathers its group's optimizer. Without it only the one at the end or at a "
+        "stop does; those on the way are written by all ranks at once",
+    )
     load_fallback: bool = flag(
         False, "if the latest checkpoint in --load is damaged, take the one before"
     )

@@ -23,13 +23,17 @@ from torch.distributed.checkpoint.api import CheckpointException
 from pose_megatron.checkpoints.megatron.args import common_state
 from pose_megatron.checkpoints.megatron.common_state import FILE, add_common_file
 from pose_megatron.checkpoints.megatron.directory import (
+    AS_IT_LIES,
+    RESHARDABLE,
     Checkpoint,
     content_metadata,
     copy_tokenizer,
     discard,
     forget,
+    optimizer_form,
     path_of,
     publish,
+    stored_record,
     whole_iterations,
 )
 from pose_megatron.checkpoints.megatron.safe_loading import safe_loading
@@ -79,6 +83,7 @@ def save(
     queue: SaveQueue | None = None,
     done: Callable[[Path], None] = lambda path: None,
     record: dict | None = None,
+    form: str = RESHARDABLE,
 ) -> Path:
     """Writes a whole training state; every rank calls it.
 
@@ -93,6 +98,7 @@ def save(
         queue: to write in the background; the queue's maybe_finalize_async_calls finishes the save.
         done: called with the checkpoint's folder once it is whole.
         record: what else to say of the run, for the one that goes on from it.
+        form: of a distributed optimizer's state, RESHARDABLE or AS_IT_LIES.
 
     Returns:
         The checkpoint's folder.
@@ -116,7 +122,7 @@ def save(
         params_dtype=next(stages[0].parameters()).dtype,
         use_distributed_optimizer=_is_distributed(optimizer),
     )
-    metadata = content_metadata()
+    metadata = content_metadata(form if _is_distributed(optimizer) else RESHARDABLE)
     with_group = metadata | {"dp_cp_group": p.get_data_parallel_group(with_context_parallel=True)}
     models = _sharded_models(stages, with_group)
     state |= models
@@ -214,7 +220,8 @@ def load(checkpoint: Checkpoint, stages: list, optimizer=None, scheduler=None) -
         )
     p = parallel_state
     group = p.get_data_parallel_group(with_context_parallel=True)
-    metadata = content_metadata() | {"dp_cp_group": group}
+    form = optimizer_form(checkpoint.common)
+    metadata = content_metadata(form) | {"dp_cp_group": group}
     padded = getattr(checkpoint.common["args"], "padded_vocab_size", stages[0].vocab_size)
     if padded != stages[0].vocab_size:  # megatron-core would cut or fill the tables silently
         raise ConfigError(
@@ -249,10 +256,8 @@ def load(checkpoint: Checkpoint, stages: list, optimizer=None, scheduler=None) -
                 "--expert-model-parallel-size above 1: resume the same way, or start anew with "
                 "--finetune"
             )
-        ours = metadata["distrib_optim_sharding_type"]
-        theirs = checkpoint.common.get("content_metadata") or {}
-        form = theirs.get("distrib_optim_sharding_type", ours)
-        if was and form != ours:
+        ours = "settings" in stored_record(checkpoint.common)
+        if was and form not in ([RESHARDABLE, AS_IT_LIES] if ours else [RESHARDABLE]):
             raise ConfigError(
                 f"checkpoint {checkpoint.path} keeps its optimizer in the form {form}, which only "
                 "its own program resumes from; add --finetune to start from its weights, or save "

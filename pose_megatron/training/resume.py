@@ -17,12 +17,18 @@ from typing import Any
 
 import torch
 
-from pose_megatron.checkpoints.megatron.directory import Checkpoint, stored_record
+from pose_megatron.checkpoints.megatron.directory import (
+    AS_IT_LIES,
+    Checkpoint,
+    optimizer_form,
+    stored_record,
+)
 from pose_megatron.config.flags import (
     CheckpointFlags,
     DataFlags,
     LoggingFlags,
     ModelFlags,
+    ParallelFlags,
     PositionFlags,
     TrainingFlags,
 )
@@ -51,6 +57,11 @@ CHANGES = (
     *("expert_model_parallel_size", "sequence_parallel"),
 )
 FIXED = ("bf16", "use_distributed_optimizer")
+# On which it depends how an optimizer lies in its ranks' buffers.
+BUFFERS = (
+    *("tensor_model_parallel_size", "pipeline_model_parallel_size"),
+    *("num_layers_per_virtual_pipeline_stage", "expert_model_parallel_size", "overlap_grad_reduce"),
+)
 FREE = (
     *_names(CheckpointFlags),
     *_names(LoggingFlags),
@@ -91,8 +102,15 @@ def settings(run: Run, layout: Layout) -> dict[str, Any]:
     for name in ("materialized", "tokenizer_model"):
         found[name] = str(Path(found[name]).resolve()) if found[name] else None
     return {name: found[name] for name in (*CHANGES, *FIXED)} | {
-        "corpora": {} if args.data.materialized else _corpora(blended.values())
+        "corpora": {} if args.data.materialized else _corpora(blended.values()),
+        "overlap_grad_reduce": _buckets(args.parallel, layout),
     }
+
+
+def _buckets(p: ParallelFlags, layout: Layout) -> str | None:
+    """How megatron-core's DistributedDataParallel divides its buffers; None: not at all."""
+    millions = max(40, layout.data_parallel_size * p.context_parallel_size)
+    return f"buckets of {millions},000,000 parameters" if p.overlap_grad_reduce else None
 
 
 def _blends(data: DataFlags) -> dict[str, Prefixes | None]:
@@ -166,6 +184,16 @@ def changes(run: Run, layout: Layout) -> Iterator[str]:
                 f"--max-position-embeddings than {window}; leave the rope flags out, or start anew "
                 "with --finetune"
             )
+    if optimizer_form(loaded.common) == AS_IT_LIES:
+        for name in BUFFERS:
+            if name in before and _comparable(before[name]) != _comparable(now[name]):
+                raise ConfigError(
+                    f"checkpoint {loaded.path} keeps its optimizer as its ranks had it "
+                    "(--no-dist-ckpt-optim-fully-reshardable), and this run has it otherwise: "
+                    f"{_change(name, before[name], now[name])}. Resume in the same layout; what is "
+                    "saved at the end or at a stop every layout takes. Or start from its weights "
+                    "with --finetune"
+                )
     for name in CHANGES:
         if name in before and _comparable(before[name]) != _comparable(now[name]):
             yield f"changed since {loaded.path.name}: {_change(name, before[name], now[name])}"

@@ -74,7 +74,7 @@ def train(
         if stop.reason:
             log.stopping(stop.reason, bool(args.checkpoint.save), at == saved)
         if args.checkpoint.save and due and at != saved:
-            save(trainer, queue, log.saved)
+            save(trainer, queue, log.saved, last=end or bool(stop.reason))
             saved = at
         if queue:
             queue.maybe_finalize_async_calls(blocking=bool(end or stop.reason))

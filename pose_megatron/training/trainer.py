@@ -12,7 +12,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from pose_megatron.checkpoints.checksums import checksums
-from pose_megatron.checkpoints.megatron.directory import Checkpoint
+from pose_megatron.checkpoints.megatron.directory import AS_IT_LIES, RESHARDABLE, Checkpoint
 from pose_megatron.checkpoints.sidecars import check_sidecars
 from pose_megatron.config.flags import Arguments, CheckpointFlags
 from pose_megatron.config.layout import Layout, check_batches
@@ -173,8 +173,14 @@ def core_transformer_config_from_args(args: Arguments, model: ModelConfig) -> Tr
     )
 
 
-def save(trainer: Trainer, queue: SaveQueue | None = None, done=lambda path: None) -> Path:
-    """Writes a checkpoint into --save; for `queue` and `done` see checkpointing.save."""
+def save(
+    trainer: Trainer, queue: SaveQueue | None = None, done=lambda path: None, last: bool = True
+) -> Path:
+    """Writes a checkpoint into --save; for `queue` and `done` see checkpointing.save.
+
+    Args:
+        last: whether it is the run's last, which every layout of ranks can resume from.
+    """
     args = trainer.args
     assert args.checkpoint.save, "--save is checked by the caller"
     if queue:
@@ -193,6 +199,9 @@ def save(trainer: Trainer, queue: SaveQueue | None = None, done=lambda path: Non
             queue,
             done,
             {"settings": trainer.settings, "consumed_tokens": trainer.consumed_tokens},
+            RESHARDABLE
+            if last or args.checkpoint.dist_ckpt_optim_fully_reshardable
+            else AS_IT_LIES,
         )
 
 

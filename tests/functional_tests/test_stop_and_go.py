@@ -29,15 +29,17 @@ WORDS = """
 
 
 class Job:
-    """One rank of pretrain_pose.py, its log as {iteration: values}, its stages folder."""
+    """A run of pretrain_pose.py, its log as {iteration: values}, its stages folder."""
 
     def __init__(self, folder: Path, corpus: str):
         self.folder, self.corpus = folder, corpus
 
-    def start(self, name: str, *words) -> subprocess.Popen:
+    def start(self, name: str, *words, ranks: int = 1) -> subprocess.Popen:
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
         command = [
             sys.executable,
             "-u",
+            *(launch if ranks > 1 else []),
             str(ROOT / "pretrain_pose.py"),
             *WORDS,
             "--data-path",
@@ -58,8 +60,8 @@ class Job:
         lines = (self.folder / f"{name}.jsonl").read_text().splitlines()
         return {row["iteration"]: row for row in map(json.loads, lines)}
 
-    def run(self, name: str, *words) -> tuple[dict[int, dict], str]:
-        process = self.start(name, *words)
+    def run(self, name: str, *words, ranks: int = 1) -> tuple[dict[int, dict], str]:
+        process = self.start(name, *words, ranks=ranks)
         out, err = process.communicate(timeout=PATIENCE)
         assert process.returncode == 0, out[-2000:] + err[-2000:]
         return self.log(name), out

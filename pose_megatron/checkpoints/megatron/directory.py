@@ -147,11 +147,15 @@ def path_of(root: Path, entry: str | int) -> Path:
     return root / ("release" if entry == "release" else f"iter_{int(entry):07d}")
 
 
-def content_metadata() -> dict[str, Any]:
+# Forms of the distributed optimizer's state: the one that every other layout of ranks reads back,
+# and the one of its own buffers, of which only the number of data-parallel ranks may change.
+RESHARDABLE, AS_IT_LIES = "fully_reshardable", "dp_reshardable"
+
+
+def content_metadata(form: str = RESHARDABLE) -> dict[str, Any]:
     """What megatron-core keeps in the common state about the form of the optimizer's."""
     return {
-        # The one form that every other layout of ranks can read back.
-        "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_sharding_type": form,
         "singleton_local_shards": False,
         "chained_optim_avoid_prefix": True,
     }
@@ -211,6 +215,11 @@ def tokenizer_path(root: Path, file: Path) -> Path:
     """Where a checkpoint keeps one of its tokenizer's files."""
     folder = root / "tokenizer"
     return (folder / CHAT_TEMPLATES if file.parent.name == CHAT_TEMPLATES else folder) / file.name
+
+
+def optimizer_form(common: dict) -> str:
+    """RESHARDABLE, AS_IT_LIES or another of megatron-core's forms."""
+    return (common.get("content_metadata") or {}).get("distrib_optim_sharding_type", RESHARDABLE)
 
 
 def stored_record(common: dict) -> dict:

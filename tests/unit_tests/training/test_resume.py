@@ -4,18 +4,24 @@ by hand in a run that never stopped, or the schedule's formula."""
 import argparse
 import dataclasses
 import math
+import re
 
 import pytest
 import torch
 
-from pose_megatron.checkpoints.megatron.directory import Checkpoint, find
+from pose_megatron.checkpoints.megatron.directory import (
+    AS_IT_LIES,
+    Checkpoint,
+    content_metadata,
+    find,
+)
 from pose_megatron.config.arguments import parse
 from pose_megatron.config.flags import Arguments
 from pose_megatron.config.layout import lay_out
 from pose_megatron.errors import ConfigError
 from pose_megatron.training.description import length
 from pose_megatron.training.optimizer import learning_rate
-from pose_megatron.training.resume import CHANGES, FIXED, FREE, SHAPE, changes, settings
+from pose_megatron.training.resume import BUFFERS, CHANGES, FIXED, FREE, SHAPE, changes, settings
 from pose_megatron.training.run import assemble
 from pose_megatron.training.step import train_step
 from pose_megatron.training.trainer import save, setup
@@ -212,6 +218,31 @@ def test_what_changes_is_said_with_both_values(name, run_of, corpus, make_corpus
     flag = "--" + name.replace("_", "-")
     said = said.replace("CORPUS", corpus).replace("OTHER", other)
     assert f"changed since iter_0000003: {flag} {said}" in lines
+
+
+@pytest.mark.parametrize("name", BUFFERS)
+def test_an_optimizer_as_its_ranks_had_it_needs_their_layout(name, corpus, tmp_path):
+    before, after, said = OTHER.get(name) or (
+        *("--use-distributed-optimizer", "--use-distributed-optimizer --overlap-grad-reduce"),
+        "none -> buckets of 40,000,000 parameters",
+    )
+    run, layout = make_run(before.split(), corpus)
+    args = argparse.Namespace(consumed_train_samples=12)
+    record = {"model": run.model.to_dict(), "settings": settings(run, layout)}
+    common = {
+        "args": args,
+        "pose_megatron": record,
+        "content_metadata": content_metadata(AS_IT_LIES),
+    }
+    loaded = Checkpoint(tmp_path, 3, tmp_path / "iter_0000003", run.model, common)
+    assert not list(changes(dataclasses.replace(run, loaded=loaded, resume=True), layout))
+    run, layout = make_run(after.split(), corpus)
+    run = dataclasses.replace(run, loaded=loaded, resume=True)
+    flag = "--" + name.replace("_", "-")
+    with pytest.raises(ConfigError, match=re.escape(f"otherwise: {flag} {said}.")):
+        list(changes(run, layout))
+    common["content_metadata"] = content_metadata()
+    list(changes(run, layout))
 
 
 def without(words, flag):
