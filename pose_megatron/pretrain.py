@@ -18,6 +18,7 @@ def main() -> None:
     prepare_megatron(args.parallel.device)
     from pose_megatron.config.layout import lay_out
     from pose_megatron.data.batch import fields_here
+    from pose_megatron.planning.shortage import shortages_explained
     from pose_megatron.runtime import distributed
     from pose_megatron.runtime.device import check_bf16
     from pose_megatron.training.description import describe
@@ -55,8 +56,9 @@ def main() -> None:
         positions_only = "tokens" not in fields_here()
         datasets = train_valid_test_datasets_provider(run, layout, positions_only)
 
-        trainer = setup(run, layout)
-        train(trainer, *datasets)
+        with shortages_explained(sys.argv[1:]):
+            trainer = setup(run, layout)
+            train(trainer, *datasets)
 
 
 if __name__ == "__main__":

@@ -96,12 +96,12 @@ class Plan:
         """What the layout lacks, and the three changes that help most."""
         job = self.pose.job
         helps = "; ".join(
-            f"{remedy.flags} ({remedy.peak / GIB:.1f} GiB)" for remedy in remedies(job)
+            f"{remedy.flags} ({remedy.peak / GIB:.3g} GiB)" for remedy in remedies(job)
         )
         return (
             f"{layout_of(job)} does not fit: stage {self.pose.fullest.number} takes "
-            f"{self.pose.peak / GIB:.1f} GiB, and --gpu {self.machine.gpu} has "
-            f"{self.machine.memory:g} less --reserve {self.machine.reserve:g}; what helps most: "
+            f"{self.pose.peak / GIB:.3g} GiB, and a GPU has "
+            f"{self.machine.memory:.3g} less --reserve {self.machine.reserve:g}; what helps most: "
             f"{helps}; or --search for a layout"
         )
 
