@@ -141,6 +141,7 @@ def recipes(profile: Profile) -> dict[str, dict]:
     target = profile.factors[0] * profile.window
     half = profile.iters * profile.batch // 2
     return {
+        "plain windows": {"flags": ["--position-sampler", "full"]},
         "8 chunks, sorted-uniform": {
             "flags": "--pose-num-chunks 8 --pose-skip-law sorted-uniform".split()
         },

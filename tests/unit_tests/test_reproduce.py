@@ -41,9 +41,9 @@ def dry_run(root, *flags):
 @pytest.mark.parametrize(
     "profile, own, trainings",
     [
-        ("cpu", [], 3 + 3 * 34),
-        ("gpu", [], 3 + 3 * 34),
-        ("paper", ["--model", "llama", "--train", "a", "--test", "b"], 27),
+        ("cpu", [], 3 + 3 * 35),
+        ("gpu", [], 3 + 3 * 35),
+        ("paper", ["--model", "llama", "--train", "a", "--test", "b"], 28),
     ],
 )
 def test_every_command_is_one_that_the_tools_take(root, profile, own, trainings):
