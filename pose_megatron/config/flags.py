@@ -122,6 +122,11 @@ class ModelFlags(Flags):
         "CUDA device and Triton",
         ("auto", "on", "off"),
     )
+    fused_cross_entropy: str = flag(
+        "auto",
+        "compute the loss by one kernel each way, without a copy of the logits; auto: as above",
+        ("auto", "on", "off"),
+    )
 
 
 @dataclass(frozen=True)

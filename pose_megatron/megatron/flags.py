@@ -24,7 +24,7 @@ _OURS = {
     DataFlags: ("data_mode", "packed_skips", "materialized", "short_documents"),
     ModelFlags: (
         *("original_max_position_embeddings", "rope_scaling", "rope_scaling_config"),
-        "fused_rotary",
+        *("fused_rotary", "fused_cross_entropy"),
     ),
 }
 # Megatron's flags that change positions, angles or samples, and the way out.
@@ -113,11 +113,12 @@ def arguments_of(args: argparse.Namespace) -> Arguments:
 
 
 def model_flags_of(args: argparse.Namespace) -> ModelFlags:
-    """The rotary flags of a run of Megatron's, as our own."""
+    """The rotary flags and the kernels of a run of Megatron's, as our own."""
     return ModelFlags(
         rope_scaling=args.rope_scaling,
         rope_scaling_factor=args.rope_scaling_factor,
         rope_scaling_config=args.rope_scaling_config,
         original_max_position_embeddings=args.original_max_position_embeddings,
         fused_rotary=getattr(args, "fused_rotary", None) or "auto",
+        fused_cross_entropy=getattr(args, "fused_cross_entropy", None) or "auto",
     )

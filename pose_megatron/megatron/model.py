@@ -80,13 +80,17 @@ def with_pose(config: Any, args: argparse.Namespace) -> Any:
     config.rotary_base = args.rotary_base = rope.rotary_base
     if args.transformer_impl == "local":
         _use_torch_layers(config, rope.model)
-    config.pre_wrap_hooks.append(partial(_install, rope, model_flags_of(args).fused_rotary))
+    flags = model_flags_of(args)
+    kernels = flags.fused_rotary, flags.fused_cross_entropy
+    config.pre_wrap_hooks.append(partial(_install, rope, kernels))
     args.pose_megatron = rope.record()
     return config
 
 
-def _install(rope: Rope, fused: str, chunks: list[MegatronModule]) -> list[MegatronModule]:
-    how = rope.rope_scaling, rope.rotary_base, rope.rotary_percent, fused
+def _install(
+    rope: Rope, kernels: tuple[str, str], chunks: list[MegatronModule]
+) -> list[MegatronModule]:
+    how = rope.rope_scaling, rope.rotary_base, rope.rotary_percent, *kernels
     return [install_pose(chunk, *how) for chunk in chunks]
 
 

@@ -128,6 +128,7 @@ def build_model(
     vp_stage: int | None = None,
     model_class: str = "gpt",
     fused_rotary: str = "off",
+    fused_cross_entropy: str = "off",
 ) -> PoseModel:
     """This rank's pipeline stage, on its device; `initialize` or a checkpoint sets its weights.
 
@@ -137,11 +138,12 @@ def build_model(
         config: what `transformer_config` returns for the same model and class.
         vp_stage: model chunk of an interleaved pipeline's stage, else None.
         model_class: `gpt` or `hybrid`.
-        fused_rotary: as PoseGPTModel's; what only reads with a model need not ask for it.
+        fused_rotary, fused_cross_entropy: as PoseGPTModel's; what only reads with a model need not
+            ask for them.
 
     Raises:
         ConfigError: megatron-core is too old for `hybrid`, or the family's layers do not fit it, or
-            the fused rotary embedding cannot be `on`.
+            a kernel cannot be `on`.
     """
     family = family_named(model.family)
     layers = family.layer_spec(config, transformer_impl, vp_stage)
@@ -171,6 +173,7 @@ def build_model(
         rotary_base=model.rotary_base,
         rope_scaling=model.rope_scaling,
         fused_rotary=fused_rotary,
+        fused_cross_entropy=fused_cross_entropy,
     )
     if stage.post_process:
         family.adapt_output_layer(stage.output_layer)

@@ -6,64 +6,35 @@ recomputation and CUDA graphs hand it on as any other, and it holds all that the
 """
 
 import functools
-import logging
 from collections.abc import Sequence
 
 import torch
 from megatron.core.transformer.attention import SelfAttention
-from megatron.core.utils import log_single_rank
 from torch import Tensor
 
 from pose_megatron.errors import ConfigError
-
-logger = logging.getLogger(__name__)
-
-CHOICES = ("auto", "on", "off")
+from pose_megatron.models.kernel_choice import kernel_runs
 
 
 def kernel_rotates(choice: str, attentions: Sequence[SelfAttention]) -> bool:
     """Whether the kernel rotates the queries and keys of these layers.
 
     Args:
-        choice: `auto`, wherever there is a CUDA device; `on`, or an error; `off`.
+        choice: as kernel_runs takes it.
 
     Raises:
-        ConfigError: another choice; or `on` without Triton or CUDA, or with a layer that rotates
-            by code of its own.
+        ConfigError: as kernel_runs; a layer that rotates by code of its own is unfit.
     """
-    if choice not in CHOICES:
-        raise ConfigError(f"--fused-rotary {choice} is none of {', '.join(CHOICES)}")
-    cuda = torch.cuda.is_available()
-    if choice == "off" or (choice == "auto" and not cuda):
-        return False
-    reason = _obstacle(cuda, attentions)
-    if reason and choice == "on":
-        raise ConfigError(
-            f"--fused-rotary on: {reason}; or say --fused-rotary auto, which then rotates without "
-            "the kernel"
-        )
-    if reason:
-        log_single_rank(logger, logging.INFO, f"no fused rotary embedding: {reason}")
-    return reason is None
-
-
-def _obstacle(cuda: bool, attentions: Sequence[SelfAttention]) -> str | None:
-    try:
-        from pose_megatron.models.rotary_kernel import RUNS_ON_CPU
-    except ImportError as error:
-        return (
-            f"Triton cannot be imported ({error}): pip install triton, which also comes with "
-            "PyTorch's CUDA builds"
-        )
-    if not cuda and not RUNS_ON_CPU:
-        return "torch finds no CUDA device, and Triton compiles for GPUs only: start it on a GPU"
-    for attention in attentions:
-        if type(attention).forward is not SelfAttention.forward:
-            return (
-                f"layer {attention.layer_number} has {type(attention).__name__}, whose forward is "
-                "not megatron-core's: use SelfAttention"
-            )
-    return None
+    own = (a for a in attentions if type(a).forward is not SelfAttention.forward)
+    unfit = next(
+        (
+            f"layer {attention.layer_number} has {type(attention).__name__}, whose forward is not "
+            "megatron-core's: use SelfAttention"
+            for attention in own
+        ),
+        None,
+    )
+    return kernel_runs("--fused-rotary", choice, "rotary_kernel", unfit)
 
 
 def takes(position_ids: Tensor) -> bool:

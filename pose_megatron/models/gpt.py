@@ -14,6 +14,8 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from pose_megatron.errors import ConfigError
+from pose_megatron.models import fused_cross_entropy as cross_entropy
+from pose_megatron.models.fused_cross_entropy import LossByKernel
 from pose_megatron.models.rotary import (
     PoseRotaryEmbedding,
     bind_rotary,
@@ -30,7 +32,7 @@ except ImportError:  # its name before megatron-core 0.18
 __all__ = ["PoseGPTModel", "PoseModel", "PoseRotaryEmbedding", "install_pose", "softmax_scale"]
 
 
-class PositionIdsDriven(GPTModel):
+class PositionIdsDriven(LossByKernel, GPTModel):
     """A GPTModel with a PoseRotaryEmbedding, which forward()'s `position_ids` drive."""
 
     def _preprocess(self, input_ids, position_ids, *args, **kwargs):
@@ -39,7 +41,7 @@ class PositionIdsDriven(GPTModel):
             return super()._preprocess(input_ids, position_ids, *args, **kwargs)
 
 
-class PositionIdsDrivenHybrid(HybridModel):
+class PositionIdsDrivenHybrid(LossByKernel, HybridModel):
     """A HybridModel with a PoseRotaryEmbedding, which forward()'s `position_ids` drive."""
 
     def forward(self, input_ids, position_ids, *args, **kwargs):
@@ -60,11 +62,13 @@ class PoseGPTModel(PositionIdsDriven):
         rope_scaling: interpolation of the rotary frequencies.
         fused_rotary: whether one kernel rotates queries and keys: `auto` (wherever there is a CUDA
             device and Triton), `on` or `off`.
+        fused_cross_entropy: whether one kernel computes the loss where there are labels, in the
+            same words; its backward pass overwrites the logits.
         others: GPTModel's.
 
     Raises:
         ConfigError: `config` lacks the attention temperature of `rope_scaling`, or has it twice;
-            or it has a setting that rotates without the position ids; or the kernel cannot be `on`.
+            or it has a setting that rotates without the position ids; or a kernel cannot be `on`.
     """
 
     def __init__(
@@ -73,10 +77,12 @@ class PoseGPTModel(PositionIdsDriven):
         *args,
         rope_scaling: RopeScaling = RopeScaling(),
         fused_rotary: str = "auto",
+        fused_cross_entropy: str = "auto",
         **kwargs,
     ):
         super().__init__(config, *args, **kwargs | {"position_embedding_type": "rope"})
         bind_rotary(self, rope_scaling, self.rotary_base, self.rotary_percent, fused_rotary)
+        self.loss_by_kernel = cross_entropy.kernel_computes(fused_cross_entropy, self)
 
 
 def install_pose(
@@ -85,6 +91,7 @@ def install_pose(
     rotary_base: float | None = None,
     rotary_percent: float | None = None,
     fused_rotary: str = "auto",
+    fused_cross_entropy: str = "auto",
 ) -> GPTModel | HybridModel:
     """Makes a model built by others follow its position ids, in place.
 
@@ -98,13 +105,13 @@ def install_pose(
         rope_scaling: interpolation; replaces whatever the model was built with.
         rotary_base, rotary_percent: what the model was built with. A GPTModel knows them; a
             HybridModel does not, and needs both.
-        fused_rotary: as PoseGPTModel's.
+        fused_rotary, fused_cross_entropy: as PoseGPTModel's.
 
     Raises:
         ConfigError: the model is wrapped already, follows its position ids with another scaling,
             has no such rotary embedding, or layers that rotate without it; rotary_base or
             rotary_percent is missing or not the model's; its attention temperature is not the
-            scaling's (build it with `config.softmax_scale = softmax_scale(...)`); or the kernel
+            scaling's (build it with `config.softmax_scale = softmax_scale(...)`); or a kernel
             cannot be `on`.
     """
     _check_kind(model)
@@ -119,12 +126,14 @@ def install_pose(
         return model
     if isinstance(model, HybridModel):
         _check_frequencies(model.rotary_pos_emb, base, int(model.config.kv_channels * percent))
+    loss_by_kernel = cross_entropy.kernel_computes(fused_cross_entropy, model)
     bind_rotary(model, rope_scaling, base, percent, fused_rotary)
     driven = PositionIdsDriven if isinstance(model, GPTModel) else PositionIdsDrivenHybrid
     cls = type(model)
     # A HybridModel keeps neither.
     model.rotary_base, model.rotary_percent = base, percent
     model.__class__ = type(f"Pose{cls.__name__}", (driven, cls), {})
+    model.loss_by_kernel = loss_by_kernel
     return model
 
 

@@ -19,6 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from pose_megatron.errors import ConfigError
+from pose_megatron.models import fused_cross_entropy as cross_entropy
 from pose_megatron.models.attention import RMSNorm, layer_spec, torch_layer_spec
 from pose_megatron.models.gpt import PositionIdsDrivenHybrid
 from pose_megatron.models.rotary import bind_rotary
@@ -31,7 +32,7 @@ class PoseHybridModel(PositionIdsDrivenHybrid):
 
     Args:
         config: as PoseGPTModel's, with two layers for each of a GPTModel.
-        rope_scaling, fused_rotary: as PoseGPTModel's.
+        rope_scaling, fused_rotary, fused_cross_entropy: as PoseGPTModel's.
         others: HybridModel's; the pattern has as many `*` as `-`.
 
     Raises:
@@ -46,6 +47,7 @@ class PoseHybridModel(PositionIdsDrivenHybrid):
         rotary_base: float = 10000,
         rotary_percent: float = 1.0,
         fused_rotary: str = "auto",
+        fused_cross_entropy: str = "auto",
         **kwargs,
     ):
         super().__init__(
@@ -57,6 +59,7 @@ class PoseHybridModel(PositionIdsDrivenHybrid):
         )
         self.rotary_base, self.rotary_percent = rotary_base, rotary_percent
         bind_rotary(self, rope_scaling, rotary_base, rotary_percent, fused_rotary)
+        self.loss_by_kernel = cross_entropy.kernel_computes(fused_cross_entropy, self)
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
         sharded = super().sharded_state_dict(prefix, sharded_offsets, metadata)

@@ -135,8 +135,27 @@ class _RotaryKernel(types.ModuleType):
         return _Rotation.apply(query, key)
 
 
+def _kernel_runs(flag: str, choice: str, kernel: str, unfit: str | None = None) -> bool:
+    return choice != "off" and unfit is None
+
+
 def _tolist(tensor: torch.Tensor) -> list[float]:
     return [tensor.view(-1)[0].item()] * tensor.numel()
+
+
+class _CrossEntropy:
+    """The kernel, which reads the logits once, and once more as it writes the gradient there."""
+
+    RUNS_ON_CPU = True
+
+    @staticmethod
+    def statistics(logits, labels, first):
+        logits.amax(-1)
+        return tuple(labels.new_empty(labels.shape, dtype=torch.float32) for _ in "123")
+
+    @staticmethod
+    def write_gradient(logits, labels, first, largest, total, grad):
+        logits.neg_()
 
 
 _ANSWERS: dict[Any, Callable] = {
@@ -161,7 +180,7 @@ def one_rank(rank: int, world_size: int, sizes: dict) -> Iterator[None]:
     from megatron.core.fusions import fused_bias_swiglu
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    from pose_megatron.models import attention, fused_rotary
+    from pose_megatron.models import attention, fused_cross_entropy, fused_rotary
 
     if dist.is_initialized():
         raise ConfigError("a plan needs a process that has not joined a process group")
@@ -179,10 +198,10 @@ def one_rank(rank: int, world_size: int, sizes: dict) -> Iterator[None]:
         (fused_bias_swiglu, "swiglu_back"): lambda grad, x: torch.ops.aten.glu_backward(
             grad, x, -1
         ),
-        # As where there is CUDA.
-        (fused_rotary, "kernel_rotates"): lambda choice, attentions: (
-            choice != "off" and not fused_rotary._obstacle(True, attentions)
-        ),
+        # As on a GPU with Triton.
+        (fused_rotary, "kernel_runs"): _kernel_runs,
+        (fused_cross_entropy, "kernel_runs"): _kernel_runs,
+        (fused_cross_entropy, "kernel"): lambda: _CrossEntropy,
         # AdamW takes the same path as on a GPU.
         (
             importlib.import_module("torch.optim.optimizer"),

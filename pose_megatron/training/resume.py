@@ -67,7 +67,7 @@ FREE = (
     *_names(LoggingFlags),
     *("data_args_path", "data_cache_path", "num_workers", "init_method_std"),
     *("transformer_impl", "attention_backend", "model_class", "fused_rotary"),
-    *("bias_swiglu_fusion", "gradient_accumulation_fusion"),
+    *("fused_cross_entropy", "bias_swiglu_fusion", "gradient_accumulation_fusion"),
     *("exit_duration_in_mins", "max_skipped_iterations"),
     *("loss_spike_factor", "recompute_granularity", "recompute_method"),
     *("recompute_num_layers", "recompute_modules", "overlap_grad_reduce"),

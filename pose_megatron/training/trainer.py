@@ -96,8 +96,9 @@ def setup(run: Run, layout: Layout) -> Trainer:
     t, impl = args.training, args.model.transformer_impl
     core = core_transformer_config_from_args(args, config)
     chunks = core.virtual_pipeline_model_parallel_size
+    kernels = args.model.fused_rotary, args.model.fused_cross_entropy
     stages = [
-        build_model(core, config, impl, i, args.model.model_class, args.model.fused_rotary)
+        build_model(core, config, impl, i, args.model.model_class, *kernels)
         for i in (range(chunks) if chunks else [None])
     ]
     if loaded is None:

@@ -14,12 +14,16 @@ if __name__ == "__main__":  # a test that takes the names below does not interpr
     os.environ["TRITON_INTERPRET"] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import contextlib
 import dataclasses
+import importlib
 import json
 import tempfile
+from unittest import mock
 
 import torch
 
+ROTATION = "rotary_kernel", ("_launch",)  # its module, and what launches it
 FACTOR = 1.2079  # YaRN's, by 8
 # Tokens, samples, query heads, key heads, width of a head, channels that rotate, interleaved.
 SHAPES = {
@@ -141,16 +145,15 @@ def training() -> dict:
             found[name] = {how: steps(f"{words} {how}", change) for how in ("off", "on")}
             if len(found) == 1:
                 rotary.fixed_point_turns = lambda f: angles.fixed_point_turns(f.float())
-                found[name]["rounded"] = steps(f"{words} on", change, 1)
+                found[name]["rounded"] = steps(f"{words} on", change, count=1)
                 rotary.fixed_point_turns = angles.fixed_point_turns
     return found
 
 
-def steps(words: str, change: dict, count: int = 3) -> list[dict]:
-    """The first steps of our trainer."""
+def steps(words: str, change: dict, watched: tuple = ROTATION, count: int = 3) -> list[dict]:
+    """The first steps of our trainer, with the launches of a kernel: its module and functions."""
     from pose_megatron.config.arguments import parse
     from pose_megatron.config.layout import lay_out
-    from pose_megatron.models import rotary_kernel
     from pose_megatron.runtime import distributed
     from pose_megatron.training.run import assemble
     from pose_megatron.training.step import train_step
@@ -166,19 +169,19 @@ def steps(words: str, change: dict, count: int = 3) -> list[dict]:
     data = trainer.data_iterator(samples, 0, 0)
     for model in trainer.models:
         model.train()
-    launch, launches = rotary_kernel._launch, []
-
-    def counted(*args):
-        launches.append(args)
-        return launch(*args)
-
-    rotary_kernel._launch = counted
+    module, names = importlib.import_module(f"pose_megatron.models.{watched[0]}"), watched[1]
     rows = []
-    for _ in range(count):
-        step = train_step(trainer, data)
-        rows.append({"loss": step.loss, "grad_norm": step.grad_norm, "launches": len(launches)})
-        launches.clear()
-    rotary_kernel._launch = launch
+    with contextlib.ExitStack() as stack:
+        launches = [
+            stack.enter_context(mock.patch.object(module, name, wraps=getattr(module, name)))
+            for name in names
+        ]
+        for _ in range(count):
+            step = train_step(trainer, data)
+            seen = sum(launch.call_count for launch in launches)
+            rows.append({"loss": step.loss, "grad_norm": step.grad_norm, "launches": seen})
+            for launch in launches:
+                launch.reset_mock()
     return rows
 
 

@@ -113,7 +113,8 @@ HARMLESS = frozenset(
     finalize_model_grads_func fine_grained_activation_offloading
     fine_grained_offloading_max_inflight_offloads first_last_layers_bf16 flash_attention_version
     flash_decode fp16 fp16_lm_cross_entropy fp32_residual_connection fp4 fp8
-    freeze_all_layers fused_residual_rmsnorm fused_rotary fused_single_qkv_rope generation_config
+    freeze_all_layers fused_cross_entropy fused_residual_rmsnorm fused_rotary
+    fused_single_qkv_rope generation_config
     grad_scale_func grad_sync_func gradient_accumulation_fusion gtp_weight_remat_size head_lr_mult
     hetereogenous_dist_checkpoint hf_model_id hf_model_revision hidden_dropout
     hierarchical_context_parallel_sizes high_priority_a2a_comm_stream hybrid_context_parallel
