@@ -11,19 +11,14 @@ and, where it can be imported, Transformer Engine's kernel, which takes one row 
 samples. Needs Triton.
 """
 
-import argparse
-import importlib.util
-import json
-import os
-import re
-import subprocess
 import sys
-import tempfile
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from kernel_tables import ARCHITECTURES, main, resources, show_registers, show_times
 
 from pose_megatron.rope.angles import angles, fixed_point_turns
 from pose_megatron.rope.scaling import RopeScaling, inverse_frequencies
@@ -33,7 +28,6 @@ ROPES = {
     "base 1e4": (1e4, RopeScaling()),
     "base 5e5, yarn by 16": (5e5, RopeScaling("yarn", 16.0, 8192)),
 }
-ARCHITECTURES = (80, 90, 100)
 # Type, query heads, key heads, width of a head, rotated pairs, interleaved.
 SHAPES = {
     "Llama 3 8B": ("bf16", 32, 8, 128, 64, False),
@@ -42,42 +36,6 @@ SHAPES = {
     "GPT-J": ("bf16", 16, 16, 256, 32, True),
     "a quarter of a head of 80": ("bf16", 32, 32, 80, 10, False),
 }
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--only", choices=PARTS, help="one table")
-    parser.add_argument("--output", type=Path, help="a JSON file for the figures")
-    parser.add_argument("--here", choices=PARTS, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.here:
-        print(json.dumps(PARTS[args.here][0]()))
-        return
-    if importlib.util.find_spec("triton") is None:
-        print("No Triton here, so no figures: pip install triton -c constraints.txt")
-        return
-    results = {}
-    for name, (_, show) in PARTS.items():
-        if args.only in (None, name):
-            results[name] = in_a_process_of_its_own(name)
-            show(results[name])
-    if args.output:
-        args.output.write_text(json.dumps(results, indent=1) + "\n")
-
-
-def in_a_process_of_its_own(part: str):
-    """Triton decides as it is imported whether it interprets or compiles."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    if part == "errors" and not torch.cuda.is_available():
-        environment["TRITON_INTERPRET"] = "1"
-    done = subprocess.run(
-        [sys.executable, __file__, "--here", part], env=environment, stdout=subprocess.PIPE
-    )
-    if done.returncode:
-        sys.exit(done.returncode)
-    return json.loads(done.stdout)
 
 
 def errors() -> list[dict]:
@@ -124,56 +82,23 @@ def registers() -> list[dict]:
         # The other pass is the same code but for one sign.
         for backward in (False, True) if shape == "Llama 3 8B" else (False,):
             for architecture in ARCHITECTURES:
-                used = resources(*sizes, backward=backward, architecture=architecture)
                 row = {"shape": shape, "backward": backward, "architecture": architecture}
-                rows.append(row | used)
+                rows.append(row | used(*sizes, backward, architecture))
     return rows
 
 
-def resources(
+def used(
     dtype, query_heads, key_heads, width, pairs, interleaved, backward, architecture
 ) -> dict[str, int]:
-    """{registers of a thread, bytes of stack and local memory of a thread} of a compiled kernel."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     from pose_megatron.models.rotary_kernel import constants, rotary_kernel
 
-    names = rotary_kernel.arg_names
     fixed = constants(query_heads, key_heads, width, pairs, interleaved, backward)
-    kinds = dict.fromkeys(fixed, "constexpr")
-    kinds |= dict.fromkeys(("query", "key", "query_out", "key_out"), f"*{dtype}")
+    kinds = dict.fromkeys(("query", "key", "query_out", "key_out"), f"*{dtype}")
     kinds |= {"position_ids": "*i64", "turns": "*i64", "factor": "fp32"}
-    # What Triton would find at a launch: pointers and strides of heads that 16 divides.
-    whole = {*kinds} - {*fixed, "factor"} | {n for n in names if n.startswith(("query_", "key_"))}
-    source = ASTSource(
-        fn=rotary_kernel,
-        signature={name: kinds.get(name, "i32") for name in names},
-        constexprs={(names.index(name),): value for name, value in fixed.items()},
-        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in whole},
-    )
-    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32))
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        command = [str(tool), "--dump-resource-usage", file.name]
-        printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    (found,) = re.findall(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", printed)
-    used, stack, local = map(int, found)
-    return {"registers": used, "spilled": stack + local}
-
-
-def show_registers(rows: list[dict]) -> None:
-    print("\nRegisters of a thread; bytes that it spills\n")
-    print("| | pass |", *(f"sm_{architecture} |" for architecture in ARCHITECTURES), "spilled |")
-    print("|---|---|" + "---:|" * (len(ARCHITECTURES) + 1))
-    for start in range(0, len(rows), len(ARCHITECTURES)):
-        alike = rows[start : start + len(ARCHITECTURES)]
-        way = "backward" if alike[0]["backward"] else "forward"
-        cells = [*(row["registers"] for row in alike), sum(row["spilled"] for row in alike)]
-        print(f"| {alike[0]['shape']} | {way} |", *(f"{cell} |" for cell in cells))
+    # Pointers, and strides of heads.
+    strides = {n for n in rotary_kernel.arg_names if n.startswith(("query_", "key_"))}
+    whole = {*kinds} - {"factor"} | strides
+    return resources(rotary_kernel, kinds, fixed, whole, architecture)
 
 
 def times() -> list[dict]:
@@ -221,22 +146,11 @@ def times() -> list[dict]:
     return [{"how": how, "ms": do_bench(way, return_mode="median")} for how, way in ways.items()]
 
 
-def show_times(rows: list[dict]) -> None:
-    if not rows:
-        print("\nNo GPU here: no times.")
-        return
-    print(f"\nForward plus backward, 2 x 4,096 tokens; {torch.cuda.get_device_name()}\n")
-    print("| | ms | times a copy |\n|---|---:|---:|")
-    copy = next(row["ms"] for row in rows if row["how"] == "a copy")
-    for row in rows:
-        print(f"| {row['how']} | {row['ms']:.4f} | {row['ms'] / copy:.2f} |")
-
-
 PARTS = {
     "errors": (errors, show_errors),
     "registers": (registers, show_registers),
-    "times": (times, show_times),
+    "times": (times, partial(show_times, what="Forward plus backward, 2 x 4,096 tokens")),
 }
 
 if __name__ == "__main__":
-    main()
+    main(__file__, __doc__, PARTS)
