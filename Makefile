@@ -53,7 +53,7 @@ FUNCTIONAL := tests/functional_tests
 PLUGIN_TESTS := $(FUNCTIONAL)/test_megatron_plugin.py
 STOP_AND_GO := $(FUNCTIONAL)/test_stop_and_go.py
 CURRENT_TESTS := $(FUNCTIONAL)/test_matrix.py $(STOP_AND_GO) $(PLUGIN_TESTS) \
-    $(FUNCTIONAL)/test_fused_rotary.py \
+    $(FUNCTIONAL)/test_fused_rotary.py $(FUNCTIONAL)/test_fused_cross_entropy.py \
     $(FUNCTIONAL)/test_convert_tool.py $(FUNCTIONAL)/test_convert_ranks.py \
     $(FUNCTIONAL)/test_families.py $(FUNCTIONAL)/test_experts.py tests/unit_tests
 # Of these, what CI has the time for: the folders that use megatron-core, of stop and go the signal,
@@ -65,7 +65,8 @@ CURRENT_TESTS_IN_SHORT := $(PLUGIN_TESTS) $(FUNCTIONAL)/test_matrix.py \
     $(STOP_AND_GO)::test_a_damaged_checkpoint_is_named_and_the_one_before_can_be_taken \
     $(STOP_AND_GO)::test_a_run_killed_again_and_again_comes_to_the_same_end \
     $(STOP_AND_GO)::test_a_kill_before_common_pt_is_written_loses_nothing \
-    $(FUNCTIONAL)/test_families.py $(FUNCTIONAL)/test_fused_rotary.py $(USING_CORE)
+    $(FUNCTIONAL)/test_families.py $(FUNCTIONAL)/test_fused_rotary.py \
+    $(FUNCTIONAL)/test_fused_cross_entropy.py $(USING_CORE)
 
 test-current: .venv-current/bin/.ready
 	PATH=$(CURDIR)/.venv-current/bin:$$PATH $(PYTEST) $(CURRENT_TESTS)
@@ -80,7 +81,8 @@ test-current-on-3.11: $(SUBSTITUTE)/.ready
 	PYTHONPATH=$(CURDIR)/$(SUBSTITUTE) $(PYTEST) $(CURRENT_TESTS_IN_SHORT)
 
 OUT ?= runs/benchmarks
-BENCHMARKS := step_overhead full_length resume dataset convert preprocess evaluate rotary_kernel
+BENCHMARKS := step_overhead full_length resume dataset convert preprocess evaluate \
+    rotary_kernel cross_entropy_kernel
 
 bench: $(BIN)/.ready
 	mkdir -p $(OUT)

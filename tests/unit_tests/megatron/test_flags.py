@@ -69,3 +69,9 @@ def test_an_older_megatron_core_is_refused():
 def test_the_fused_rotary_embedding_is_chosen_as_in_our_trainer():
     assert model_flags_of(parsed()).fused_rotary == "auto"
     assert model_flags_of(parsed("--fused-rotary", "off")).fused_rotary == "off"
+
+
+def test_the_fused_cross_entropy_is_chosen_as_in_our_trainer():
+    assert model_flags_of(parsed()).fused_cross_entropy == "auto"
+    chosen = model_flags_of(parsed("--fused-cross-entropy", "off"))
+    assert chosen.fused_cross_entropy == "off"

@@ -24,6 +24,7 @@ def flags(**more):
         "rope_scaling_factor": None,
         "rope_scaling_config": None,
         "fused_rotary": None,
+        "fused_cross_entropy": None,
         "original_max_position_embeddings": None,
         "load": None,
         "pretrained_checkpoint": None,

@@ -45,10 +45,12 @@ PARAMETERS = {"7B": 6_738_415_616, "8B": 8_030_261_248, "70B": 70_553_706_496}
 NORMS = {"7B": 65 * 4096, "8B": 65 * 4096, "70B": 161 * 8192}  # on every tensor-parallel rank
 
 
-PIECES = "--fused-rotary off --no-gradient-accumulation-fusion"  # what is fused by default
+# What is fused by default, in pieces.
+PIECES = "--fused-rotary off --no-gradient-accumulation-fusion"
+LOSS = "--fused-cross-entropy off"
 
 
-def case(size, gpus, window, tp=1, pp=1, more="", pieces=f"{PIECES} --no-bias-swiglu-fusion"):
+def case(size, gpus, window, tp=1, pp=1, more="", pieces=f"{PIECES} {LOSS} --no-bias-swiglu-fusion"):
     words = [*SIZES[size], "--seq-length", str(window), *more.split(), *pieces.split()]
     if tp > 1:
         words += ["--tensor-model-parallel-size", str(tp), "--sequence-parallel"]
@@ -61,8 +63,8 @@ FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-
 # {case: (how to plan it, GiB of the fullest stage)}
 ALLOCATED = {
     "8B tp2 8k": (case("8B", 8, 8192, tp=2), 62.30),
-    "8B tp2 8k, SwiGLU fused": (case("8B", 8, 8192, tp=2, pieces=PIECES), 55.30),
-    "8B tp2 8k, all fused": (case("8B", 8, 8192, tp=2, pieces=""), 55.06),
+    "8B tp2 8k, SwiGLU fused": (case("8B", 8, 8192, tp=2, pieces=f"{PIECES} {LOSS}"), 55.30),
+    "8B tp2 8k, all but the loss fused": (case("8B", 8, 8192, tp=2, pieces=LOSS), 55.06),
     "8B 4k": (case("8B", 8, 4096), 84.5),
     "8B 4k mlp": (
         case("8B", 8, 4096, more="--recompute-granularity selective --recompute-modules mlp"),
@@ -82,6 +84,7 @@ PIPELINED = [*SMALL, "--pipeline-model-parallel-size", "2"]
 TIED = [word for word in SMALL if not word.startswith("--untie")]
 ALONE = [word for word in SMALL if word != "--use-distributed-optimizer"]
 CASES = {name: plan for name, (plan, _) in ALLOCATED.items()} | {
+    "8B tp2 8k, SwiGLU and loss fused": case("8B", 8, 8192, tp=2, pieces=PIECES),
     "sketch": {"gpus": 4, "flags": PIPELINED},
     "whole": {"gpus": 4, "flags": PIPELINED, "whole": True},
     "interleaved": {
@@ -142,6 +145,15 @@ def test_weights_gradients_and_optimizer_take_18_bytes_a_parameter(found):
 def test_logits_are_bfloat16_once_and_float32_once(found):
     (stage,) = found["8B tp2 8k"]
     assert stage["memory"]["logits"] == 8192 * 128256 // 2 * (2 + 4)
+
+
+def test_a_fused_loss_leaves_the_logits_as_the_only_tensor_of_their_size(found):
+    (fused,), (plain,) = (found[f"8B tp2 8k, SwiGLU{more} fused"] for more in (" and loss", ""))
+    logits = 8192 * 128256 // 2
+    assert fused["memory"]["logits"] in (0, 2 * logits)  # where it is fullest, then or later
+    assert 0.99 * 2 * logits < plain["peak"] - fused["peak"] < 1.001 * 4 * logits
+    # Three numbers a token, reduced to all, of which two travel together; over a ring of two.
+    assert fused["sent"]["tensor"] == plain["sent"]["tensor"]
 
 
 def test_early_stages_of_a_pipeline_hold_more_micro_batches(found):

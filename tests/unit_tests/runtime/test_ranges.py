@@ -162,6 +162,7 @@ def test_the_plugins_flags_have_ranges_too():
             rope_scaling_config=None,
             original_max_position_embeddings=None,
             fused_rotary=None,
+            fused_cross_entropy=None,
             seed=1,
         )
         setattr(args, name, options(FIELDS[name])["type"]("-1"))
