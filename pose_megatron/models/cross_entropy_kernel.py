@@ -82,7 +82,7 @@ def statistics(logits: Tensor, labels: Tensor, first: int) -> tuple[Tensor, Tens
         logit, 0 where the label is another rank's.
     """
     width = logits.size(-1)
-    found = [torch.empty(labels.shape, dtype=torch.float32, device=logits.device) for _ in "123"]
+    found = [torch.empty(labels.shape, dtype=torch.float32, device=logits.device) for _ in range(3)]
     statistics_kernel[(labels.numel(),)](
         logits, labels, *found, first, width, **constants(width), num_warps=WARPS
     )

@@ -151,7 +151,7 @@ class _CrossEntropy:
     @staticmethod
     def statistics(logits, labels, first):
         logits.amax(-1)
-        return tuple(labels.new_empty(labels.shape, dtype=torch.float32) for _ in "123")
+        return tuple(labels.new_empty(labels.shape, dtype=torch.float32) for _ in range(3))
 
     @staticmethod
     def write_gradient(logits, labels, first, largest, total, grad):
