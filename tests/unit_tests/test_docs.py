@@ -55,7 +55,7 @@ FOREIGN = {
     "Megatron's pretrain()": {
         "--use-checkpoint-args",
         "--calculate-per-token-loss",
-        "--dist-ckpt-optim-fully-reshardable",
+        "--cross-entropy-loss-fusion",
         "--no-load-optim",
         "--hybrid-layer-pattern",
         "--distributed-backend",

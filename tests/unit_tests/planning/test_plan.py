@@ -50,7 +50,9 @@ PIECES = "--fused-rotary off --no-gradient-accumulation-fusion"
 LOSS = "--fused-cross-entropy off"
 
 
-def case(size, gpus, window, tp=1, pp=1, more="", pieces=f"{PIECES} {LOSS} --no-bias-swiglu-fusion"):
+def case(
+    size, gpus, window, tp=1, pp=1, more="", pieces=f"{PIECES} {LOSS} --no-bias-swiglu-fusion"
+):
     words = [*SIZES[size], "--seq-length", str(window), *more.split(), *pieces.split()]
     if tp > 1:
         words += ["--tensor-model-parallel-size", str(tp), "--sequence-parallel"]
