@@ -165,7 +165,7 @@ def steps(words: str, change: dict, watched: tuple = ROTATION, count: int = 3) -
     if not torch.distributed.is_initialized():
         distributed.initialize(args.training.seed)
     trainer = setup(run, lay_out(args, run.model, 1))
-    samples, *_ = run.datasets(6)
+    samples, *_ = run.datasets(args.training.train_iters * args.training.global_batch_size)
     data = trainer.data_iterator(samples, 0, 0)
     for model in trainer.models:
         model.train()
