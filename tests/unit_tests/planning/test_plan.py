@@ -80,6 +80,10 @@ ALLOCATED = {
         case("70B", 64, 8192, tp=8, pp=4, more="--global-batch-size 16"),
         57.62,
     ),
+    "70B tp8 pp4 8k, all fused": (
+        case("70B", 64, 8192, tp=8, pp=4, more="--global-batch-size 16", pieces=""),
+        48.19,
+    ),
 }
 SMALL = [*llama(8, 64, 128, 4, 300), "--seq-length", "64", "--global-batch-size", "8"]
 PIPELINED = [*SMALL, "--pipeline-model-parallel-size", "2"]
