@@ -53,6 +53,7 @@ FUNCTIONAL := tests/functional_tests
 PLUGIN_TESTS := $(FUNCTIONAL)/test_megatron_plugin.py
 STOP_AND_GO := $(FUNCTIONAL)/test_stop_and_go.py
 CURRENT_TESTS := $(FUNCTIONAL)/test_matrix.py $(STOP_AND_GO) $(PLUGIN_TESTS) \
+    $(FUNCTIONAL)/test_periodic_saves.py \
     $(FUNCTIONAL)/test_fused_rotary.py $(FUNCTIONAL)/test_fused_cross_entropy.py \
     $(FUNCTIONAL)/test_convert_tool.py $(FUNCTIONAL)/test_convert_ranks.py \
     $(FUNCTIONAL)/test_families.py $(FUNCTIONAL)/test_experts.py tests/unit_tests
