@@ -63,6 +63,7 @@ FOREIGN = {
     },
     "benchmarks": {
         "--output",
+        "--steps",
         "--damages",
         "--large",
         "--only",
