@@ -57,7 +57,7 @@ _SMALL = Profile(
 )
 
 PROFILES = {
-    # two CPU cores, an evening
+    # two CPU cores, under two hours
     "cpu": _SMALL,
     # one GPU; not run yet
     "gpu": replace(
