@@ -13,6 +13,7 @@
 # What also runs on the current megatron-core where .venv has Python 3.11:
 # make test-current          in an environment of its own, .venv-current, with Python 3.12
 # make test-current-on-3.11  the shorter list, in .venv; for CI
+# make test-fake-gpu         in .venv-current, on a GPU that is not there (tests/fake_gpu/README.md)
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PYTHON312 ?= python3.12
@@ -25,7 +26,8 @@ PIP := pip --disable-pip-version-check
 export OMP_NUM_THREADS ?= 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: quickstart real-model reproduce test unit test-current test-current-on-3.11 bench faults lint clean
+.PHONY: quickstart real-model reproduce test unit test-current test-current-on-3.11 test-fake-gpu \
+    bench faults lint clean
 
 quickstart: $(BIN)/.ready
 	bash examples/quickstart.sh
@@ -71,6 +73,10 @@ CURRENT_TESTS_IN_SHORT := $(PLUGIN_TESTS) $(FUNCTIONAL)/test_matrix.py \
 
 test-current: .venv-current/bin/.ready
 	PATH=$(CURDIR)/.venv-current/bin:$$PATH $(PYTEST) $(CURRENT_TESTS)
+
+# CUDA's build of PyTorch under a driver of our own. Its files share what they build: one process.
+test-fake-gpu: .venv-current/bin/.ready
+	PATH=$(CURDIR)/.venv-current/bin:$$PATH python -m pytest tests/fake_gpu
 
 # The current megatron-core, which asks for Python 3.12, in a folder before the other one of .venv.
 # NVIDIA does not support it on 3.11: a substitute for CI, where neither Python 3.12 nor PyTorch's

@@ -1,0 +1,103 @@
+"""The trainer's steps on CUDA tensors, in every layout: where tensors are, what is sent, what runs.
+
+Expected numbers of calls are by hand, of one step with M micro-batches, on rank 0.
+"""
+
+import pytest
+
+from tests.fake_gpu.shapes import LAYERS, flags
+
+WINDOW, MICRO_BATCHES = 256, 4
+L, M = LAYERS["small"], MICRO_BATCHES
+POSE = "--max-position-embeddings 4096 --rope-scaling yarn"
+
+
+def case(world_size: int, more: str = "", precision: str = "--bf16") -> dict:
+    words = flags("small", WINDOW, f"{POSE} {precision} {more}")
+    return {"flags": words, "world_size": world_size, "initialize": True}
+
+
+PIPELINE = f"--pipeline-model-parallel-size 2 --global-batch-size {M}"
+CASES = {
+    "alone": case(1),
+    "alone, rotated by pieces": case(1, "--fused-rotary off"),
+    "float32": case(1, precision=""),
+    "tensor": case(2, "--tensor-model-parallel-size 2 --sequence-parallel"),
+    "pipeline": case(2, PIPELINE),
+    "interleaved": case(2, f"{PIPELINE} --num-layers-per-virtual-pipeline-stage 1"),
+    "context": case(2, "--context-parallel-size 2"),
+    "data": case(2, "--overlap-grad-reduce --overlap-param-gather"),
+}
+# Layers x micro-batches that rank 0 runs; under context parallelism each layer attends twice.
+ATTENDS = dict.fromkeys(CASES, L) | {
+    "pipeline": L // 2 * M,
+    "interleaved": L // 2 * M,
+    "context": 2 * L,
+}
+
+
+@pytest.fixture(scope="module")
+def found(measured):
+    return measured(CASES)
+
+
+def sent(figures: dict, call: str) -> int:
+    """How often rank 0 called NCCL so, in groups of two."""
+    return int(figures["nccl"].get(f"nccl {call} 2", 0))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_all_that_a_step_works_on_is_on_the_gpu(found, name):
+    figures = found[name]
+    assert figures["updated"]
+    for what, devices in figures["devices"].items():
+        assert devices == ["cuda:0"], what
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name != "float32"])
+def test_attention_is_a_fused_kernel(found, name):
+    figures = found[name]
+    assert set(figures["attention"]) <= {"cudnn", "flash"}
+    assert figures["flash"] == ATTENDS[name]
+    assert figures["softmax"] == 0
+
+
+def test_attention_in_float32_holds_no_scores_either(found):
+    assert found["float32"]["attention"] == ["efficient"]
+    assert found["float32"]["flash"] == found["float32"]["softmax"] == 0
+
+
+def test_the_kernel_rotates_instead_of_its_pieces(found):
+    fused, pieces = (found[name]["launches"] for name in ("alone", "alone, rotated by pieces"))
+    # Queries and keys, forward and backward: two kernels a layer in the place of many.
+    assert fused < pieces - 10 * L
+
+
+def test_tensor_parallel_ranks_gather_and_scatter(found):
+    # Forward and backward, 6 and 4 a layer; the embedding and the output layer have the rest.
+    assert sent(found["tensor"], "all_gather") == 6 * L + 3
+    assert sent(found["tensor"], "reduce_scatter") == 4 * L + 2
+
+
+def test_a_pipelines_first_stage_sends_activations_and_receives_gradients(found):
+    assert (sent(found["pipeline"], "send"), sent(found["pipeline"], "recv")) == (M, M)
+
+
+def test_two_chunks_of_it_send_three_times(found):
+    # Activations of both chunks, and gradients of the second's input.
+    interleaved = found["interleaved"]
+    assert (sent(interleaved, "send"), sent(interleaved, "recv")) == (3 * M, 3 * M)
+
+
+def test_context_parallel_ranks_gather_keys_and_values(found):
+    activation = WINDOW * 256 // 2 * 2  # tokens x width of half as many heads, bfloat16
+    figures = found["context"]
+    assert figures["nccl"]["bytes all_gather 2"] >= 2 * L * activation
+    assert sent(figures, "all_gather") >= 2 * L and sent(figures, "reduce_scatter") >= 2 * L
+
+
+def test_data_parallel_ranks_share_gradients_and_weights(found):
+    figures = found["data"]
+    nccl, parameters = figures["nccl"], figures["parameters"]
+    assert nccl["bytes reduce_scatter 2"] == pytest.approx(4 * parameters, rel=0.01)  # float32
+    assert nccl["bytes all_gather 2"] == pytest.approx(2 * parameters, rel=0.01)  # bfloat16

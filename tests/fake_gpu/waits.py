@@ -1,0 +1,55 @@
+"""Where in Python the host waits for the device."""
+
+import contextlib
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+HERE = str(Path(__file__).resolve().parent)
+FRAMES = 3  # callers of a line that are named with it
+
+
+@contextlib.contextmanager
+def noted_waits() -> Iterator[Counter]:
+    """{lines: how often torch waited there}, innermost first; filled while the context lasts."""
+    found: Counter = Counter()
+    synchronize = torch.cuda.synchronize
+
+    def note(message="", *args, **kwargs) -> None:
+        if "synchroniz" in str(message):
+            found[_lines()] += 1
+
+    def noted_synchronize(device=None) -> None:
+        found[_lines()] += 1
+        synchronize(device)
+
+    with (
+        warnings.catch_warnings(),
+        mock.patch.object(warnings, "showwarning", note),
+        mock.patch.object(torch.cuda, "synchronize", noted_synchronize),
+    ):
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield found
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def _lines() -> str:
+    stack = [
+        frame
+        for frame in reversed(traceback.extract_stack())
+        if not frame.filename.startswith(HERE)
+        and "/torch/" not in frame.filename
+        and not frame.filename.endswith(("warnings.py", "contextlib.py"))
+    ]
+    return " < ".join(
+        f"{frame.filename.rpartition('site-packages/')[2].removeprefix(f'{HERE}/')}:{frame.lineno}"
+        for frame in stack[:FRAMES]
+    )
