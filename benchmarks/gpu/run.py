@@ -55,7 +55,8 @@ def in_a_process_of_its_own(part: str, dry: bool) -> tuple[dict, dict]:
     if done.returncode == 0:
         return machine, {"rows": rows}
     print(done.stderr[-4000:], file=sys.stderr)
-    return machine, {"rows": rows, "error": done.stderr.strip().splitlines()[-1:]}
+    said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+    return machine, {"rows": rows, "error": said[-1]}
 
 
 def work(part: str, dry: bool, output: Path) -> None:

@@ -35,9 +35,9 @@ class Shape:
 
 SHAPES = {
     "Llama 3.2 1B": Shape((16, 16), 2048, 8192, 32, 8, 128256, tied=True),
-    "Llama 3 8B, 8 of 32 layers": Shape((32, 8), 4096, 14336, 32, 8, 128256),
+    "Llama 3 8B, 6 of 32 layers": Shape((32, 6), 4096, 14336, 32, 8, 128256),
 }
-WHOLE = "Llama 3 8B, 8 of 32 layers"  # evaluated with all of its layers
+WHOLE = "Llama 3 8B, 6 of 32 layers"  # evaluated with all of its layers
 DRY = Shape((2, 2), 256, 512, 4, 2, 1024)
 
 

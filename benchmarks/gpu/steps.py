@@ -77,10 +77,10 @@ def _in_turn(run: trainers.Run, window: int, steps: int, kinds: tuple[str, ...])
                 peaks[kind] = max(peaks[kind], torch.cuda.max_memory_allocated())
     tokens = window * run.trainer.layout.global_batch_size
     flops = run.trainer.config.flops_per_token(window) * tokens
+    known = peak_flops()
     found: dict = {}
     for kind in kinds:
         median = statistics.median(seconds[kind])
-        known = peak_flops()
         found[kind] = {
             "seconds": median,
             "tokens_per_second": tokens / median,

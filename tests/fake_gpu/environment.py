@@ -61,7 +61,7 @@ def environment(folder: Path) -> dict[str, str]:
         "LD_PRELOAD": str(folder / "libcuda.so.1"),
         "LD_LIBRARY_PATH": before(folder, "LD_LIBRARY_PATH"),
         "TRITON_LIBCUDA_PATH": str(folder),
-        "PYTHONPATH": before(HERE / "numbers", "PYTHONPATH"),
+        "PYTHONPATH": before(HERE / "made_up", "PYTHONPATH"),
         # One root, whatever the number of ranks: the others would have to name theirs.
         "TORCH_NCCL_RANKS_PER_ROOT": "1000000",
         "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),

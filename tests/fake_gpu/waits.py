@@ -11,6 +11,7 @@ from unittest import mock
 import torch
 
 HERE = str(Path(__file__).resolve().parent)
+ROOT = str(Path(HERE).parents[1])
 FRAMES = 3  # callers of a line that are named with it
 
 
@@ -50,6 +51,6 @@ def _lines() -> str:
         and not frame.filename.endswith(("warnings.py", "contextlib.py"))
     ]
     return " < ".join(
-        f"{frame.filename.rpartition('site-packages/')[2].removeprefix(f'{HERE}/')}:{frame.lineno}"
+        f"{frame.filename.rpartition('site-packages/')[2].removeprefix(f'{ROOT}/')}:{frame.lineno}"
         for frame in stack[:FRAMES]
     )
