@@ -22,7 +22,7 @@ def rank_zero(flags: list[str], world_size: int) -> Iterator[None]:
     Args:
         flags: of pretrain_pose.py, with the model's shape among them.
     """
-    args = parse(flags)
+    args = parse(flags, trains=False)
     new_group = dist.new_group
 
     def without_gloo(*args, **kwargs):
