@@ -51,9 +51,9 @@ def measure(flags: list[str], world_size: int, initialize: bool) -> dict:
             reset()
             torch.cuda.reset_peak_memory_stats()
             step = run.step()
-        counted, peak = tallies(), torch.cuda.max_memory_allocated()
-        with noted_waits() as waits:
-            run.step()
+            counted, peak = tallies(), torch.cuda.max_memory_allocated()
+            with noted_waits() as waits:
+                run.step()
         found = {
             "devices": _devices(run.trainer) | {"batches": sorted(batches)},
             "parameters": sum(p.numel() for s in run.trainer.stages for p in s.parameters()),

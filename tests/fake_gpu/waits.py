@@ -22,7 +22,7 @@ def noted_waits() -> Iterator[Counter]:
     synchronize = torch.cuda.synchronize
 
     def note(message="", *args, **kwargs) -> None:
-        if "synchroniz" in str(message):
+        if "called a synchronizing" in str(message):
             found[_lines()] += 1
 
     def noted_synchronize(device=None) -> None:

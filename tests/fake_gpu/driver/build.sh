@@ -5,4 +5,4 @@ here=$(dirname "$0") output=$1
 shift
 # Only what other libraries are to find is exported; the rest must not meet torch's own names.
 ${CXX:-g++} -std=c++17 -O1 -shared -fPIC -fvisibility=hidden -Wall -Wextra \
-    "${@/#/-isystem}" -Wl,-soname,libcuda.so.1 -o "$output" "$here"/*.cpp -ldl
+    -I"$here" "${@/#/-isystem}" -Wl,-soname,libcuda.so.1 -o "$output" "$here"/*.cpp -ldl
