@@ -20,10 +20,17 @@ from pose_megatron.planning.ledger import Ledger
 # bus bandwidth's factor.
 _ALL_REDUCE = 2
 _DATALESS = ("barrier", "monitored_barrier_", "recv_", "recv_any_source_")
-# Elements in a block of an operator over many tensors, and blocks in a launch
-# (ATen/native/cuda/MultiTensorApply.cuh).
-_CHUNK, _BLOCKS = 65536, 320
-_SEVERAL: dict[str, int] = {}
+# Elements in a block of an operator over many tensors, and blocks in a launch, where PyTorch is built
+# with CUDA 13 (ATen/native/cuda/MultiTensorApply.cuh).
+_CHUNK, _BLOCKS = 65536, 2240
+# Kernels and copies of operators that are several, as tests/fake_gpu counts them.
+_SEVERAL = {
+    "embedding_dense_backward": 2,
+    "index_put": 2,
+    "_scaled_dot_product_flash_attention_backward": 3,
+}
+# The embedding's gradient sorts more tokens than these, by so many kernels more.
+_UNSORTED, _SORTING = 3072, 17
 _UNTOUCHED = (
     *("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided"),
     *("detach", "_unsafe_view"),
@@ -138,8 +145,15 @@ def _launches(func, args) -> int:
     name = func.overloadpacket.__name__
     if name.startswith(("_foreach_", "_fused_")):
         blocks = sum(math.ceil(t.numel() / _CHUNK) for t in args[0])
-        return max(1, math.ceil(blocks / _BLOCKS))
-    return _SEVERAL.get(name, 1)
+        before_and_after = 2 * (name == "_foreach_norm")
+        return max(1, math.ceil(blocks / _BLOCKS)) + before_and_after
+    several = _SEVERAL.get(name, 1)
+    if name == "embedding_dense_backward":
+        several += _SORTING * (args[1].numel() > _UNSORTED)
+    elif _kind(func) == "attention" and "backward" in name:
+        _, query, key = args[:3]
+        several += 2 * (query.size(1) != key.size(1))  # sums over the heads of a group
+    return several
 
 
 def _tensors(value) -> Iterator[torch.Tensor]:

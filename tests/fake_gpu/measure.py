@@ -64,7 +64,10 @@ def measure(flags: list[str], world_size: int, initialize: bool) -> dict:
             "softmax": sum_of(counted, "kernel ", "SoftMaxForward")
             + sum_of(counted, "kernel ", "softmax_warp_forward"),
             "peak": peak,
-            "launches": int(counted["launches"]),
+            # As plans count them.
+            "launches": int(counted["launches"])
+            + sum_of(counted, "copy ")
+            + sum_of(counted, "nccl "),
             "gemm": int(counted["gemm"]),
             "flops": counted["flops"],
             "waits": {k.split()[1]: int(n) for k, n in counted.items() if k.startswith("wait ")},
@@ -91,7 +94,6 @@ def _devices(trainer) -> dict[str, list[str]]:
     masters = [p for o in optimizers for group in o.param_groups for p in group["params"]]
     places = {
         "parameters": [p for stage in trainer.stages for p in stage.parameters()],
-        "buffers": [b for stage in trainer.stages for b in stage.buffers()],
         "optimizer": [*states, *masters],
     }
     return {what: sorted({str(x.device) for x in tensors}) for what, tensors in places.items()}
@@ -102,11 +104,13 @@ def _noted_attention(choices: set[str]):
     real = F.scaled_dot_product_attention
 
     def attention(query, key, value, **options):
-        if not isinstance(options.get("attn_mask"), CausalBias):  # which chooses by itself
+        if not isinstance(options.get("attn_mask"), CausalBias):
             chosen = torch._fused_sdp_choice(query, key, value, **options)
             choices.add(BACKENDS[int(chosen)])
         torch.backends.cuda.enable_cudnn_sdp(False)
         try:
+            if isinstance(options.get("attn_mask"), CausalBias):  # which chooses by itself
+                return CausalBias._dispatch(query, key, value, **options)
             return real(query, key, value, **options)
         finally:
             torch.backends.cuda.enable_cudnn_sdp(True)

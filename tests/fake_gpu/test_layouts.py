@@ -67,6 +67,12 @@ def test_attention_in_float32_holds_no_scores_either(found):
     assert found["float32"]["flash"] == found["float32"]["softmax"] == 0
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_the_host_waits_for_the_loss_and_the_norm_only(found, name):
+    figures = found[name]
+    assert sum(figures["waits"].values()) == 2, figures["lines"]
+
+
 def test_the_kernel_rotates_instead_of_its_pieces(found):
     fused, pieces = (found[name]["launches"] for name in ("alone", "alone, rotated by pieces"))
     # Queries and keys, forward and backward: two kernels a layer in the place of many.

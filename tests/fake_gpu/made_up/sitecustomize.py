@@ -1,7 +1,7 @@
 """Numbers for programs on the fake GPU, whose kernels write none: Python imports this at its start.
 
 A loss of 0 tokens, or a gradient without a norm, would end a run. So where Python reads a floating
-point zero from the device, it gets NUMBER. Whole numbers and flags it reads as they are: what was
+point number from the device, it gets NUMBER. Whole numbers and flags it reads as they are: what was
 copied to the device, or zeros.
 """
 
@@ -39,7 +39,7 @@ def _change(tensor_class, name: str) -> None:
     def read(tensor, *args, **kwargs):
         if tensor.is_cuda and tensor.is_floating_point():
             tensor = tensor.detach().cpu()  # waits for the device, as the real method does
-            tensor = tensor.masked_fill(tensor == 0, NUMBER)
+            tensor.fill_(NUMBER)
         return real(tensor, *args, **kwargs)
 
     setattr(tensor_class, name, read)
