@@ -20,8 +20,8 @@ from pose_megatron.planning.ledger import Ledger
 # bus bandwidth's factor.
 _ALL_REDUCE = 2
 _DATALESS = ("barrier", "monitored_barrier_", "recv_", "recv_any_source_")
-# Elements in a block of an operator over many tensors, and blocks in a launch, where PyTorch is built
-# with CUDA 13 (ATen/native/cuda/MultiTensorApply.cuh).
+# Elements in a block of an operator over many tensors, and blocks in a launch, of a PyTorch that is
+# built with CUDA 13 (ATen/native/cuda/MultiTensorApply.cuh).
 _CHUNK, _BLOCKS = 65536, 2240
 # Kernels and copies of operators that are several, as tests/fake_gpu counts them.
 _SEVERAL = {

@@ -54,7 +54,7 @@ def measure(flags: list[str], world_size: int, initialize: bool) -> dict:
             counted, peak = tallies(), torch.cuda.max_memory_allocated()
             with noted_waits() as waits:
                 run.step()
-        found = {
+        return {
             "devices": _devices(run.trainer) | {"batches": sorted(batches)},
             "parameters": sum(p.numel() for s in run.trainer.stages for p in s.parameters()),
             "updated": step.updated,
@@ -74,7 +74,6 @@ def measure(flags: list[str], world_size: int, initialize: bool) -> dict:
             "lines": dict(waits.most_common()),
             "nccl": {k: n for k, n in counted.items() if k.startswith(("nccl ", "bytes "))},
         }
-    return found
 
 
 def _nothing(*args, **kwargs) -> None:
