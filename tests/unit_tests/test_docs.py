@@ -62,6 +62,7 @@ FOREIGN = {
         "--moe-token-dispatcher-type",
     },
     "benchmarks": {
+        "--dry",
         "--output",
         "--steps",
         "--damages",
