@@ -2,9 +2,9 @@
 
     python benchmarks/gpu/run.py --output gpu.json
 
-Meant for 8 minutes and a GPU of 80 GB, and not run on one yet; what does not fit a smaller one is said in its row. Each
-part runs in a process of its own and is written as soon as it is there, so that one that fails
-costs no other; the exit code then is 1.
+Meant for 8 minutes and a GPU of 80 GB, and not run on one yet; what does not fit a smaller one is
+said in its row. Each part runs in a process of its own and is written as soon as it is there, so
+that one that fails costs no other; the exit code then is 1.
 """
 
 import argparse
