@@ -1,6 +1,8 @@
 """A run before it has a cluster: every pipeline stage of it, its time, and what would help."""
 
+import contextlib
 import dataclasses
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +20,7 @@ from pose_megatron.planning.gpus import Rates
 from pose_megatron.planning.prediction import Prediction, predict
 from pose_megatron.planning.stage import AXES, Stage, measure, sketch
 from pose_megatron.preprocessing.tokenizer import build_tokenizer
-from pose_megatron.training.run import Run
+from pose_megatron.training.run import Run, starting_point
 
 GIB = 2**30
 
@@ -138,21 +140,23 @@ def job(args: Arguments, model: ModelConfig, world_size: int) -> Job:
 
 
 def model_of(args: Arguments) -> ModelConfig:
-    """The model of the flags, and of --load: a Megatron checkpoint, a Hugging Face folder or its
-    config.json. No weights are read.
+    """The model of the flags, and of what the run starts from; --load may also be a Hugging Face
+    folder or its config.json. No weights are read.
 
     Raises:
         ConfigError: a flag is missing or contradicts it, or there is no such model.
         DamagedCheckpoint: it cannot be read.
     """
-    loaded, load = None, args.checkpoint.load
-    if load:
-        folder = Path(load).parent if load.endswith("config.json") else Path(load)
-        if (folder / "config.json").is_file() and not directory.exists(str(folder)):
-            divisor = args.model.make_vocab_size_divisible_by
-            loaded = read_config(folder, divisor or 128)
-        else:
-            loaded = directory.find(load).model
+    loaded: ModelConfig | None = None
+    load = args.checkpoint.load or ""
+    folder = Path(load).parent if load.endswith("config.json") else Path(load)
+    if load and (folder / "config.json").is_file() and not directory.exists(str(folder)):
+        loaded = read_config(folder, args.model.make_vocab_size_divisible_by or 128)
+    else:
+        with contextlib.redirect_stdout(sys.stderr):  # JSON has stdout
+            start, _ = starting_point(args.checkpoint)
+        if start:
+            loaded = start.model
     vocabulary = None
     if args.data.tokenizer_model:
         tokenizer = build_tokenizer(args.data.tokenizer_type, args.data.tokenizer_model)
