@@ -301,13 +301,13 @@ def main() -> None:
 
             for done in as_completed([pool.submit(after_base, run) for run in runs]):
                 done.result()
+            cost = whole.cost() if "figure-3" in flags.tables else None
         except BaseException as error:
             pool.shutdown(wait=False, cancel_futures=True)
             whole.stop()
             if isinstance(error, KeyboardInterrupt):
                 raise SystemExit("interrupted; the same command goes on") from None
             raise
-    cost = whole.cost() if "figure-3" in flags.tables else None
     if not flags.dry_run:
         made = {run.results: run.experiment for run in runs}
         summary.write(flags.output, profile, made, cost)
