@@ -168,7 +168,7 @@ def _section(
     title: str, anchor: str, curves: Sequence[Curve], metric: str, picture: Path
 ) -> Section:
     measured = dict.fromkeys(curve.conditions.get("measured") for curve in curves)
-    lead = _COST if metric in ("seconds", "memory") else _SHARES
+    lead = _COST if metric in results.COSTS else _SHARES
     if metric == "perplexity":
         lead = " ".join(_MEASURED[how] for how in measured if how in _MEASURED)
         lead += " Standard errors are over documents"
@@ -202,7 +202,7 @@ def _tables(curves: Sequence[Curve], metric: str) -> dict[str, Table]:
         if any("loss" in row for curve in curves for row in curve.results):
             tables["Loss in nats ± standard error"] = results_table.by_length(curves, _loss)
         return tables
-    if metric in ("seconds", "memory"):
+    if metric in results.COSTS:
         return {TITLES[metric]: results_table.values(curves, metric)}
     what = {"passkey": "Passkeys found", "ruler": "Wanted strings found"}[metric]
     table = results_table.by_length(curves, lambda row: _share(row, metric))
@@ -243,7 +243,7 @@ def _digits(row: dict) -> str:
 
 def _in_words(curves: Sequence[Curve], metric: str) -> str:
     """What a picture shows, for those who do not see it."""
-    form = "{:.0%}" if metric in ("passkey", "ruler") else "{:.2f}"
+    form = "{:.0%}" if metric in results.SHARES else "{:.2f}"
     said = []
     for curve in curves:
         if curve.points:

@@ -18,7 +18,9 @@ from typing import Any
 
 from pose_megatron.errors import ConfigError
 
-METRICS = ("perplexity", "passkey", "ruler", "seconds", "memory")
+SHARES = ("passkey", "ruler")  # of what was asked for
+COSTS = ("seconds", "memory")  # of a training step
+METRICS = ("perplexity", *SHARES, *COSTS)
 # What an evaluation finds, and how it was made; all else that a result says is a condition. So are
 # `tokens` and `documents`, how many are scored: sliding windows have the same at all lengths.
 _FOUND = {

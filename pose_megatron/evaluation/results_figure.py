@@ -5,11 +5,15 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-from pose_megatron.evaluation.results import Curve, lengths_of
+from pose_megatron.evaluation.results import SHARES, Curve, lengths_of
 
-# Shares of what was asked for, and what their axis says.
-_SHARES = {"passkey": "passkeys found", "ruler": "mean over RULER's tasks"}
-_COSTS = {"seconds": "seconds of a step", "memory": "peak memory of a step, MiB"}
+# What the axis of a metric says.
+_AXES = {
+    "passkey": "passkeys found",
+    "ruler": "mean over RULER's tasks",
+    "seconds": "seconds of a step",
+    "memory": "peak memory of a step, MiB",
+}
 _DEPTHS = 10  # bins of a needle's depth
 _LABEL = 0.09  # width of a length's label, as a share of the axis
 
@@ -36,7 +40,7 @@ def plot(
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    if metric in _SHARES:
+    if metric in SHARES:
         columns = min(3, len(curves) if len(curves) != 4 else 2)
         rows = -(-len(curves) // columns)
         width, height = (
@@ -76,7 +80,7 @@ def _draw_curves(axes, curves: Sequence[Curve], metric: str, window: int | None)
     values = [row[metric] for curve in curves for row in curve.points.values()]
     axes.set_xscale("log", base=2)
     axes.set_xticks(lengths, _apart(lengths))
-    if metric in _SHARES:
+    if metric in SHARES:
         axes.set_ylim(-0.03, 1.03)
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     else:
@@ -90,7 +94,7 @@ def _draw_curves(axes, curves: Sequence[Curve], metric: str, window: int | None)
     axes.minorticks_off()
     if window:
         axes.axvline(window, color="grey", linestyle=":", linewidth=1)
-        at, side = (0.02, "bottom") if metric in _SHARES else (0.98, "top")
+        at, side = (0.02, "bottom") if metric in SHARES else (0.98, "top")
         axes.text(
             window,
             at,
@@ -101,7 +105,7 @@ def _draw_curves(axes, curves: Sequence[Curve], metric: str, window: int | None)
             transform=axes.get_xaxis_transform(),
         )
     axes.set_xlabel("context length (tokens)")
-    axes.set_ylabel((_SHARES | _COSTS).get(metric, metric))
+    axes.set_ylabel(_AXES.get(metric, metric))
     axes.grid(alpha=0.3)
     if all(curve.label == curve.name for curve in curves):
         axes.legend(fontsize=8)
