@@ -28,6 +28,8 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from pose_megatron.config.arguments import parse
 from pose_megatron.config.layout import lay_out
 from pose_megatron.data.batch import fields_here
+from pose_megatron.models.fused_cross_entropy import LossByKernel
+from pose_megatron.models.shape import ModelConfig
 from pose_megatron.runtime import distributed
 from pose_megatron.training.run import assemble
 from pose_megatron.training.step import Step, train_step
@@ -65,16 +67,8 @@ class Run:
         train_set, *_ = run.datasets(
             layout.end(args.training)[1], positions_only="tokens" not in fields_here()
         )
-        config = run.model
         for stage in self.trainer.stages if stock else ():
-            stage.__class__ = GPTModel
-            stage.rotary_pos_emb = RotaryEmbedding(
-                config.kv_channels,
-                config.rotary_percent,
-                rotary_base=config.rotary_base,
-                use_cpu_initialization=not torch.cuda.is_available(),
-                cp_group=stage.rotary_pos_emb.cp_group,
-            )
+            stage.__class__, stage.rotary_pos_emb = stock_rotation(stage, run.model)
         self.data = self.trainer.data_iterator(
             train_set, self.trainer.consumed_samples, args.data.num_workers
         )
@@ -83,6 +77,22 @@ class Run:
 
     def step(self) -> Step:
         return train_step(self.trainer, self.data)
+
+
+class StockRotation(LossByKernel, GPTModel):
+    """A GPTModel that rotates as megatron-core does; where a kernel computes the loss, it stays."""
+
+
+def stock_rotation(stage, config: ModelConfig) -> tuple[type, RotaryEmbedding]:
+    """The class and the rotary embedding of a PoSE model's stage, without PoSE."""
+    rotary = RotaryEmbedding(
+        config.kv_channels,
+        config.rotary_percent,
+        rotary_base=config.rotary_base,
+        use_cpu_initialization=not torch.cuda.is_available(),
+        cp_group=stage.rotary_pos_emb.cp_group,
+    )
+    return StockRotation, rotary
 
 
 def launch(program: str, words: list[str], ranks: int = 1) -> list[dict]:

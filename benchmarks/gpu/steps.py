@@ -9,8 +9,6 @@ from pathlib import Path
 
 import torch
 import trainers
-from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
-from megatron.core.models.gpt.gpt_model import GPTModel
 from shapes import Scale, Shape
 
 from pose_megatron.training.log import peak_flops
@@ -101,18 +99,7 @@ class Ways:
         self.stages = run.trainer.stages
         self.pose = [(type(stage), stage.rotary_pos_emb) for stage in self.stages]
         config = run.trainer.config
-        self.stock = [
-            (
-                GPTModel,
-                RotaryEmbedding(
-                    config.kv_channels,
-                    config.rotary_percent,
-                    rotary_base=config.rotary_base,
-                    cp_group=rotary.cp_group,
-                ),
-            )
-            for _, rotary in self.pose
-        ]
+        self.stock = [trainers.stock_rotation(stage, config) for stage in self.stages]
 
     def take(self, kind: str) -> None:
         for stage, (own, rotary) in zip(self.stages, getattr(self, kind), strict=True):
