@@ -8,7 +8,7 @@ from functools import cache
 import pytest
 
 from tests.fake_gpu.environment import ROOT
-from tests.fake_gpu.shapes import flags
+from tests.shapes import flags
 
 LAYERS_HERE = {"8B": 32, "70B": 20, "7B": 32}
 MICRO_BATCHES = {"8B": 1, "70B": 8, "7B": 1}

@@ -5,7 +5,7 @@ Expected numbers of calls are by hand, of one step with M micro-batches, on rank
 
 import pytest
 
-from tests.fake_gpu.shapes import LAYERS, flags
+from tests.shapes import LAYERS, flags
 
 WINDOW, MICRO_BATCHES = 256, 4
 L, M = LAYERS["small"], MICRO_BATCHES

@@ -6,7 +6,7 @@ import pytest
 
 from tests.conftest import write_corpus
 from tests.fake_gpu.environment import ROOT
-from tests.fake_gpu.shapes import flags
+from tests.shapes import flags
 
 WINDOW, TARGET = 128, 512
 

@@ -8,7 +8,7 @@ import pytest
 
 from pose_megatron.runtime.megatron_core import common_state_is_an_object
 from tests.functional_tests.fused_cross_entropy import MODELS, WIDTHS
-from tests.functional_tests.test_fused_rotary import far, printed
+from tests.functional_tests.test_fused_rotary import check_registers, far, printed
 
 pytest.importorskip(
     "triton", reason="Triton comes with PyTorch's CUDA builds and megatron-core 0.19"
@@ -79,11 +79,4 @@ def test_a_model_has_the_losses_of_the_plain_path(training, model):
 
 
 def test_no_gpu_spills_a_register(root, tmp_path_factory, tmp_path):
-    rows = tmp_path / "rows.json"
-    words = ("benchmarks/cross_entropy_kernel.py", "--only", "registers", "--output", rows)
-    printed(root, tmp_path_factory, *words)
-    found = json.loads(rows.read_text())["registers"]
-    assert {row["architecture"] for row in found} == {80, 90, 100}
-    assert {row["backward"] for row in found} == {True, False}
-    for row in found:
-        assert row["spilled"] == 0 and 0 < row["registers"] <= 128, row
+    check_registers(root, tmp_path_factory, tmp_path, "benchmarks/cross_entropy_kernel.py")

@@ -75,9 +75,12 @@ def far(found, wanted) -> float:
 
 
 def test_no_gpu_spills_a_register(root, tmp_path_factory, tmp_path):
+    check_registers(root, tmp_path_factory, tmp_path, "benchmarks/rotary_kernel.py")
+
+
+def check_registers(root, tmp_path_factory, tmp_path, program):
     rows = tmp_path / "rows.json"
-    words = ("benchmarks/rotary_kernel.py", "--only", "registers", "--output", rows)
-    printed(root, tmp_path_factory, *words)
+    printed(root, tmp_path_factory, program, "--only", "registers", "--output", rows)
     found = json.loads(rows.read_text())["registers"]
     assert {row["architecture"] for row in found} == {80, 90, 100}
     assert {row["backward"] for row in found} == {True, False}

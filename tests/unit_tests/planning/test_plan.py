@@ -16,32 +16,12 @@ from packaging.version import Version
 from pose_megatron.config.arguments import parse
 from pose_megatron.errors import ConfigError
 from pose_megatron.planning.gpus import GPUS, Rates, named, rates
+from pose_megatron.planning.plan import model_of
 from pose_megatron.planning.shortage import shortages_explained
 from pose_megatron.runtime.megatron_core import megatron_core_version
+from tests.shapes import flags
 
 GIB = 2**30
-LLAMA = ["--untie-embeddings-and-output-weights", "--bf16", "--use-distributed-optimizer"]
-
-
-def llama(layers, hidden, ffn, heads, vocabulary, groups=None):
-    shape = {
-        "num-layers": layers,
-        "hidden-size": hidden,
-        "ffn-hidden-size": ffn,
-        "num-attention-heads": heads,
-        "vocab-size": vocabulary,
-    }
-    words = [word for name, size in shape.items() for word in (f"--{name}", str(size))]
-    if groups:
-        words += ["--group-query-attention", "--num-query-groups", str(groups)]
-    return words + LLAMA
-
-
-SIZES = {
-    "7B": llama(32, 4096, 11008, 32, 32000),
-    "8B": llama(32, 4096, 14336, 32, 128256, 8),
-    "70B": llama(80, 8192, 28672, 64, 128256, 8),
-}
 # https://huggingface.co/meta-llama: Llama-2-7b, Meta-Llama-3-8B and -70B
 PARAMETERS = {"7B": 6_738_415_616, "8B": 8_030_261_248, "70B": 70_553_706_496}
 NORMS = {"7B": 65 * 4096, "8B": 65 * 4096, "70B": 161 * 8192}  # on every tensor-parallel rank
@@ -55,7 +35,7 @@ LOSS = "--fused-cross-entropy off"
 def case(
     size, gpus, window, tp=1, pp=1, more="", pieces=f"{PIECES} {LOSS} --no-bias-swiglu-fusion"
 ):
-    words = [*SIZES[size], "--seq-length", str(window), *more.split(), *pieces.split()]
+    words = flags(size, window, f"--bf16 {more} {pieces}")
     if tp > 1:
         words += ["--tensor-model-parallel-size", str(tp), "--sequence-parallel"]
     if pp > 1:
@@ -87,7 +67,7 @@ ALLOCATED = {
         48.19,
     ),
 }
-SMALL = [*llama(8, 64, 128, 4, 300), "--seq-length", "64", "--global-batch-size", "8"]
+SMALL = flags("tiny", 64, "--bf16 --global-batch-size 8")
 PIPELINED = [*SMALL, "--pipeline-model-parallel-size", "2"]
 TIED = [word for word in SMALL if not word.startswith("--untie")]
 ALONE = [word for word in SMALL if word != "--use-distributed-optimizer"]
@@ -279,6 +259,17 @@ def test_a_run_out_of_memory_is_answered_by_its_plan(monkeypatch):
         "does not fit" in told and " --recompute-num-layers 1 (0.00" in told
     )  # a change and its peak
     assert "another process may hold memory" in out_of_memory(gib=80)
+
+
+def test_a_plan_starts_where_the_run_does(tmp_path, capsys):
+    empty = tmp_path / "run"
+    same = ["--load", str(empty), "--save", str(empty)]
+    model = model_of(parse([*SMALL, *same], trains=False))
+    assert model.num_layers == 8
+    assert "holds no checkpoint yet" in capsys.readouterr().err
+    base = ["--pretrained-checkpoint", str(tmp_path / "base")]
+    with pytest.raises(ConfigError, match="base is not a checkpoint folder"):
+        model_of(parse([*same, *base, "--seq-length", "64"], trains=False))
 
 
 def test_a_layout_that_does_not_divide_is_refused():

@@ -7,28 +7,12 @@ from megatron.core.optimizer import clip_grads
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pose_megatron.checkpoints.megatron import directory
-from pose_megatron.config.arguments import parse
-from pose_megatron.config.layout import lay_out
-from pose_megatron.config.sampler import build_sampler
-from pose_megatron.models.shape import ModelConfig
 from pose_megatron.training.gradient_norm import mend_gradient_norm
 from pose_megatron.training.optimizer import fuse, parts, update
-from pose_megatron.training.run import Run
-from pose_megatron.training.trainer import save, setup
+from pose_megatron.training.trainer import save
+from tests.unit_tests.training.test_checkpointing import MODEL, trainer_of
 
 pytestmark = pytest.mark.usefixtures("world")
-
-MODEL = ModelConfig(
-    num_layers=2,
-    hidden_size=32,
-    ffn_hidden_size=64,
-    num_attention_heads=4,
-    num_query_groups=2,
-    kv_channels=8,
-    vocab_size=257,
-    max_position_embeddings=256,
-    untie_embeddings_and_output_weights=True,
-)
 
 
 class Waits(TorchDispatchMode):
@@ -75,13 +59,10 @@ def test_clipping_scales_to_the_norm_that_is_asked_for():
 
 
 def trainer(*words, fused, loaded=None):
-    args = parse(["--train-iters", "4", "--seq-length", "32", "--lr", "0.01", *words])
-    sampler = build_sampler(args, MODEL.max_position_embeddings)
-    run = Run(args, MODEL, sampler, loaded=loaded, resume=loaded is not None)
     with pytest.MonkeyPatch.context() as patch:
         if fused:  # a CPU has the operator, too
             patch.setattr("pose_megatron.training.optimizer.device", lambda: torch.device("cuda"))
-        return setup(run, lay_out(args, MODEL, 1))
+        return trainer_of(MODEL, "--lr", "0.01", *words, loaded=loaded)
 
 
 def step(made, seed):
