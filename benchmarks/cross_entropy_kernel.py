@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import torch.nn.functional as F
-from kernel_tables import ARCHITECTURES, main, resources, show_registers, show_times
+from kernel_tables import ARCHITECTURES, main, resources, show_registers, show_times, timed
 
 # Type, and a rank's share of the vocabulary.
 SHAPES = {
@@ -111,7 +111,6 @@ def times() -> list[dict]:
     if not torch.cuda.is_available():
         return []
     import torch.distributed as dist
-    from triton.testing import do_bench
 
     from pose_megatron.runtime import distributed
     from pose_megatron.runtime.startup import prepare_megatron
@@ -145,7 +144,7 @@ def times() -> list[dict]:
         "a copy": copy,
         "unfused": lambda: both_ways(lambda x: vocab_parallel_cross_entropy(x, labels)),
     }
-    return [{"how": how, "ms": do_bench(way, return_mode="median")} for how, way in ways.items()]
+    return timed(ways)
 
 
 PARTS = {

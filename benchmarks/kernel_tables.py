@@ -5,9 +5,11 @@ import importlib.util
 import json
 import os
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -106,15 +108,53 @@ def show_registers(rows: list[dict]) -> None:
         print(f"| {alike[0]['shape']} | {way} |", *(f"{cell} |" for cell in cells))
 
 
+def timed(ways: dict[str, Callable], calls: int = 20, rounds: int = 7) -> list[dict]:
+    """The time of each call, in milliseconds.
+
+    Args:
+        ways: {how: what to call}; it works on the current device's stream.
+
+    Returns:
+        Rows of how, `ms` on the device, where a call's kernels follow each other without waiting
+        for the host, and `call_ms`, from one call to the next; medians of rounds of calls.
+    """
+    import torch
+
+    rows = []
+    for how, way in ways.items():
+        device, host = [], []
+        for _ in range(rounds):
+            way()
+            before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(calls):
+                way()
+            torch.cuda.synchronize()
+            host.append(1e3 * (time.perf_counter() - start) / calls)
+            # Half as long again as the host needs to launch them all.
+            torch.cuda._sleep(int(3e6 * host[-1] * calls))
+            before.record()
+            for _ in range(calls):
+                way()
+            after.record()
+            torch.cuda.synchronize()
+            device.append(before.elapsed_time(after) / calls)
+        ms, call_ms = (statistics.median(found) for found in (device, host))
+        rows.append({"how": how, "ms": ms, "call_ms": call_ms})
+    return rows
+
+
 def show_times(rows: list[dict], what: str) -> None:
-    """Rows of how and ms, one of them `a copy`; `what` was measured."""
+    """Rows of how, ms and call_ms, one of them `a copy`; `what` was measured."""
     import torch
 
     if not rows:
         print("\nNo GPU here: no times.")
         return
     print(f"\n{what}; {torch.cuda.get_device_name()}\n")
-    print("| | ms | times a copy |\n|---|---:|---:|")
+    print("| | on the device, ms | times a copy | a call, ms |\n|---|---:|---:|---:|")
     copy = next(row["ms"] for row in rows if row["how"] == "a copy")
     for row in rows:
-        print(f"| {row['how']} | {row['ms']:.4f} | {row['ms'] / copy:.2f} |")
+        times_a_copy = row["ms"] / copy
+        print(f"| {row['how']} | {row['ms']:.4f} | {times_a_copy:.2f} | {row['call_ms']:.3f} |")

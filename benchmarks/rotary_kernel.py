@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from kernel_tables import ARCHITECTURES, main, resources, show_registers, show_times
+from kernel_tables import ARCHITECTURES, main, resources, show_registers, show_times, timed
 
 from pose_megatron.rope.angles import angles, fixed_point_turns
 from pose_megatron.rope.scaling import RopeScaling, inverse_frequencies
@@ -109,7 +109,6 @@ def times() -> list[dict]:
 
     prepare_megatron()
     from megatron.core.models.common.embeddings import rope_utils
-    from triton.testing import do_bench
 
     from pose_megatron.models.rotary_kernel import rotate
 
@@ -143,7 +142,7 @@ def times() -> list[dict]:
         ways["Transformer Engine, one row"] = both_ways(
             lambda: [fused(x, one_row, interleaved=False) for x in (query, key)]
         )
-    return [{"how": how, "ms": do_bench(way, return_mode="median")} for how, way in ways.items()]
+    return timed(ways)
 
 
 PARTS = {

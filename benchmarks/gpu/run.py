@@ -1,10 +1,10 @@
-"""What one GPU does, in one command: the rotary kernel, steps, full length, and long evaluation.
+"""What one GPU does, in one command: our kernels, steps, full length, and long evaluation.
 
     python benchmarks/gpu/run.py --output gpu.json
 
-Meant for 8 minutes and a GPU of 80 GB, and not run on one yet; what does not fit a smaller one is
-said in its row. Each part runs in a process of its own and is written as soon as it is there, so
-that one that fails costs no other; the exit code then is 1.
+Takes 8 minutes; what does not fit a smaller GPU than an H200 is said in its row. Each part runs in
+a process of its own and is written as soon as it is there, so that one that fails costs no other;
+the exit code then is 1.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent)]
 
-PARTS = ("rotary", "steps", "full_length", "evaluation")
+PARTS = ("kernels", "steps", "full_length", "evaluation")
 
 
 def main() -> int:
@@ -65,7 +65,7 @@ def work(part: str, dry: bool, output: Path) -> None:
 
     # isort: split
     import evaluation
-    import rotary
+    import kernels
     import steps
     import torch
     from shapes import FULL, TINY
@@ -73,7 +73,7 @@ def work(part: str, dry: bool, output: Path) -> None:
     if not torch.cuda.is_available():
         sys.exit("there is no GPU that torch can use")
     rows = {
-        "rotary": rotary.rows,
+        "kernels": kernels.rows,
         "steps": steps.rows,
         "full_length": steps.full_length,
         "evaluation": evaluation.rows,

@@ -21,7 +21,7 @@ class Shape:
     tied: bool = False
 
     def flags(self, window: int, target: int, layers: int | None = None) -> list[str]:
-        """For training on `window` tokens with positions up to `target`."""
+        """For a window of so many tokens, with positions up to `target`."""
         words = (
             f"--num-layers {layers or self.layers[1]} --hidden-size {self.hidden} "
             f"--ffn-hidden-size {self.ffn} --num-attention-heads {self.heads} "
@@ -49,6 +49,9 @@ class Scale:
         shapes: that train.
         windows: tokens, of steps.
         times: of the window, trained on at full length.
+        micro_batch: tokens of it, or one sample where a window is longer.
+        micro_batches: of a step.
+        samples: of a step, at full length and of PoSE beside it.
         lengths: tokens, of evaluation.
         steps: measured, of each kind.
         reader: the shape that evaluates, with all of its layers.
@@ -57,10 +60,13 @@ class Scale:
     shapes: dict[str, Shape]
     windows: tuple[int, ...]
     times: tuple[int, ...]
+    micro_batch: int
+    micro_batches: int
+    samples: int
     lengths: tuple[int, ...]
     steps: int
     reader: Shape
 
 
-FULL = Scale(SHAPES, (2048, 4096, 8192), (2, 4, 8), (32768, 131072), 8, SHAPES[WHOLE])
-TINY = Scale({"dry": DRY}, (128, 256), (2, 4), (512, 1024), 2, DRY)
+FULL = Scale(SHAPES, (2048, 4096, 8192), (2, 4, 8), 8192, 4, 8, (32768, 131072), 5, SHAPES[WHOLE])
+TINY = Scale({"dry": DRY}, (128, 256), (2, 4), 256, 2, 2, (512, 1024), 2, DRY)

@@ -14,6 +14,7 @@ from shapes import Scale, Shape
 from pose_megatron.training.log import peak_flops
 
 LONGER = 16  # the target window, in windows
+KINDS = ("pose", "stock")
 WARM_UP = 2  # steps of each kind that are not counted
 
 
@@ -21,13 +22,16 @@ def rows(scale: Scale) -> Iterator[dict]:
     """PoSE and megatron-core's own rotary embedding in turn, on the same model and batches."""
     for name, shape in scale.shapes.items():
         for window in scale.windows:
-            flags = shape.flags(window, LONGER * window)
-            found = _measured(shape, flags, window, scale.steps, ("pose", "stock"))
-            yield {"shape": name, "window": window, "target": LONGER * window, **found}
+            samples = scale.micro_batches * _micro_batch(scale, window)
+            row = {"shape": name, "window": window, "target": LONGER * window}
+            yield {**row, **_measured(scale, shape, window, LONGER * window, samples, KINDS)}
 
 
 def full_length(scale: Scale) -> Iterator[dict]:
-    """PoSE on the shortest window against training on all tokens of 2, 4, ... windows."""
+    """PoSE on the shortest window against training on all tokens of 2, 4, ... windows.
+
+    A step takes as many samples everywhere.
+    """
     name, shape = next(iter(scale.shapes.items()))
     window = scale.windows[0]
     longest = window * max(scale.times)
@@ -35,17 +39,27 @@ def full_length(scale: Scale) -> Iterator[dict]:
         ("pose", window, longest),
         *(("full", window * times, window * times) for times in scale.times),
     ]:
-        found = _measured(shape, shape.flags(tokens, target), tokens, scale.steps, ("pose",))
-        row = found.pop("pose", None)
-        yield {"shape": name, "kind": kind, "window": tokens, "target": target, **(row or found)}
+        found = _measured(scale, shape, tokens, target, scale.samples, KINDS[:1])
+        row = {"shape": name, "kind": kind, "window": tokens, "target": target}
+        yield {**row, **(found.pop("pose", None) or found)}
 
 
-def _measured(shape: Shape, flags: list[str], window: int, steps: int, kinds) -> dict:
+def _micro_batch(scale: Scale, window: int) -> int:
+    return max(1, scale.micro_batch // window)
+
+
+def _measured(
+    scale: Scale, shape: Shape, window: int, target: int, samples: int, kinds: tuple[str, ...]
+) -> dict:
     """{kind: its figures}, or {"error": why not}: a GPU may be too small for a row."""
+    micro_batch = _micro_batch(scale, window)
+    flags = shape.flags(window, target)
+    flags += f"--micro-batch-size {micro_batch} --global-batch-size {samples}".split()
     try:
         with tempfile.TemporaryDirectory() as folder:
             prefix = trainers.random_corpus(Path(folder), shape.vocabulary, 2 * LONGER * window, 8)
-            return _in_turn(_run(flags, prefix), window, steps, kinds)
+            found = _in_turn(_run(flags, prefix), window, scale.steps, kinds)
+            return {"micro_batch": micro_batch, "global_batch": samples, **found}
     except torch.OutOfMemoryError:
         return {"error": "out of memory"}
     finally:
