@@ -18,10 +18,6 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from pose_megatron.runtime import cpu
-
-cpu.install()  # before anything imports megatron.core
-
 import numpy as np
 import pytest
 import torch
@@ -55,11 +51,20 @@ def pytest_report_header(config) -> str:
     return f"== Python {python}, torch {torch.__version__}, megatron-core {core}: {tests}"
 
 
+def pytest_configure(config) -> None:
+    """All but the tests of a GPU run on the CPU, wherever they run."""
+    from pose_megatron.runtime import cpu
+
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    cpu.install()  # before anything imports megatron.core
+
+
 def pytest_collection_modifyitems(items) -> None:
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device and -m gpu"))
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,13 @@
-"""Training on a GPU beside the same training on a CPU, from the same weights."""
+"""A GPU beside a CPU: training from the same weights, evaluation, Megatron's pretrain(), kernels."""
+
+import json
+import subprocess
+import sys
 
 import pytest
 
+from pose_megatron.runtime.megatron_core import common_state_is_an_object
+from tests.functional_tests.megatron_runs import LAYOUTS, deviation, ours, theirs
 from tests.functional_tests.test_stop_and_go import Job, losses
 
 CPU, GPU = "cpu", "cuda"
@@ -47,3 +53,50 @@ def test_a_run_saved_on_a_cpu_goes_on_on_a_gpu(job, on_cpu):
     assert sorted(log) == [5, 6]
     for step, values in losses(log).items():
         assert values == pytest.approx(losses(straight)[step], rel=1e-4)
+
+
+def output_of(root, file, program, *words) -> str:
+    """The text of the file that a program writes."""
+    command = [sys.executable, root / program, *words, "--output", file]
+    subprocess.run([str(word) for word in command], cwd=root, check=True)
+    return file.read_text()
+
+
+def test_it_evaluates_as_a_cpu_does(root, job, on_cpu, stdlib_corpus, tmp_path):
+    found = {}
+    for device in (CPU, GPU):
+        words = f"--load {job.folder / 'cpu'} --data-path {stdlib_corpus} --max-documents 3"
+        words += f" --context-lengths 32 64 256 --fp32 --device {device}"
+        file = tmp_path / f"{device}.jsonl"
+        lines = output_of(root, file, "tools/evaluate_perplexity.py", *words.split()).splitlines()
+        found[device] = [json.loads(line)["by_document"] for line in lines]
+    assert len(found[CPU]) == 3
+    for here, there in zip(found[GPU], found[CPU], strict=True):
+        assert here == pytest.approx(there, rel=1e-5)
+
+
+@pytest.mark.skipif(
+    not common_state_is_an_object(), reason="megatron.training comes with megatron-core 0.19"
+)
+@pytest.mark.parametrize("name", ["1 rank", "Hybrid"])
+def test_megatrons_pretrain_has_the_losses_of_our_trainer_on_a_cpu(
+    tmp_path, stdlib_corpus, monkeypatch, name
+):
+    with monkeypatch.context() as on_a_cpu:
+        on_a_cpu.setenv("CUDA_VISIBLE_DEVICES", "")
+        wanted = ours(tmp_path, stdlib_corpus, "llama")
+    found = theirs(tmp_path, stdlib_corpus, name, LAYOUTS[name])
+    assert max(deviation(found, wanted)) < 1e-4
+
+
+def test_the_kernels_are_as_exact_as_they_are_said_to_be(root, tmp_path):
+    def errors(kernel):
+        words = ["--only", "errors"]
+        program = f"benchmarks/{kernel}_kernel.py"
+        rows = json.loads(output_of(root, tmp_path / kernel, program, *words))["errors"]
+        return [row for row in rows if row["how"] == "the kernel"]
+
+    assert max(row["error"] for row in errors("rotary")) <= 2e-7
+    for row in errors("cross_entropy"):
+        assert row["loss"] < 3e-6  # nats
+        assert row["gradient"] < (2**-8 if "bf16" in row["logits"] else 1e-7)
