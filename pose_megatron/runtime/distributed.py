@@ -52,6 +52,9 @@ def initialize(
         join(backend, timeout)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    if torch.cuda.is_available():
+        # NCCL learns which GPU is this rank's; a barrier would guess it from the rank's number.
+        dist.all_reduce(torch.zeros(1, device="cuda"))
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tensor_model_parallel_size,
         pipeline_model_parallel_size=pipeline_model_parallel_size,

@@ -21,6 +21,8 @@ KNOWN_WARNINGS = (
     "The argument order of load has been changed",
     "torch.distributed is disabled, unavailable or uninitialized",  # as a reader of files means it
     "Could not determine rank from torch.distributed",
+    r"barrier\(\): using the device under current context",  # which distributed.initialize settled
+    "invalid escape sequence",  # of megatron-core 0.19, where installing did not compile it
 )
 # The same, in megatron-core's logs: logger -> what the lines begin with.
 KNOWN_LOG_LINES = {
