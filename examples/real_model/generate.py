@@ -6,6 +6,10 @@ python examples/real_model/generate.py FOLDER --length 12288
 import argparse
 import sys
 
+from pose_megatron.runtime.startup import prepare_megatron
+
+prepare_megatron()  # mutes what it would say
+
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
