@@ -87,8 +87,7 @@ class Meters(TorchDispatchMode):
         if kind:
             self.launches[self.phase] += _launches(func, args)
         if kind == "attention":
-            flops = flop_registry[func.overloadpacket](*args, **kwargs, out_val=out)
-            self.attention[self.phase] += int(flops * _causal_share(func, args))
+            self.attention[self.phase] += _attention_flops(func, args)
         elif kind == "gemm":
             formula = flop_registry[func.overloadpacket]
             # without a dtype of the result, which the formulas do not know
@@ -165,7 +164,15 @@ def _tensors(value) -> Iterator[torch.Tensor]:
             yield from _tensors(part)
 
 
-def _causal_share(func, args) -> float:
-    """The share of query-key pairs that a causal mask keeps; its last query sees all keys."""
-    query, key = args[1:3] if "backward" in func.__name__ else args[:2]
-    return 1 - query.size(-2) / (2 * key.size(-2))
+def _attention_flops(func, args) -> int:
+    """Of causal attention, whose last query sees all keys; of each head of the queries.
+
+    torch's own formulas refuse grouped queries before PyTorch 2.12.
+    """
+    backward = "backward" in func.__name__
+    query, key, value = args[1:4] if backward else args[:3]
+    samples, heads, tokens, width = query.shape
+    pairs = samples * heads * tokens * (key.size(-2) - tokens / 2)
+    # Products over the width of a head and over that of its values; backward, the scores again.
+    widths = 3 * width + 2 * value.size(-1) if backward else width + value.size(-1)
+    return int(2 * pairs * widths)

@@ -14,7 +14,10 @@ from pose_megatron.runtime.device import device
 from pose_megatron.runtime.ranks import rank, world_size
 
 GIB = 2**30
+_PLAN = [sys.executable, "-m", "pose_megatron.commands", "plan", "--json"]
 _PATIENCE = 300  # seconds that a plan may take; seldom above twenty
+_ASK = "tools/plan.py with the same flags says what the run takes"
+_USUAL = 2  # GiB of CUDA and NCCL themselves
 
 
 @contextlib.contextmanager
@@ -30,9 +33,15 @@ def shortages_explained(argv: Sequence[str]) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        _, whole = torch.cuda.mem_get_info(device())
-        what = str(error).partition(". ")[0]
-        raise ConfigError(f"rank {rank()}: {what}. {advice(argv, whole)}") from error
+        free, whole = torch.cuda.mem_get_info(device())
+        what = f"rank {rank()}: {str(error).partition('. ')[0]}. "
+        others = (whole - free - torch.cuda.memory_reserved(device())) / GIB
+        if others > _USUAL:
+            what += (
+                f"Of the GPU's {whole / GIB:.1f} GiB {others:.1f} are not this run's tensors: "
+                "other processes (nvidia-smi shows them) and NCCL's buffers have them. "
+            )
+        raise ConfigError(what + advice(argv, whole)) from error
 
 
 def advice(argv: Sequence[str], memory: int) -> str:
@@ -43,21 +52,21 @@ def advice(argv: Sequence[str], memory: int) -> str:
     """
     gib = memory / GIB
     wanted = ["--gpus", world_size(), "--gpu-memory", f"{gib:.4g}", "--reserve", f"{gib / 20:.4g}"]
-    command = [sys.executable, "-m", "pose_megatron.commands", "plan", "--json"]
     ranks = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
     env = {name: value for name, value in os.environ.items() if name not in ranks}
     try:
         done = subprocess.run(
-            [*command, *map(str, wanted), *argv],
+            [*_PLAN, *map(str, wanted), *argv],
             env=env | {"CUDA_VISIBLE_DEVICES": ""},
             capture_output=True,
             text=True,
             timeout=_PATIENCE,
         )
     except subprocess.TimeoutExpired:
-        return "tools/plan.py with the same flags says what the run takes"
+        return _ASK
     if done.returncode:
-        return done.stderr.strip().rpartition("error: ")[2]
+        _, _, sentence = done.stderr.strip().rpartition(": error: ")
+        return sentence if sentence != done.stderr.strip() else _ASK
     stages = json.loads(done.stdout)["pose"]["stages_bytes"]
     return (
         f"Its plan takes {max(stage['peak'] for stage in stages) / GIB:.1f} GiB of {gib:.1f} for "

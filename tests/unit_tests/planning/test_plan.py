@@ -1,9 +1,11 @@
 """Plans against CUDA's allocator, published sizes and arithmetic by hand.
 
-The peaks are those of CUDA's caching allocator: stock PyTorch 2.13 ran two steps of the trainer
-with a CUDA driver underneath that hands out addresses and computes nothing.
+The peaks are those of CUDA's caching allocator: on an H200, which benchmarks/results has, and where
+stock PyTorch 2.13 ran two steps of the trainer with a CUDA driver underneath that hands out
+addresses and computes nothing.
 """
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -15,12 +17,14 @@ from packaging.version import Version
 
 from pose_megatron.config.arguments import parse
 from pose_megatron.errors import ConfigError
+from pose_megatron.planning import shortage
 from pose_megatron.planning.gpus import GPUS, Rates, named, rates
 from pose_megatron.planning.plan import model_of
 from pose_megatron.planning.shortage import shortages_explained
 from pose_megatron.runtime.megatron_core import megatron_core_version
 from tests.shapes import flags
 
+ROOT = Path(__file__).resolve().parents[3]
 GIB = 2**30
 # https://huggingface.co/meta-llama: Llama-2-7b, Meta-Llama-3-8B and -70B
 PARAMETERS = {"7B": 6_738_415_616, "8B": 8_030_261_248, "70B": 70_553_706_496}
@@ -67,11 +71,30 @@ ALLOCATED = {
         48.19,
     ),
 }
+
+
+def measured() -> dict[str, tuple[dict, dict]]:
+    """{case: (how to plan it, what benchmarks/gpu/run.py found)}"""
+    path = ROOT / "benchmarks/gpu/shapes.py"
+    spec = importlib.util.spec_from_file_location("shapes", path)
+    shapes = sys.modules["shapes"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(shapes)
+    found = json.loads((ROOT / "benchmarks/results/2026-11-29-h200/gpu.json").read_text())
+    cases = {}
+    for row in found["parts"]["steps"]["rows"]:
+        words = shapes.SHAPES[row["shape"]].flags(row["window"], row["target"])
+        words += f"--micro-batch-size {row['micro_batch']}".split()
+        words += f"--global-batch-size {row['global_batch']}".split()
+        cases[f"{row['shape']}, {row['window']}"] = ({"gpus": 1, "flags": words}, row["pose"])
+    return cases
+
+
+MEASURED = measured()
 SMALL = flags("tiny", 64, "--bf16 --global-batch-size 8")
 PIPELINED = [*SMALL, "--pipeline-model-parallel-size", "2"]
 TIED = [word for word in SMALL if not word.startswith("--untie")]
 ALONE = [word for word in SMALL if word != "--use-distributed-optimizer"]
-CASES = {name: plan for name, (plan, _) in ALLOCATED.items()} | {
+CASES = {name: plan for name, (plan, _) in (ALLOCATED | MEASURED).items()} | {
     "8B tp2 8k, SwiGLU and loss fused": case("8B", 8, 8192, tp=2, pieces=PIECES),
     "sketch": {"gpus": 4, "flags": PIPELINED},
     "whole": {"gpus": 4, "flags": PIPELINED, "whole": True},
@@ -110,6 +133,12 @@ def found():
 def test_peak_memory_is_the_allocators(found, name):
     peak = max(stage["peak"] for stage in found[name]) / GIB
     assert peak == pytest.approx(ALLOCATED[name][1], rel=0.003)
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_peak_memory_is_that_of_a_gpu(found, name):
+    (stage,) = found[name]
+    assert stage["peak"] == pytest.approx(MEASURED[name][1]["peak_bytes"], rel=0.005)
 
 
 @pytest.mark.parametrize(
@@ -247,8 +276,9 @@ def test_a_search_finds_what_fits_the_fastest_first(found):
 
 
 def test_a_run_out_of_memory_is_answered_by_its_plan(monkeypatch):
-    def out_of_memory(gib):
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, int(gib * GIB)))
+    def out_of_memory(gib, taken=0.0):
+        info = (int(gib * (1 - taken) * GIB), int(gib * GIB))
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: info)
         with pytest.raises(ConfigError) as caught, shortages_explained(SMALL):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0")
         return str(caught.value)
@@ -258,7 +288,18 @@ def test_a_run_out_of_memory_is_answered_by_its_plan(monkeypatch):
     assert (
         "does not fit" in told and " --recompute-num-layers 1 (0.00" in told
     )  # a change and its peak
-    assert "another process may hold memory" in out_of_memory(gib=80)
+    told = out_of_memory(gib=80, taken=0.9)
+    assert "another process may hold memory" in told
+    assert "Of the GPU's 80.0 GiB 72.0 are not this run's tensors" in told
+    assert "not this run's" not in out_of_memory(gib=80)
+
+
+def test_a_plan_that_fails_leaves_the_sentence_and_no_traceback(monkeypatch):
+    broken = "import sys; sys.exit('Traceback (most recent call last):\\nTypeError: 1')"
+    monkeypatch.setattr(shortage, "_PLAN", [sys.executable, "-c", broken])
+    assert shortage.advice(SMALL, 80 * GIB) == (
+        "tools/plan.py with the same flags says what the run takes"
+    )
 
 
 def test_a_plan_starts_where_the_run_does(tmp_path, capsys):
