@@ -26,9 +26,14 @@ flags = parser.parse_args()
 tokenizer = AutoTokenizer.from_pretrained(
     flags.folder, local_files_only=True, trust_remote_code=False
 )
+# In float32, attention of grouped queries on a GPU takes the memory of all pairs of tokens.
+on_gpu = torch.cuda.is_available()
 model = AutoModelForCausalLM.from_pretrained(
-    flags.folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False
-).to("cuda" if torch.cuda.is_available() else "cpu")
+    flags.folder,
+    dtype=torch.bfloat16 if on_gpu else torch.float32,
+    local_files_only=True,
+    trust_remote_code=False,
+).to("cuda" if on_gpu else "cpu")
 
 
 def encode(text: str) -> list[int]:

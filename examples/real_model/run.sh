@@ -4,7 +4,7 @@
 # training, and a control that is trained in the same way at plain positions. Without interpolation
 # an hour of two CPU cores is too short (docs/evidence.md).
 # `make real-model` runs it; started again, it goes on where it ended. On a GPU:
-#   RANKS=1 PRECISION=--bf16 TIMES=16 TEXT=packages L=2048 MICRO=32 BATCH=32 LR=5e-4 ITERS=160 \
+#   RANKS=1 PRECISION=--bf16 TIMES=16 TEXT=packages L=2048 MICRO=32 BATCH=32 LR=5e-4 ITERS=100 \
 #       SAVE=1000 WORKERS=2 DOCUMENTS=6 TEXTS=2 NEEDLES=10 JOBS=4 OUT=runs/gpu bash examples/real_model/run.sh
 set -euo pipefail
 cd "$(dirname "$0")/../.."

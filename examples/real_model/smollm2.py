@@ -26,6 +26,7 @@ WHOLE = {
     "output_norm": "model.norm",
     "output": "lm_head",
 }
+SPECIAL = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
 LAYER = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -135,6 +136,10 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(
         source.parent, gguf_file=source.name, local_files_only=True, trust_remote_code=False
     )
+    for name, key in SPECIAL.items():  # as the file has them: transformers 5.17 mistook some
+        number = model.value(f"tokenizer.ggml.{key}_token_id", None)
+        if number is not None:
+            setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(number))
     tokenizer.save_pretrained(folder)
     (folder / "config.json").write_text(json.dumps(model.config(), indent=2) + "\n")
     print(f"{folder}: {source.name}, {model.config()['num_hidden_layers']} layers")

@@ -16,6 +16,7 @@ _AXES = {
 }
 _DEPTHS = 10  # bins of a needle's depth
 _LABEL = 0.09  # width of a length's label, as a share of the axis
+_TICKS = 16  # at most, on an axis of values
 
 
 def _tasks_of(curves: Sequence[Curve]) -> list[str]:
@@ -85,12 +86,15 @@ def _draw_curves(axes, curves: Sequence[Curve], metric: str, window: int | None)
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     else:
         axes.set_yscale("log")
-        ticks = [t * 10**e for e in range(-3, 7) for t in (1, 1.5, 2, 3, 4, 5, 7)]
-        ticks = [t for t in ticks if min(values) * 0.9 <= t <= max(values) * 1.1]
+        for decade in (1, 1.5, 2, 3, 4, 5, 7), (1, 2, 5), (1,):
+            ticks = [t * 10**e for e in range(-3, 7) for t in decade]
+            ticks = [t for t in ticks if min(values) * 0.9 <= t <= max(values) * 1.1]
+            if len(ticks) <= _TICKS:
+                break
         if len(ticks) < 3:
             finite = [value for value in values if math.isfinite(value)] or [1]
             ticks = list(MaxNLocator(5, min_n_ticks=3).tick_values(min(finite), max(finite)))
-        axes.set_yticks(ticks, [f"{t:g}" for t in ticks])
+        axes.set_yticks(ticks, [f"{t:,g}" for t in ticks])
     axes.minorticks_off()
     if window:
         axes.axvline(window, color="grey", linestyle=":", linewidth=1)

@@ -32,6 +32,7 @@ KNOWN_LOG_LINES = {
     "megatron.core.distributed.distributed_data_parallel": (
         "DistributedDataParallel: full_param_layout not provided"
     ),
+    "torch.utils.cpp_extension": "No CUDA runtime is found",  # a toolkit, and --device cpu
 }
 
 
