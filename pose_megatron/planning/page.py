@@ -11,6 +11,8 @@ from pose_megatron.planning.prediction import Prediction
 from pose_megatron.planning.search import Found
 from pose_megatron.planning.stage import AXES, PARTS, Stage
 
+# Of a launch on the host beside an H200, forward and backward (docs/scale.md).
+LAUNCH = 1.2e-4  # seconds
 LEGEND = """memory: GiB of tensors on a GPU at the fullest moment of a step, by CUDA's allocator;
   activations hold that moment's temporary tensors, update the optimizer's if the moment is there
 FLOPs: 6 a weight and token, and 6 x heads x channels x L a layer and token for causal attention
@@ -54,6 +56,11 @@ class Measured:
         return max(self.stages, key=lambda stage: stage.peak)
 
     @property
+    def launching(self) -> float:
+        """Seconds that the host may need to launch a step's kernels, for which the GPU waits."""
+        return LAUNCH * self.job.count(self.stages, "launches")
+
+    @property
     def model_flops_rate(self) -> float:
         """FLOP/s of a GPU, without recomputation."""
         return self.job.flops / self.prediction.step / self.job.world_size
@@ -72,6 +79,7 @@ class Measured:
             "model_flops_per_step": self.job.flops,
             "bytes_sent_per_gpu_and_step": self.job.sent(self.stages),
             "launches_per_step": self.job.count(self.stages, "launches"),
+            "host_seconds_of_launches": self.launching,
             "host_waits_per_step": self.job.count(self.stages, "waits"),
             "predicted_seconds_per_step": self.prediction.step,
             "predicted_seconds": self.prediction.parts,
@@ -228,6 +236,11 @@ def _comparison(plan: Plan) -> str:
     if plan.full:
         ratio = plan.full.prediction.step / plan.pose.prediction.step
         text += f"\na step of as many samples takes {ratio:,.1f} times as long at full length"
+    if plan.pose.launching > plan.pose.prediction.step:
+        text += (
+            f"\nto launch its kernels the host may need {plan.pose.launching:,.2f} s, and the GPU "
+            "waits for it: a larger --micro-batch-size keeps it busy"
+        )
     if plan.full_refused:
         text += f"\nfull length, T: not in this layout: {plan.full_refused}"
     return text

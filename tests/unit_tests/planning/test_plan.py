@@ -7,6 +7,7 @@ addresses and computes nothing.
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -292,6 +293,21 @@ def test_a_run_out_of_memory_is_answered_by_its_plan(monkeypatch):
     assert "another process may hold memory" in told
     assert "Of the GPU's 80.0 GiB 72.0 are not this run's tensors" in told
     assert "not this run's" not in out_of_memory(gib=80)
+
+
+def test_a_host_that_is_slower_than_the_gpu_is_told(root):
+    """A step of one window of 2,048 took an H200 0.097 s (one_window.json), of which it ran half."""
+    plan, _ = MEASURED["Llama 3.2 1B, 2048"]
+    words = [*plan["flags"][:-4], "--gpus", "1", "--gpu", "H200"]
+
+    def said(samples):
+        sizes = f"--micro-batch-size {samples} --global-batch-size {samples}".split()
+        command = [sys.executable, str(root / "tools/plan.py"), *words, *sizes]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    told = re.search(r"the host may need ([\d.]+) s, and the GPU\s+waits", said(1))
+    assert float(told[1]) == pytest.approx(0.097, abs=0.01)
+    assert "the host may need" not in said(4)
 
 
 def test_a_plan_that_fails_leaves_the_sentence_and_no_traceback(monkeypatch):
