@@ -44,7 +44,7 @@ started=$SECONDS
 
 step() { printf '\n\033[1m[%d:%02d] %s\033[0m\n' $(((SECONDS - started) / 60)) $(((SECONDS - started) % 60)) "$*"; }
 started_jobs=()
-trap 'jobs -p | xargs -r kill' EXIT     # a training that is stopped saves, and goes on from there
+trap 'jobs -pr | xargs -r kill || :' EXIT  # a training that is stopped saves, and goes on from there
 begin() {  # COMMAND...: as soon as one more may run
     while [ "$(jobs -pr | wc -l)" -ge "$JOBS" ]; do sleep 0.2; done
     "$@" &
