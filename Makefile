@@ -1,5 +1,5 @@
 # make quickstart   the whole job on a laptop: text in, PoSE training, a longer window out
-# make real-model   the same for SmolLM2-135M, a real pretrained model, beside its controls
+# make real-model   the same for SmolLM2-135M, a real pretrained model, beside its controls, an hour
 # make reproduce    the paper's tables in small, with seeds and verdicts, under 2 hours
 # make test         all tests          make unit   the ones that take seconds
 #                   WORKERS=2 of their files side by side
@@ -13,6 +13,7 @@
 # What also runs on the current megatron-core where .venv has Python 3.11:
 # make test-current          in an environment of its own, .venv-current, with Python 3.12
 # make test-current-on-3.11  the shorter list, in .venv; for CI
+# make test-gpu              what needs a GPU
 # make test-fake-gpu         in .venv-current, on a GPU that is not there (tests/fake_gpu/README.md)
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -26,7 +27,7 @@ PIP := pip --disable-pip-version-check
 export OMP_NUM_THREADS ?= 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: quickstart real-model reproduce test unit test-current test-current-on-3.11 test-fake-gpu \
+.PHONY: quickstart real-model reproduce test unit test-gpu test-current test-current-on-3.11 test-fake-gpu \
     bench faults lint clean
 
 quickstart: $(BIN)/.ready
@@ -49,6 +50,9 @@ test: $(BIN)/.ready
 
 unit: $(BIN)/.ready
 	$(PYTEST) tests/unit_tests
+
+test-gpu: $(BIN)/.ready
+	python -m pytest -m gpu tests/functional_tests tests/unit_tests
 
 # What depends on the release of megatron-core.
 FUNCTIONAL := tests/functional_tests
