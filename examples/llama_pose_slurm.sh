@@ -48,7 +48,7 @@ CHECKPOINT_ARGS=(
 POSE_ARGS=(
     --seq-length 4096 --max-position-embeddings 131072 --rope-scaling yarn)
 TRAINING_ARGS=(
-    --train-iters 1000 --global-batch-size 64 --micro-batch-size 1 --bf16
+    --train-iters 1000 --global-batch-size 64 --micro-batch-size 2 --bf16
     --lr 2e-5 --lr-warmup-iters 10 --weight-decay 0 --clip-grad 1.0)
 PARALLEL_ARGS=(
     --tensor-model-parallel-size 2 --sequence-parallel

@@ -49,7 +49,7 @@ MODEL_ARGS=(
 POSE_ARGS=(
     --seq-length 4096 --max-position-embeddings 131072 --rope-scaling yarn)
 TRAINING_ARGS=(
-    --train-iters "$ITERATIONS" --global-batch-size 64 --micro-batch-size 1 --bf16
+    --train-iters "$ITERATIONS" --global-batch-size 64 --micro-batch-size 2 --bf16
     --calculate-per-token-loss --lr 2e-5 --lr-decay-style constant --lr-warmup-iters 10
     --weight-decay 0 --adam-beta2 0.95 --clip-grad 1.0)
 PARALLEL_ARGS=(
