@@ -71,6 +71,7 @@ if [ ! -e "$OUT/test_text_document.idx" ]; then
     esac
     for part in train test; do
         python tools/preprocess_data.py --input "$OUT/corpus/$part.jsonl" --append-eod --overwrite \
+            --workers "$(nproc)" \
             --tokenizer-type HuggingFaceTokenizer --tokenizer-model "$OUT/hf" --output-prefix "$OUT/$part"
     done
 fi
