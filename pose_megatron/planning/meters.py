@@ -79,7 +79,9 @@ class Meters(TorchDispatchMode):
         if func is torch.ops.aten._local_scalar_dense.default:
             self.waits[self.phase] += args[0].is_meta  # what is on the host is at hand
             return 1.0
-        out = func(*args, **kwargs)
+        # Weight gradients that are added up; before PyTorch 2.12 the meta device cannot do it.
+        added_up = func.overloadpacket is torch.ops.aten.addmm and "out" in kwargs
+        out = kwargs["out"] if added_up else func(*args, **kwargs)
         results = list(_tensors(out))
         for tensor in results:
             self.memory.enter(tensor.untyped_storage(), self._part(tensor))
