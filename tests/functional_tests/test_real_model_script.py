@@ -96,7 +96,7 @@ def test_started_again_it_goes_on_where_it_ended(extended):
 
 
 def test_a_text_that_is_not_known_is_refused(tmp_path):
-    write_llama(tmp_path / "hf")
     done = run("bash", "examples/real_model/run.sh", OUT=str(tmp_path), TEXT="books")
     assert done.returncode == 2
     assert "TEXT=books is neither stdlib nor packages" in done.stderr
+    assert not any(tmp_path.iterdir())  # before anything is made
