@@ -20,13 +20,21 @@ class Shape:
     vocabulary: int
     tied: bool = False
 
-    def flags(self, window: int, target: int, layers: int | None = None) -> list[str]:
-        """For a window of so many tokens, with positions up to `target`."""
+    def flags(
+        self, window: int, target: int, micro_batch: int = 1, batch: int = 1, layers: int = 0
+    ) -> list[str]:
+        """For a window of so many tokens, with positions up to `target`.
+
+        Args:
+            micro_batch, batch: samples.
+            layers: others than are trained.
+        """
         words = (
             f"--num-layers {layers or self.layers[1]} --hidden-size {self.hidden} "
             f"--ffn-hidden-size {self.ffn} --num-attention-heads {self.heads} "
             f"--group-query-attention --num-query-groups {self.groups} "
-            f"--vocab-size {self.vocabulary} --rotary-base 500000 --bf16 --seq-length {window}"
+            f"--vocab-size {self.vocabulary} --rotary-base 500000 --bf16 --seq-length {window} "
+            f"--micro-batch-size {micro_batch} --global-batch-size {batch}"
         ).split()
         if target > window:
             words += ["--max-position-embeddings", str(target), "--rope-scaling", "yarn"]
@@ -66,6 +74,9 @@ class Scale:
     lengths: tuple[int, ...]
     steps: int
     reader: Shape
+
+    def samples_of_micro_batch(self, window: int) -> int:
+        return max(1, self.micro_batch // window)
 
 
 FULL = Scale(SHAPES, (2048, 4096, 8192), (2, 4, 8), 8192, 4, 8, (32768, 131072), 5, SHAPES[WHOLE])

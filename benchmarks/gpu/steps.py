@@ -22,7 +22,7 @@ def rows(scale: Scale) -> Iterator[dict]:
     """PoSE and megatron-core's own rotary embedding in turn, on the same model and batches."""
     for name, shape in scale.shapes.items():
         for window in scale.windows:
-            samples = scale.micro_batches * _micro_batch(scale, window)
+            samples = scale.micro_batches * scale.samples_of_micro_batch(window)
             row = {"shape": name, "window": window, "target": LONGER * window}
             yield {**row, **_measured(scale, shape, window, LONGER * window, samples, KINDS)}
 
@@ -41,20 +41,16 @@ def full_length(scale: Scale) -> Iterator[dict]:
     ]:
         found = _measured(scale, shape, tokens, target, scale.samples, KINDS[:1])
         row = {"shape": name, "kind": kind, "window": tokens, "target": target}
-        yield {**row, **(found.pop("pose", None) or found)}
-
-
-def _micro_batch(scale: Scale, window: int) -> int:
-    return max(1, scale.micro_batch // window)
+        pose = found.pop("pose", {})
+        yield {**row, **found, **pose}
 
 
 def _measured(
     scale: Scale, shape: Shape, window: int, target: int, samples: int, kinds: tuple[str, ...]
 ) -> dict:
     """{kind: its figures}, or {"error": why not}: a GPU may be too small for a row."""
-    micro_batch = _micro_batch(scale, window)
-    flags = shape.flags(window, target)
-    flags += f"--micro-batch-size {micro_batch} --global-batch-size {samples}".split()
+    micro_batch = scale.samples_of_micro_batch(window)
+    flags = shape.flags(window, target, micro_batch, samples)
     try:
         with tempfile.TemporaryDirectory() as folder:
             prefix = trainers.random_corpus(Path(folder), shape.vocabulary, 2 * LONGER * window, 8)

@@ -74,22 +74,26 @@ ALLOCATED = {
 }
 
 
-def measured() -> dict[str, tuple[dict, dict]]:
-    """{case: (how to plan it, what benchmarks/gpu/run.py found)}"""
+def benchmarked_shapes() -> dict:
     path = ROOT / "benchmarks/gpu/shapes.py"
     spec = importlib.util.spec_from_file_location("shapes", path)
     shapes = sys.modules["shapes"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(shapes)
+    return shapes.SHAPES
+
+
+def measured() -> dict[str, tuple[dict, dict]]:
+    """{case: (how to plan it, what benchmarks/gpu/run.py found)}"""
     found = json.loads((ROOT / "benchmarks/results/2026-11-29-h200/gpu.json").read_text())
     cases = {}
     for row in found["parts"]["steps"]["rows"]:
-        words = shapes.SHAPES[row["shape"]].flags(row["window"], row["target"])
-        words += f"--micro-batch-size {row['micro_batch']}".split()
-        words += f"--global-batch-size {row['global_batch']}".split()
+        sizes = [row[name] for name in ("window", "target", "micro_batch", "global_batch")]
+        words = SHAPES[row["shape"]].flags(*sizes)
         cases[f"{row['shape']}, {row['window']}"] = ({"gpus": 1, "flags": words}, row["pose"])
     return cases
 
 
+SHAPES = benchmarked_shapes()
 MEASURED = measured()
 SMALL = flags("tiny", 64, "--bf16 --global-batch-size 8")
 PIPELINED = [*SMALL, "--pipeline-model-parallel-size", "2"]
@@ -297,12 +301,11 @@ def test_a_run_out_of_memory_is_answered_by_its_plan(monkeypatch):
 
 def test_a_host_that_is_slower_than_the_gpu_is_told(root):
     """A step of one window of 2,048 took an H200 0.097 s (one_window.json), of which it ran half."""
-    plan, _ = MEASURED["Llama 3.2 1B, 2048"]
-    words = [*plan["flags"][:-4], "--gpus", "1", "--gpu", "H200"]
 
     def said(samples):
-        sizes = f"--micro-batch-size {samples} --global-batch-size {samples}".split()
-        command = [sys.executable, str(root / "tools/plan.py"), *words, *sizes]
+        words = SHAPES["Llama 3.2 1B"].flags(2048, 32768, samples, samples)
+        command = [sys.executable, str(root / "tools/plan.py"), *words]
+        command += ["--gpus", "1", "--gpu", "H200"]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
     told = re.search(r"the host may need ([\d.]+) s, and the GPU\s+waits", said(1))
