@@ -46,15 +46,14 @@ def initialize(
         torch.cuda.set_device(local_rank())
     if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun is the parent
         end_with_parent(os.getppid())
-    if dist.is_initialized():  # by a checkpoint reader, with a single rank
-        pass
-    elif "RANK" in os.environ:
-        join(backend, timeout)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    if torch.cuda.is_available():
-        # NCCL learns which GPU is this rank's; a barrier would guess it from the rank's number.
-        dist.all_reduce(torch.zeros(1, device="cuda"))
+    if not dist.is_initialized():  # else by a checkpoint reader, with a single rank
+        if "RANK" in os.environ:
+            join(backend, timeout)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        if backend == "nccl":
+            # It learns which GPU is this rank's; a barrier would guess that from the rank's number.
+            dist.all_reduce(torch.zeros(1, device="cuda"))
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tensor_model_parallel_size,
         pipeline_model_parallel_size=pipeline_model_parallel_size,
