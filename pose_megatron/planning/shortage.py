@@ -65,8 +65,8 @@ def advice(argv: Sequence[str], memory: int) -> str:
     except subprocess.TimeoutExpired:
         return _ASK
     if done.returncode:
-        _, _, sentence = done.stderr.strip().rpartition(": error: ")
-        return sentence if sentence != done.stderr.strip() else _ASK
+        _, said, sentence = done.stderr.strip().rpartition(": error: ")
+        return sentence if said else _ASK
     stages = json.loads(done.stdout)["pose"]["stages_bytes"]
     return (
         f"Its plan takes {max(stage['peak'] for stage in stages) / GIB:.1f} GiB of {gib:.1f} for "
