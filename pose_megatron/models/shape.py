@@ -136,11 +136,20 @@ class ModelConfig:
     @property
     def num_parameters(self) -> int:
         """Number of trainable values, vocabulary padding included."""
+        return self._count(self._tensor_shapes())
+
+    @property
+    def num_expert_parameters(self) -> int:
+        """Those of num_parameters that are of experts."""
+        shapes = self._tensor_shapes().items()
+        return self._count({name: shape for name, shape in shapes if name.startswith(EXPERT)})
+
+    def _count(self, shapes: dict[str, tuple[int, ...]]) -> int:
         return sum(
             math.prod(shape)
             * (self.num_layers if name.startswith(LAYER) else 1)
             * (self.num_experts or 0 if name.startswith(EXPERT) else 1)
-            for name, shape in self._tensor_shapes().items()
+            for name, shape in shapes.items()
         )
 
     def flops_per_token(self, window: int) -> float:

@@ -29,6 +29,9 @@ META = torch.device("meta")
 class OnMeta(DeviceContext):
     """Every tensor is on the meta device, wherever code asks for it; its numbers are all one.
 
+    What depends on them is the way of the tokens through a mixture of experts: there each expert
+    gets as many, and a token goes to the share `routed` of them.
+
     torch hands a mode its own factories, and of a tensor's methods what cpu.install() has put in
     their place. As a DeviceContext it is what torch.get_default_device() answers; on the stack it
     stands like any other mode.
@@ -37,14 +40,18 @@ class OnMeta(DeviceContext):
     __enter__ = TorchFunctionMode.__enter__
     __exit__ = TorchFunctionMode.__exit__
 
-    def __init__(self):
+    def __init__(self, routed: float):
         super().__init__(META)
         tensor = torch.Tensor
         self.factories = _device_constructors() | {
             inspect.unwrap(getattr(torch, name)) for name in cpu.FACTORIES
         }
+        self.routed, self.each = routed, 0
         self.answers: dict[Any, Callable] = _ANSWERS | {
             tensor.cuda: lambda tensor, *args, **kwargs: tensor.to(META),
+            tensor.sum: self._sum,
+            tensor.cpu: self._counts_on_the_host,
+            tensor.masked_select: self._select,
             torch.autograd.backward: self._backward,
         }
 
@@ -75,6 +82,20 @@ class OnMeta(DeviceContext):
             torch.autograd.graph._engine_run_backward(
                 tensors, gradients, False, False, (), allow_unreachable=True, accumulate_grad=True
             )
+
+    def _sum(self, tensor, *args, **kwargs):
+        if tensor.dtype is torch.bool:  # [tokens, experts], over its tokens
+            self.each = round(tensor.size(0) * self.routed)
+        return tensor.sum(*args, **kwargs)
+
+    def _counts_on_the_host(self, sums):
+        """The sums of a mask, for which the host waits."""
+        sums.view(-1)[0].item()
+        return torch.full(sums.shape, self.each, dtype=sums.dtype)
+
+    def _select(self, tensor, mask):
+        """By a mask [experts, tokens]."""
+        return _Selection.apply(tensor, mask, round(mask.size(1) * self.routed))
 
 
 def _several(value) -> tuple:
@@ -143,6 +164,24 @@ def _tolist(tensor: torch.Tensor) -> list[float]:
     return [tensor.view(-1)[0].item()] * tensor.numel()
 
 
+class _Selection(torch.autograd.Function):
+    """What stands at the places of a mask, `each` in a row of it: found by their indices, as on a
+    GPU, where the host fetches how many there are."""
+
+    @staticmethod
+    def forward(ctx, tensor, mask, each):
+        mask.view(-1)[0].item()
+        ctx.save_for_backward(mask)
+        count = mask.size(0) * each
+        mask.new_empty((count, mask.dim()), dtype=torch.int64).zero_()
+        return tensor.new_ones(count)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (mask,) = ctx.saved_tensors
+        return grad.new_zeros(mask.shape), None, None
+
+
 class _CrossEntropy:
     """The kernel, which reads the logits once, and once more as it writes the gradient there."""
 
@@ -167,11 +206,12 @@ _ANSWERS: dict[Any, Callable] = {
 
 
 @contextlib.contextmanager
-def one_rank(rank: int, world_size: int, sizes: dict) -> Iterator[None]:
+def one_rank(rank: int, world_size: int, sizes: dict, routed: float = 1.0) -> Iterator[None]:
     """This process as one rank of a job, until the end of the context.
 
     Args:
         sizes: of the model-parallel groups, as `distributed.initialize` takes them.
+        routed: to which share of the experts a token goes.
 
     Raises:
         ConfigError: this process is a rank of a real job.
@@ -216,7 +256,7 @@ def one_rank(rank: int, world_size: int, sizes: dict) -> Iterator[None]:
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
         try:
             distributed.initialize(**sizes)
-            with OnMeta():
+            with OnMeta(routed):
                 yield
         finally:
             parallel_state.destroy_model_parallel()

@@ -77,7 +77,9 @@ class Meters(TorchDispatchMode):
         if func.namespace == "c10d":
             return self._collective(func, args)
         if func is torch.ops.aten._local_scalar_dense.default:
-            self.waits[self.phase] += args[0].is_meta  # what is on the host is at hand
+            if not args[0].is_meta:  # on the host, and at hand
+                return func(*args, **kwargs)
+            self.waits[self.phase] += 1
             return 1.0
         # Weight gradients that are added up; before PyTorch 2.12 the meta device cannot do it.
         added_up = func.overloadpacket is torch.ops.aten.addmm and "out" in kwargs

@@ -119,11 +119,6 @@ def job(args: Arguments, model: ModelConfig, world_size: int) -> Job:
             f"--recompute-modules {again[0]} cannot be planned, as it needs Transformer Engine: "
             "plan with core_attn and mlp, or with --recompute-granularity full"
         )
-    if model.num_experts is not None:
-        raise ConfigError(
-            f"--num-experts {model.num_experts} cannot be planned: how many tokens an expert gets "
-            "depends on the text; plan a dense model of the same width for the rest"
-        )
     # What is read and written, and where positions are, takes no memory, and need not be there.
     data = DataFlags(seq_length=args.data.seq_length)
     args = dataclasses.replace(
@@ -249,5 +244,8 @@ def _changes(planned: Job) -> Iterator[tuple[str, dict[str, Any]]]:
         | batch,
     )
     yield f"--context-parallel-size {2 * cp}", {"context_parallel_size": 2 * cp} | batch
+    if planned.run.model.num_experts:
+        ep = 2 * p.expert_model_parallel_size
+        yield f"--expert-model-parallel-size {ep}", {"expert_model_parallel_size": ep}
     if args.training.micro_batch_size > 1:
         yield "--micro-batch-size 1", {"micro_batch_size": 1} | batch

@@ -69,16 +69,19 @@ def _candidates(start: Job) -> Iterator[Job]:
     powers = [2**n for n in range(world.bit_length())]
     tensor = [n for n in powers if n <= NODE]
     pipeline = [n for n in range(1, MOST_STAGES + 1) if layers % n == 0 and world % n == 0]
+    expert = [n for n in powers if n == 1 or (start.run.model.num_experts or 1) % n == 0]
     sizes = sorted(
-        itertools.product(tensor, pipeline, powers), key=lambda s: (s[0] * s[1] * s[2], -s[0])
+        itertools.product(tensor, pipeline, powers, expert),
+        key=lambda s: (s[0] * s[1] * s[2], -s[0], s[3]),
     )
-    for tp, pp, cp in sizes:
+    for tp, pp, cp, ep in sizes:
         for recompute in (RECOMPUTE_NOTHING, RECOMPUTE_ALL):
             try:
                 yield start.changed(
                     tensor_model_parallel_size=tp,
                     pipeline_model_parallel_size=pp,
                     context_parallel_size=cp,
+                    expert_model_parallel_size=ep,
                     num_layers_per_virtual_pipeline_stage=None,
                     sequence_parallel=tp > 1,
                     use_distributed_optimizer=True,
@@ -99,9 +102,11 @@ def _size(job: Job) -> int:
 
 def _least(job: Job) -> float:
     """Bytes that the mean stage of a bfloat16 model holds at the very least."""
-    run, dp = job.run, job.layout.data_parallel_size * job.run.args.parallel.context_parallel_size
+    run, p = job.run, job.run.args.parallel
     if not run.args.training.bf16:
         return 0
-    p = run.args.parallel
+    replicas = job.layout.data_parallel_size * p.context_parallel_size
     ranks = p.tensor_model_parallel_size * p.pipeline_model_parallel_size
-    return run.model.num_parameters / ranks * (WHOLE_BYTES + SHARED_BYTES / dp)
+    ep, experts = p.expert_model_parallel_size, run.model.num_expert_parameters
+    held = run.model.num_parameters - experts + experts / ep
+    return (held * WHOLE_BYTES + run.model.num_parameters / replicas * SHARED_BYTES) / ranks

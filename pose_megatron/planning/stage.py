@@ -145,7 +145,8 @@ def measure(run: Run, layout: Layout, world_size: int, number: int) -> Stage:
         global_batch_size=batches * layout.micro_batch_size * layout.data_parallel_size,
         rampup=None,
     )
-    with one_rank(rank, world_size, sizes), Meters() as meters:
+    routed = (run.model.moe_router_topk or 1) / (run.model.num_experts or 1)
+    with one_rank(rank, world_size, sizes, routed), Meters() as meters:
         trainer = setup(run, layout)
         init_optimizer_state(trainer.optimizer)
         _file(trainer, meters)

@@ -27,8 +27,9 @@ from tests.shapes import flags
 
 ROOT = Path(__file__).resolve().parents[3]
 GIB = 2**30
-# https://huggingface.co/meta-llama: Llama-2-7b, Meta-Llama-3-8B and -70B
+# https://huggingface.co: meta-llama's Llama-2-7b, Meta-Llama-3-8B and -70B, mistralai's Mixtral-8x7B
 PARAMETERS = {"7B": 6_738_415_616, "8B": 8_030_261_248, "70B": 70_553_706_496}
+PARAMETERS["8x7B"] = 46_702_792_704
 NORMS = {"7B": 65 * 4096, "8B": 65 * 4096, "70B": 161 * 8192}  # on every tensor-parallel rank
 
 
@@ -99,6 +100,16 @@ SMALL = flags("tiny", 64, "--bf16 --global-batch-size 8")
 PIPELINED = [*SMALL, "--pipeline-model-parallel-size", "2"]
 TIED = [word for word in SMALL if not word.startswith("--untie")]
 ALONE = [word for word in SMALL if word != "--use-distributed-optimizer"]
+MIXTRAL = "--num-experts 8 --moe-router-topk 2 --expert-model-parallel-size 8"
+WIDE = "--num-layers 4 --hidden-size 1024 --ffn-hidden-size 3584 --num-attention-heads 8 --num-experts 4"
+
+
+def mixture(experts_of_a_token, ranks=1):
+    words = f"{WIDE} --moe-router-topk {experts_of_a_token} --seq-length 8192 --vocab-size 2048"
+    words += f" --max-position-embeddings 8192 --bf16 --expert-model-parallel-size {ranks}"
+    return {"gpus": ranks, "flags": words.split(), "whole": True}
+
+
 CASES = {name: plan for name, (plan, _) in (ALLOCATED | MEASURED).items()} | {
     "8B tp2 8k, SwiGLU and loss fused": case("8B", 8, 8192, tp=2, pieces=PIECES),
     "sketch": {"gpus": 4, "flags": PIPELINED},
@@ -116,6 +127,10 @@ CASES = {name: plan for name, (plan, _) in (ALLOCATED | MEASURED).items()} | {
         "flags": [*TIED, "--pipeline-model-parallel-size", "2"],
         "whole": True,
     },
+    "8x7B": {"gpus": 8, "flags": flags("8x7B", 4096, f"--bf16 {MIXTRAL}")},
+    "2 of 4 experts": mixture(2),
+    "3 of 4 experts": mixture(3),
+    "2 of 4 experts, divided": mixture(2, ranks=4),
     "context": {"gpus": 2, "flags": [*SMALL, "--context-parallel-size", "2"], "whole": True},
 }
 
@@ -228,6 +243,34 @@ def test_context_parallel_traffic_by_hand(found):
     (stage,) = found["context"]
     gathered = 8 * 2 * 64 * 64 * 2  # layers x (keys, values) x s h x bfloat16
     assert stage["sent"]["context"] == 2 * gathered / 2  # and their gradients; a ring of two
+
+
+def test_a_mixture_of_experts_has_its_published_parameters(found):
+    (stage,) = found["8x7B"]
+    experts = 32 * 8 * 3 * 4096 * 14336
+    assert stage["parameters"] + experts * 7 // 8 == PARAMETERS["8x7B"]
+
+
+def test_another_expert_of_a_token_costs_its_products_and_what_they_save(found):
+    (two,), (three,) = found["2 of 4 experts"], found["3 of 4 experts"]
+    layers, tokens, hidden, width = 4, 8192, 1024, 3584
+    assert three["gemm"] - two["gemm"] == layers * tokens * 6 * 3 * hidden * width
+    # In bfloat16 the inputs of both products and of SwiGLU, and the token's index and weight; at
+    # the fullest moment the last layer's gradients of the second product's output and input, too.
+    saved = 2 * (hidden + 2 * width + width) + 8 + 4
+    at_once = 2 * (hidden + width)
+    more = tokens * (layers * saved + at_once)
+    assert three["peak"] - two["peak"] == pytest.approx(more, rel=1e-3)
+
+
+def test_ranks_that_divide_experts_gather_each_others_tokens(found):
+    (alone,), (divided,) = found["2 of 4 experts"], found["2 of 4 experts, divided"]
+    assert divided["gemm"] == pytest.approx(alone["gemm"])
+    layers, tokens, hidden, experts = 4, 8192, 1024, 4
+    # Gathered and scattered back, and so their gradients, by a ring of four: bfloat16; for each
+    # expert a float32 weight with its gradient, and whether the token goes there.
+    sent = 3 * tokens * (4 * 2 * hidden + (2 * 4 + 1) * experts)
+    assert divided["sent"]["expert"] == pytest.approx(layers * sent, rel=2e-3)
 
 
 @pytest.mark.parametrize("sketch, all_layers", [("sketch", "whole"), ("update sketch", "update")])
@@ -349,9 +392,6 @@ def test_a_layout_that_does_not_divide_is_refused():
         trains=False,
     )
     with pytest.raises(ConfigError, match="--recompute-modules moe_act cannot be planned"):
-        job(args, model_of(args), 1)
-    args = parse([*SMALL, "--num-experts", "4"], trains=False)
-    with pytest.raises(ConfigError, match="--num-experts 4 cannot be planned"):
         job(args, model_of(args), 1)
 
 
