@@ -1,6 +1,7 @@
 """examples/real_model/run.sh from end to end, on a model so small that it takes a minute."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -69,6 +70,20 @@ def test_every_model_is_measured_at_every_length(extended):
     lengths = {"perplexity": (64, 128, 256, 512, 1024), "passkey": (128, 384, 768)}
     assert measured == {(n, m, at) for n in NAMES for m, ats in lengths.items() for at in ats}
     assert len({tuple(r["edges"]) for r in rows(folder) if r["metric"] == "perplexity"}) == 1
+
+
+def test_facts_are_told_again_and_never_changed(extended):
+    folder, _ = extended
+    lines = (folder / "corpus/facts.jsonl").read_text().splitlines()
+    texts = [json.loads(line)["text"] for line in lines]
+    assert len(texts) == len(set(texts)) == 2000
+    repeated = 0
+    for text in texts:
+        assert len(text) >= 9 * SMALL["L"] // 2
+        told = re.findall(r"The (\w+) number of (\w+) is (\d+)\.", text)
+        assert len(set(told)) == len({(noun, name) for noun, name, _ in told})
+        repeated += len(told) > len(set(told))
+    assert repeated > 100
 
 
 def test_it_ends_with_verdicts_and_a_page(extended):
