@@ -53,11 +53,13 @@ def pytest_report_header(config) -> str:
 
 def pytest_configure(config) -> None:
     """All but the tests of a GPU run on the CPU, wherever they run."""
-    from pose_megatron.runtime import cpu
+    from pose_megatron.runtime import cpu, transformer_engine
 
     if config.option.markexpr != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    cpu.install()  # before anything imports megatron.core
+    # Before anything imports megatron.core.
+    transformer_engine.fault()
+    cpu.install()
 
 
 def pytest_collection_modifyitems(items) -> None:

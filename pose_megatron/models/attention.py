@@ -196,13 +196,12 @@ def layer_spec(
 
     Raises:
         ConfigError: the implementation is Transformer Engine, which is missing, broken or of
-            another version.
+            another version, or there is no GPU.
     """
     if implementation == "transformer_engine":
         if fault := transformer_engine.fault():
             raise ConfigError(
-                f"--transformer-impl transformer_engine: {fault}; {transformer_engine.INSTALL}. Or "
-                "use --transformer-impl torch"
+                f"--transformer-impl transformer_engine: {fault}. Or use --transformer-impl torch"
             )
         return get_gpt_layer_with_transformer_engine_spec(
             num_experts=config.num_moe_experts,

@@ -5,6 +5,7 @@ import sys
 from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
 
+import torch
 from packaging.requirements import Requirement
 
 INSTALL = (
@@ -15,22 +16,29 @@ INSTALL = (
 
 @functools.cache
 def fault() -> str | None:
-    """Why Transformer Engine cannot be used; None where it can.
+    """Why Transformer Engine cannot be used, with the way out; None where it can.
 
-    One that cannot be imported is hidden from then on: megatron-core takes it where it finds it,
-    and would fail with it, though nothing that runs here needs it.
+    One that cannot work is hidden from then on: megatron-core takes it where it finds it, and would
+    fail with it, though nothing that runs here needs it.
     """
     if find_spec("transformer_engine") is None:
-        return "it is not installed"
+        return f"it is not installed; {INSTALL}"
+    if not torch.cuda.is_available():  # neither its layers nor its Adam run there
+        _hide()
+        return "it needs a GPU, and torch finds none"
     try:
         import transformer_engine.pytorch  # noqa: F401
     except Exception as error:  # a library that is missing is an OSError, another version anything
-        for name in [name for name in sys.modules if name.startswith("transformer_engine")]:
-            del sys.modules[name]
-        sys.modules["transformer_engine"] = None  # type: ignore[assignment]  # not to be found
+        _hide()
         said = str(error).strip().splitlines() or [type(error).__name__]
-        return f"it is installed and cannot be imported ({said[0]})"
+        return f"it is installed and cannot be imported ({said[0]}); {INSTALL}"
     return _other_version()
+
+
+def _hide() -> None:
+    for name in [name for name in sys.modules if name.startswith("transformer_engine")]:
+        del sys.modules[name]
+    sys.modules["transformer_engine"] = None  # type: ignore[assignment]  # not to be found
 
 
 def _other_version() -> str | None:
@@ -44,5 +52,5 @@ def _other_version() -> str | None:
         if wanted.name != "transformer-engine" or wanted.specifier.contains(found, True):
             continue
         core = version("megatron-core")
-        return f"it is {found}, and megatron-core {core} asks for {wanted.specifier}"
+        return f"it is {found}, and megatron-core {core} asks for {wanted.specifier}; {INSTALL}"
     return None

@@ -1,4 +1,5 @@
-"""Transformer Engine that is missing, broken or of another version takes nothing else down."""
+"""Transformer Engine that is missing, broken, of another version or without a GPU takes nothing else
+down."""
 
 import os
 import subprocess
@@ -12,11 +13,17 @@ BROKEN = {
     "no bindings for torch": None,
 }
 PROGRAM = """
+import sys
+from unittest import mock
+import torch
 from pose_megatron.runtime.startup import prepare_megatron
-prepare_megatron()
-from megatron.core.extensions.transformer_engine import HAVE_TE
 from pose_megatron.runtime.transformer_engine import fault
-print(HAVE_TE, fault(), sep="|")
+with mock.patch.object(torch.cuda, "is_available", lambda: sys.argv[1] == "GPU"):
+    fault()
+prepare_megatron()
+hidden = sys.modules.get("transformer_engine", "not imported") is None
+from megatron.core.extensions.transformer_engine import HAVE_TE
+print(HAVE_TE, hidden, fault(), sep="|")
 """
 
 
@@ -34,11 +41,11 @@ def installed(folder, bindings, version=None):
     return folder
 
 
-def told(folder) -> list[str]:
-    """Whether megatron-core uses the package, and what is wrong with it."""
+def told(folder, device: str) -> list[str]:
+    """Whether megatron-core uses the package, whether it is hidden, and what is wrong with it."""
     path = os.pathsep.join([str(folder), *sys.path])
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM],
+        [sys.executable, "-c", PROGRAM, device],
         env=os.environ | {"PYTHONPATH": path},
         check=True,
         capture_output=True,
@@ -49,10 +56,17 @@ def told(folder) -> list[str]:
 
 @pytest.mark.parametrize("bindings", BROKEN.values(), ids=BROKEN)
 def test_one_that_is_half_installed_is_a_sentence_and_torch_goes_on(tmp_path, bindings):
-    used, fault = told(installed(tmp_path, bindings))
-    assert used == "False"
+    *used, fault = told(installed(tmp_path, bindings), "GPU")
+    assert used == ["False", "True"]
     assert fault.startswith("it is installed and cannot be imported (")
     assert any(word in fault for word in ("libcudnn", "undefined symbol", "No module named"))
+    assert "); install it after PyTorch" in fault
+
+
+def test_a_whole_one_is_hidden_where_there_is_no_gpu(tmp_path):
+    """Its Adam would be megatron-core's choice there, too, and takes CUDA tensors only."""
+    found = told(installed(tmp_path, ""), "CPU")
+    assert found == ["False", "True", "it needs a GPU, and torch finds none"]
 
 
 def test_one_for_another_megatron_core_is_told_apart(tmp_path, monkeypatch):
