@@ -115,7 +115,7 @@ def update(optimizer: MegatronOptimizer, clip_grad: float, finite: bool) -> tupl
         (gradient norm before clipping, whether the weights changed).
     """
     optimizer.prepare_grads()
-    norm = optimizer.get_grad_norm()
+    norm = float(optimizer.get_grad_norm())  # with Transformer Engine a tensor on the device
     if not (finite and math.isfinite(norm)):
         return norm, False
     for part in parts(optimizer):

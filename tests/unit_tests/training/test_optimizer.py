@@ -123,3 +123,23 @@ def test_fuse_names_every_group():
     made = trainer(fused=False)
     fuse(made.optimizer)
     assert [(g["fused"], g["foreach"]) for g in groups(made)] == [(True, False)] * len(groups(made))
+
+
+class NormOnTheDevice:
+    """What `update` asks of an optimizer. With Transformer Engine megatron-core 0.19 returns the norm
+    as a tensor [1] (optimizer/clip_grads.py, where multi_tensor_scale_tensor is)."""
+
+    def prepare_grads(self):
+        pass
+
+    def get_grad_norm(self):
+        return torch.tensor([2.5])
+
+    def step_with_ready_grads(self):
+        return True
+
+
+def test_the_norm_is_a_number_wherever_megatron_core_leaves_it():
+    norm, updated = update(NormOnTheDevice(), 0.0, True)
+    assert type(norm) is float and (norm, updated) == (2.5, True)
+    assert f"{norm:.3f}" == "2.500"  # as the log prints it
