@@ -313,8 +313,15 @@ def _of_optimizer(models: dict[str, dict]) -> dict:
 
 
 def _without_extra_state(sharded: dict) -> dict:
-    """Leaves out Transformer Engine's FP8 state, which converted and `torch` checkpoints lack."""
-    return {name: v for name, v in sharded.items() if not name.endswith("_extra_state")}
+    """Leaves out Transformer Engine's FP8 state, which converted and `torch` checkpoints lack.
+
+    Of several experts in one module the names are `_extra_state`, `_extra_state1`, and so on.
+    """
+    return {
+        name: value
+        for name, value in sharded.items()
+        if not name.rpartition(".")[2].startswith("_extra_state")
+    }
 
 
 def _ask_as_stored(models: dict[str, dict], path: Path) -> None:

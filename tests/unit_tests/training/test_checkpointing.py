@@ -242,6 +242,14 @@ def test_training_weights_can_be_read_for_export(tmp_path):
         assert torch.equal(tensors[name], parameters[name])
 
 
+def test_extra_state_of_several_experts_is_not_asked_for_either():
+    """By megatron-core's names in its grouped experts of Transformer Engine."""
+    experts = "decoder.layers.0.mlp.experts.linear_fc1."
+    asked = dict.fromkeys([f"{experts}weight{i}" for i in range(3)])
+    extra = dict.fromkeys([f"{experts}_extra_state{i}" for i in ("", 1, 2)])
+    assert checkpointing._without_extra_state(asked | extra) == asked
+
+
 def test_tokenizer_files_travel_with_the_weights(tmp_path):
     tokenizer = tmp_path / "tokenizer.json"
     tokenizer.write_text("{}")
