@@ -60,6 +60,7 @@ _EXTRA_ATTENTION = (
     "self_attention.core_attention",
     "self_attention.linear_proj",
 )
+_EXTRA_HEAD_NORMS = ("self_attention.q_layernorm", "self_attention.k_layernorm")
 _BACKEND = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
@@ -277,7 +278,8 @@ def finish(root: Path, model: ModelConfig, chunks: Sequence[ChunkLocation]) -> N
 def _extra_state(model: ModelConfig) -> list[str]:
     """The keys of all extra state: of each layer's modules, of each layer's experts, of the end."""
     size: dict[str, tuple[int, ...]]
-    size = {f"decoder.layers.{part}": (model.num_layers,) for part in _EXTRA_ATTENTION}
+    norms = _EXTRA_HEAD_NORMS if model.qk_layernorm else ()
+    size = {f"decoder.layers.{part}": (model.num_layers,) for part in (*_EXTRA_ATTENTION, *norms)}
     if model.num_experts is None:
         size |= {f"decoder.layers.mlp.linear_fc{i}": (model.num_layers,) for i in (1, 2)}
     else:

@@ -21,6 +21,7 @@ from pose_megatron.checkpoints.megatron import directory, torch_dist
 from pose_megatron.checkpoints.megatron.common_state import read_common_state
 from pose_megatron.checkpoints.megatron.format import Megatron
 from pose_megatron.checkpoints.megatron.run_config import from_run_config
+from pose_megatron.checkpoints.megatron.torch_dist_metadata import read_index
 from pose_megatron.config.layout import lay_out
 from pose_megatron.evaluation.logits import load_logits
 from pose_megatron.models.build import transformer_config
@@ -238,6 +239,17 @@ def test_stock_megatron_core_finds_all_that_it_asks_for(tmp_path):
     model.load_state_dict(state)
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, tensors[todays_name(name)])
+
+
+def test_layers_of_transformer_engine_find_the_extra_state_of_the_norms_of_heads(tmp_path):
+    """Asked for by megatron-core 0.19.2 with Transformer Engine 2.20.2; see tests/fake_gpu."""
+    model = dataclasses.replace(MODEL, family="qwen3", add_qkv_bias=False, qk_layernorm=True)
+    tensors = {"decoder.final_layernorm.weight": torch.ones(model.hidden_size)}
+    for at, of, asked in ((tmp_path / "with", model, True), (tmp_path / "without", MODEL, False)):
+        objects = read_index(whole_models.write_weights(at, tensors, of)).objects
+        for name in ("q_layernorm", "k_layernorm"):
+            key = f"decoder.layers.self_attention.{name}._extra_state/shard_1_{of.num_layers}"
+            assert (key in objects) == asked
 
 
 # Megatron-LM's, as we read it.
