@@ -175,7 +175,9 @@ def _transformer_engine_stack(config: TransformerConfig) -> ModuleSpec:
 
 
 def layer_pattern(config: TransformerConfig) -> str:
-    """The layers of a GPTModel, in the order of pipeline stages and model chunks: `*-*-|*-*-`."""
+    """The layers of a GPTModel, in the order of pipeline stages and model chunks: `*-*-|*-*-`, or
+    `*E*E|*E*E` with experts."""
+    layer = "*-" if config.num_moe_experts is None else "*E"
     stages = config.pipeline_model_parallel_size
     chunks = stages * (config.virtual_pipeline_model_parallel_size or 1)
-    return "|".join(["*-" * (config.num_layers // 2 // chunks)] * chunks)
+    return "|".join([layer * (config.num_layers // 2 // chunks)] * chunks)

@@ -207,6 +207,17 @@ def test_what_has_no_hybrid_layers_is_refused():
         hybrid_stack_spec(config)
 
 
+@needs_hybrid
+@pytest.mark.parametrize("experts, pattern", [(None, "*-*-|*-*-"), (4, "*E*E|*E*E")])
+def test_layers_of_experts_have_a_letter_of_their_own(experts, pattern):
+    """megatron-core's hybrid stack takes `-` for a dense MLP, whatever the config says of experts."""
+    from pose_megatron.models.hybrid import layer_pattern
+
+    config = transformer_config(shape(num_layers=4), model_class="hybrid")
+    config.pipeline_model_parallel_size, config.num_moe_experts = 2, experts
+    assert layer_pattern(config) == pattern
+
+
 def test_an_older_megatron_core_is_refused(monkeypatch):
     monkeypatch.setattr(megatron_core, "megatron_core_version", lambda: Version("0.18.0"))
     message = "--model-class hybrid needs megatron-core 0.19, not 0.18.0: pip install 'megatron-co"
