@@ -132,7 +132,22 @@ def load(optimizer: MegatronOptimizer, state: dict) -> None:
     group = optimizer.param_groups[0]  # all have the same of these
     names = ("betas", "eps", "max_lr", "min_lr", "fused", "foreach")  # the last two: of the device
     _put({name: group[name] for name in names if name in group}, state)
+    defaults = parts(optimizer)[0].optimizer.defaults
+    _adopt({name: group.get(name, value) for name, value in defaults.items()}, state)
     optimizer.load_state_dict(state)
+
+
+def _adopt(own: dict, state) -> None:
+    """Completes parameter groups that another Adam has saved: torch's and Transformer Engine's keep
+    different things in them, and torch's counts its steps in floats."""
+    if isinstance(state, dict):
+        for group in state.get("param_groups", ()):
+            group.update({name: value for name, value in own.items() if name not in group})
+            if "step" in group:
+                group["step"] = int(group["step"])
+    if isinstance(state, dict | list):
+        for part in state.values() if isinstance(state, dict) else state:
+            _adopt(own, part)
 
 
 def _put(values: dict, state) -> None:

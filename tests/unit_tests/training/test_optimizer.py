@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pose_megatron.checkpoints.megatron import directory
 from pose_megatron.training.gradient_norm import mend_gradient_norm
-from pose_megatron.training.optimizer import fuse, parts, update
+from pose_megatron.training.optimizer import _adopt, fuse, parts, update
 from pose_megatron.training.trainer import save
 from tests.unit_tests.training.test_checkpointing import MODEL, trainer_of
 
@@ -143,3 +143,12 @@ def test_the_norm_is_a_number_wherever_megatron_core_leaves_it():
     norm, updated = update(NormOnTheDevice(), 0.0, True)
     assert type(norm) is float and (norm, updated) == (2.5, True)
     assert f"{norm:.3f}" == "2.500"  # as the log prints it
+
+
+def test_groups_of_another_adam_are_completed_and_keep_what_they_have():
+    """As torch's AdamW saves them, for Transformer Engine's FusedAdam."""
+    saved = {"optimizer": {"param_groups": [{"lr": 0.5, "fused": True, "step": 2.0}]}}
+    _adopt({"lr": 0.1, "bias_correction": True}, [saved])
+    (group,) = saved["optimizer"]["param_groups"]
+    assert group == {"lr": 0.5, "fused": True, "step": 2, "bias_correction": True}
+    assert type(group["step"]) is int  # its kernel takes no float
