@@ -10,7 +10,7 @@ from packaging.requirements import Requirement
 
 INSTALL = (
     "install it after PyTorch, from a clone: pip install --no-build-isolation '.[gpu]'; that "
-    "compiles, with CUDA's toolkit and cuDNN's headers"
+    "compiles its bindings, with the headers of CUDA, cuDNN and NCCL"
 )
 
 
