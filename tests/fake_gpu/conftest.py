@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from tests.conftest import write_corpus
 from tests.fake_gpu.environment import HERE, build, environment, obstacle
 
 PATIENCE = 900  # seconds
@@ -50,6 +51,13 @@ def measured(on_fake_gpu, pytestconfig):
         return found
 
     return measure
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> str:
+    """40 documents of 1,024 tokens below 1,000; returns the prefix."""
+    documents = [[(7 * i + number) % 1000 for i in range(1024)] for number in range(40)]
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "text_document", documents)
 
 
 def pytest_terminal_summary(terminalreporter, config) -> None:

@@ -28,6 +28,7 @@ from torch.nn.attention.bias import CausalBias
 from pose_megatron.training import step as steps
 from pose_megatron.training import trainer as trainer_module
 from pose_megatron.training.optimizer import parts
+from tests.fake_gpu.engine_attention import noted_choices, noted_rotations
 from tests.fake_gpu.rank_zero import rank_zero
 from tests.fake_gpu.tallies import reset, sum_of, tallies
 from tests.fake_gpu.waits import noted_waits
@@ -45,9 +46,10 @@ def measure(flags: list[str], world_size: int, initialize: bool) -> dict:
             trainer_module, "initialize", trainer_module.initialize if initialize else _nothing
         ):
             run = trainers.Run([*flags, *CORPUS, "--data-path", prefix])
-        choices, batches = set(), set()
-        with _noted_attention(choices), _noted_batches(batches):
-            run.step()
+        choices, batches, rotations = set(), [], {}
+        with _noted_attention(choices), noted_choices(choices), _noted_batches(batches):
+            with noted_rotations(rotations):
+                run.step()
             reset()
             torch.cuda.reset_peak_memory_stats()
             step = run.step()
@@ -55,10 +57,13 @@ def measure(flags: list[str], world_size: int, initialize: bool) -> dict:
             with noted_waits() as waits:
                 run.step()
         return {
-            "devices": _devices(run.trainer) | {"batches": sorted(batches)},
+            "devices": _devices(run.trainer)
+            | {"batches": sorted({str(x.device) for batch in batches for x in batch.values()})},
             "parameters": sum(p.numel() for s in run.trainer.stages for p in s.parameters()),
             "updated": step.updated,
             "attention": sorted(choices),
+            "batch_ids": [batch["position_ids"].tolist() for batch in batches[:1]],
+            "rotations": rotations,
             "flash": sum_of(counted, "kernel ", "flash_fwd")
             - sum_of(counted, "kernel ", "splitkv_combine"),
             "softmax": sum_of(counted, "kernel ", "SoftMaxForward")
@@ -117,12 +122,12 @@ def _noted_attention(choices: set[str]):
     return mock.patch.object(F, "scaled_dot_product_attention", attention)
 
 
-def _noted_batches(devices: set[str]):
+def _noted_batches(batches: list[dict]):
     real = steps.get_batch
 
     def get_batch(*args, **kwargs):
         batch = real(*args, **kwargs)
-        devices.update(str(x.device) for x in batch.values() if x is not None)
+        batches.append({name: x for name, x in batch.items() if x is not None})
         return batch
 
     return mock.patch.object(steps, "get_batch", get_batch)

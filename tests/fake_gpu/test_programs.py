@@ -4,17 +4,10 @@ import json
 
 import pytest
 
-from tests.conftest import write_corpus
 from tests.fake_gpu.environment import ROOT
 from tests.shapes import flags
 
 WINDOW, TARGET = 128, 512
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    documents = [[(7 * i + number) % 1000 for i in range(2 * TARGET)] for number in range(40)]
-    return write_corpus(tmp_path_factory.mktemp("corpus") / "text_document", documents)
 
 
 @pytest.fixture(scope="module")
