@@ -284,7 +284,7 @@ def load(checkpoint: Checkpoint, stages: list, optimizer=None, scheduler=None) -
         ) from error
     for stage, name in zip(stages, models, strict=True):
         missing, _ = stage.load_state_dict(state[name], strict=False)
-        missing = [key for key in missing if not key.endswith("_extra_state")]
+        missing = [key for key in missing if not _is_extra_state(key)]
         assert not missing, missing
     if optimizer is not None:
         load_optimizer(optimizer, state["optimizer"])
@@ -313,15 +313,13 @@ def _of_optimizer(models: dict[str, dict]) -> dict:
 
 
 def _without_extra_state(sharded: dict) -> dict:
-    """Leaves out Transformer Engine's FP8 state, which converted and `torch` checkpoints lack.
+    """Leaves out Transformer Engine's FP8 state, which converted and `torch` checkpoints lack."""
+    return {name: value for name, value in sharded.items() if not _is_extra_state(name)}
 
-    Of several experts in one module the names are `_extra_state`, `_extra_state1`, and so on.
-    """
-    return {
-        name: value
-        for name, value in sharded.items()
-        if not name.rpartition(".")[2].startswith("_extra_state")
-    }
+
+def _is_extra_state(name: str) -> bool:
+    """Of several experts in one module they are `_extra_state`, `_extra_state1`, and so on."""
+    return name.rpartition(".")[2].startswith("_extra_state")
 
 
 def _ask_as_stored(models: dict[str, dict], path: Path) -> None:

@@ -6,6 +6,7 @@ installed, torch's AdamW elsewhere.
 
 import functools
 import math
+from collections.abc import Iterator
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -140,23 +141,26 @@ def load(optimizer: MegatronOptimizer, state: dict) -> None:
 def _adopt(own: dict, state) -> None:
     """Completes parameter groups that another Adam has saved: torch's and Transformer Engine's keep
     different things in them, and torch's counts its steps in floats."""
-    if isinstance(state, dict):
-        for group in state.get("param_groups", ()):
+    for part in _dicts(state):
+        for group in part.get("param_groups", ()):
             group.update({name: value for name, value in own.items() if name not in group})
             if "step" in group:
                 group["step"] = int(group["step"])
-    if isinstance(state, dict | list):
-        for part in state.values() if isinstance(state, dict) else state:
-            _adopt(own, part)
 
 
 def _put(values: dict, state) -> None:
     """Sets what a tree of dicts and lists holds by these names."""
+    for part in _dicts(state):
+        part.update({name: value for name, value in values.items() if name in part})
+
+
+def _dicts(state) -> Iterator[dict]:
+    """Those of a tree of dicts and lists, each before what it holds."""
     if isinstance(state, dict):
-        state.update({name: value for name, value in values.items() if name in state})
+        yield state
     if isinstance(state, dict | list):
         for part in state.values() if isinstance(state, dict) else state:
-            _put(values, part)
+            yield from _dicts(part)
 
 
 def init_optimizer_state(optimizer: MegatronOptimizer) -> None:
