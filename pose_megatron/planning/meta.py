@@ -90,7 +90,7 @@ class OnMeta(DeviceContext):
 
     def _counts_on_the_host(self, sums):
         """The sums of a mask, for which the host waits."""
-        sums.view(-1)[0].item()
+        _fetch(sums)
         return torch.full(sums.shape, self.each, dtype=sums.dtype)
 
     def _select(self, tensor, mask):
@@ -160,8 +160,13 @@ def _kernel_runs(flag: str, choice: str, kernel: str, unfit: str | None = None) 
     return choice != "off" and unfit is None
 
 
+def _fetch(tensor: torch.Tensor) -> float:
+    """One number of a tensor, for which the host waits."""
+    return tensor.view(-1)[0].item()
+
+
 def _tolist(tensor: torch.Tensor) -> list[float]:
-    return [tensor.view(-1)[0].item()] * tensor.numel()
+    return [_fetch(tensor)] * tensor.numel()
 
 
 class _Selection(torch.autograd.Function):
@@ -170,7 +175,7 @@ class _Selection(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, tensor, mask, each):
-        mask.view(-1)[0].item()
+        _fetch(mask)
         ctx.save_for_backward(mask)
         count = mask.size(0) * each
         mask.new_empty((count, mask.dim()), dtype=torch.int64).zero_()

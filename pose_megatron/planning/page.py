@@ -174,7 +174,9 @@ def _settings(job: Job, machine: Machine) -> str:
         }.items()
         if on
     ]
-    experts = f"experts each of the {model.num_experts} gets as many tokens\n"
+    experts = ""
+    if model.num_experts:
+        experts = f"experts each of the {model.num_experts} gets as many tokens\n"
     return (
         f"model   {model.num_parameters:,} parameters: {model.num_layers} layers, hidden "
         f"{model.hidden_size}, vocabulary {model.vocab_size} (padded {model.padded_vocab_size})\n"
@@ -183,7 +185,7 @@ def _settings(job: Job, machine: Machine) -> str:
         f"batch   {job.layout.global_batch_size} samples = {t.micro_batch_size} x "
         f"{job.micro_batches} micro-batches x {job.layout.data_parallel_size}; L {job.window:,}, "
         f"T {model.max_position_embeddings:,}\n"
-        f"{experts if model.num_experts else ''}"
+        f"{experts}"
         f"rates   {machine.rates} (assumed, or as --rates says)"
     )
 

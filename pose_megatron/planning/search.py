@@ -69,7 +69,7 @@ def _candidates(start: Job) -> Iterator[Job]:
     powers = [2**n for n in range(world.bit_length())]
     tensor = [n for n in powers if n <= NODE]
     pipeline = [n for n in range(1, MOST_STAGES + 1) if layers % n == 0 and world % n == 0]
-    expert = [n for n in powers if n == 1 or (start.run.model.num_experts or 1) % n == 0]
+    expert = [n for n in powers if (start.run.model.num_experts or 1) % n == 0]
     sizes = sorted(
         itertools.product(tensor, pipeline, powers, expert),
         key=lambda s: (s[0] * s[1] * s[2], -s[0], s[3]),
