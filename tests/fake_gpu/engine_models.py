@@ -20,11 +20,9 @@ prepare_megatron()
 
 # isort: split
 import torch
-from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.extensions import transformer_engine as engine
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.transformer.transformer_config import TransformerConfig
 
 from pose_megatron.checkpoints.megatron import directory
 from pose_megatron.checkpoints.megatron.args import common_state
@@ -34,6 +32,7 @@ from pose_megatron.models import build
 from pose_megatron.models.shape import ModelConfig
 from pose_megatron.runtime import distributed
 from pose_megatron.training import checkpointing
+from tests.functional_tests import stock_experts
 from tests.functional_tests.families import CASES, YARN, Case, convert_tool, make, rope, same_bits
 
 FAMILIES = {
@@ -56,42 +55,11 @@ def ours(model: ModelConfig, implementation: str, model_class: str = "gpt"):
 
 def theirs(model: ModelConfig) -> GPTModel:
     """Stock megatron-core's, by nothing of ours."""
-    config = TransformerConfig(
-        num_layers=model.num_layers,
-        hidden_size=model.hidden_size,
-        ffn_hidden_size=model.ffn_hidden_size,
-        num_attention_heads=model.num_attention_heads,
-        num_query_groups=model.num_query_groups,
-        kv_channels=model.kv_channels,
-        layernorm_epsilon=model.norm_epsilon,
-        normalization="RMSNorm",
-        add_qkv_bias=model.add_qkv_bias,
-        qk_layernorm=model.qk_layernorm,
-        gated_linear_unit=True,
-        activation_func=torch.nn.functional.silu,
-        add_bias_linear=False,
-        num_moe_experts=model.num_experts,
-        moe_ffn_hidden_size=model.moe_ffn_hidden_size,
-        moe_router_topk=model.moe_router_topk or 2,
-        moe_grouped_gemm=model.num_experts is not None,
-        use_cpu_initialization=True,
-    )
+    grouped = model.num_experts is not None
     spec = get_gpt_layer_with_transformer_engine_spec(
-        model.num_experts, config.moe_grouped_gemm, model.qk_layernorm
+        model.num_experts, grouped, model.qk_layernorm
     )
-    return GPTModel(
-        config,
-        spec,
-        vocab_size=model.padded_vocab_size,
-        max_sequence_length=model.max_position_embeddings,
-        position_embedding_type="rope",
-        share_embeddings_and_output_weights=not model.untie_embeddings_and_output_weights,
-    )
-
-
-def sharded(stage) -> dict:
-    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    return stage.sharded_state_dict(metadata={"dp_cp_group": group})
+    return stock_experts.stock_model(model, spec=spec, moe_grouped_gemm=grouped)
 
 
 def save(stage, model: ModelConfig, root: Path) -> Path:
@@ -115,15 +83,14 @@ def save(stage, model: ModelConfig, root: Path) -> Path:
         add_common_file(path)
         directory.publish(root, path, 1)
 
-    state["model"] = sharded(stage)
+    state["model"] = stock_experts.sharded(stage)
     return checkpointing.write(root, 1, state, directory.content_metadata(), (), finish)
 
 
 def load(stage, root: Path) -> None:
     found = directory.find(root)
     if type(stage) is GPTModel:  # as Megatron-LM does: with all extra state, and nothing may lack
-        state = dist_checkpointing.load({"model": sharded(stage)}, str(found.path))
-        stage.load_state_dict(state["model"])
+        stock_experts.load(stage, found.path)
     else:
         checkpointing.load(found, [stage])
 

@@ -22,6 +22,7 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.moe import moe_utils
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -34,12 +35,17 @@ LOCAL_EXPERTS = "decoder.layers.{}.mlp.experts.local_experts.{}."
 
 
 def stock_model(
-    model: ModelConfig, ranks: int = 1, as_transformer_engine: bool = False, **more
+    model: ModelConfig,
+    ranks: int = 1,
+    as_transformer_engine: bool = False,
+    spec: ModuleSpec | None = None,
+    **more,
 ) -> GPTModel:
     """A GPTModel by megatron-core's own layer spec.
 
     Args:
         as_transformer_engine: stores the norm before the experts as that spec does.
+        spec: of a layer; by default the local one.
         more: for TransformerConfig.
     """
     config = TransformerConfig(
@@ -51,6 +57,7 @@ def stock_model(
         kv_channels=model.kv_channels,
         layernorm_epsilon=model.norm_epsilon,
         normalization="RMSNorm",
+        add_qkv_bias=model.add_qkv_bias,
         qk_layernorm=model.qk_layernorm,
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
@@ -59,13 +66,13 @@ def stock_model(
         apply_rope_fusion=False,
         num_moe_experts=model.num_experts,
         moe_ffn_hidden_size=model.moe_ffn_hidden_size,
-        moe_router_topk=model.moe_router_topk,
-        moe_router_pre_softmax=model.moe_router_pre_softmax,
+        moe_router_topk=model.moe_router_topk or 2,
+        moe_router_pre_softmax=bool(model.moe_router_pre_softmax),
         expert_model_parallel_size=ranks,
         use_cpu_initialization=True,
         **more,
     )
-    spec = get_gpt_layer_local_spec(
+    spec = spec or get_gpt_layer_local_spec(
         model.num_experts,
         moe_grouped_gemm=config.moe_grouped_gemm,
         qk_layernorm=model.qk_layernorm,
