@@ -49,6 +49,11 @@ def main() -> None:
     draw = random.Random(1234)
     texts = [json.loads(line)["text"] for line in flags.texts.read_text().splitlines()]
     texts = [text.splitlines() for text in texts if len(text) > flags.characters]
+    if not texts:
+        parser.error(
+            f"{flags.texts} has no text of more than {flags.characters:,} characters: take fewer "
+            "--characters"
+        )
     with open(flags.output, "w") as file:
         for _ in range(flags.documents):
             text = document(draw, draw.choice(texts), flags.characters)

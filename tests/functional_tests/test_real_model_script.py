@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 
 import pytest
 import torch
@@ -84,6 +85,16 @@ def test_facts_are_told_again_and_never_changed(extended):
         assert len(set(told)) == len({(noun, name) for noun, name, _ in told})
         repeated += len(told) > len(set(told))
     assert repeated > 100
+
+
+def test_facts_need_a_text_that_is_longer_than_a_document(tmp_path):
+    texts, output = tmp_path / "texts.jsonl", tmp_path / "facts.jsonl"
+    texts.write_text(json.dumps({"text": "x = 1\n" * 10}) + "\n")
+    words = ["examples/facts_corpus.py", str(texts), str(output), "--characters", "2500"]
+    done = run(sys.executable, *words)
+    assert done.returncode == 2
+    assert f"{texts} has no text of more than 2,500 characters: take fewer" in done.stderr
+    assert not output.exists()
 
 
 def test_it_ends_with_verdicts_and_a_page(extended):
