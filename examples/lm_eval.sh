@@ -34,12 +34,14 @@ version=$(python -c 'from importlib.metadata import version; print(version("lm_e
 set -f  # a task's name may be a pattern
 more=(${DEVICE:+--device "$DEVICE"} --batch_size "$BATCH" ${INCLUDE:+--include_path "$INCLUDE"})
 names=$(printf '%s\n' $TASKS | cut -d: -f1 | paste -sd,)
+mkdir -p "$OUT"
 known='' results=()
 for folder in "$@"; do
     folder=$(realpath "$folder")
     model=$(python -c 'import json, sys; print(json.dumps({"pretrained": sys.argv[1]}))' "$folder")
     files=$(echo "lm_eval $version"
-        find -L "$folder" ${INCLUDE:+"$INCLUDE"} -type f ! -name '*.pyc' -printf '%p %s %T@\n' | sort)
+        find -L "$folder" ${INCLUDE:+"$INCLUDE"} -samefile "$OUT" -prune -o \
+            -type f ! -name '*.pyc' -printf '%p %s %T@\n' | sort)
     for task in $TASKS; do
         name=${task%%:*} shots=${task#"${task%%:*}"}
         shots=${shots#:}
