@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from pose_megatron.checkpoints.convert import convert
 from tests.byte_level import train
@@ -21,29 +21,33 @@ TP, PP, CP = (f"--{name}-parallel-size" for name in ("tensor-model", "pipeline-m
 LENGTHS = ["--context-lengths", "200", "256", "400"]
 
 
-@pytest.fixture(scope="module")
-def house(tmp_path_factory, stdlib_documents):
-    """A model as a Megatron folder and a Hugging Face folder, and a corpus."""
-    folder = tmp_path_factory.mktemp("house")
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            num_hidden_layers=2,
-            hidden_size=64,
-            intermediate_size=96,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            vocab_size=257,
-            max_position_embeddings=128,
-            initializer_range=0.1,
-        )
-    )
+SHAPE = {
+    "num_hidden_layers": 2,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 257,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.1,
+}
+
+
+def furnished(folder, model, documents):
+    """The model as a Megatron folder and a Hugging Face folder, and a corpus."""
     model.save_pretrained(folder / "hf")
     train([], 257).save(str(folder / "hf" / "tokenizer.json"))
     (folder / "hf" / "tokenizer_config.json").write_text('{"eos_token": "<eos>"}')
     convert(folder / "hf", folder / "megatron", loader="hf", saver="megatron", quiet=True)
-    write_corpus(folder / "text", [document[:700] for document in stdlib_documents[:5]])
+    write_corpus(folder / "text", [document[:700] for document in documents[:5]])
     return folder
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory, stdlib_documents):
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE))
+    return furnished(tmp_path_factory.mktemp("house"), model, stdlib_documents)
 
 
 def words(house, program, load, output, *more):
@@ -129,6 +133,25 @@ def test_every_layout_gives_the_same_figures(house, alone, tmp_path, measure, ra
         house, program, "megatron", tmp_path / "out", *more, *map(str, layout), ranks=ranks
     )
     assert_alike(found, alone[measure])
+
+
+@pytest.mark.parametrize(
+    "measure, ranks, layout",
+    [("by position", 2, [TP, 2]), ("passkeys", 4, [PP, 2, CP, 2])],
+    ids=str,
+)
+def test_experts_over_ranks_give_the_figures_of_transformers(
+    tmp_path, stdlib_documents, measure, ranks, layout
+):
+    torch.manual_seed(0)
+    experts = MixtralConfig(**SHAPE, num_local_experts=4, num_experts_per_tok=2)
+    house = furnished(tmp_path, MixtralForCausalLM(experts), stdlib_documents)
+    program, more = MEASURES[measure]
+    expected, _ = run(house, program, "hf", tmp_path / "theirs", *more)
+    found, _ = run(
+        house, program, "megatron", tmp_path / "ours", *more, *map(str, layout), ranks=ranks
+    )
+    assert_alike(found, expected, folder=False)
 
 
 @pytest.mark.parametrize("measure", ["by position", "passkeys"])
