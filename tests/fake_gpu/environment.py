@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+GPUS = 8  # of a machine, driver/model.h
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 # In this order: triton brings those of another release, and the rest of what torch's include.

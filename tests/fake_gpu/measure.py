@@ -1,9 +1,9 @@
-"""Trains steps on the fake GPU, each case as rank 0 of its job, and says what a steady step took.
+"""Trains steps on the fake GPU, each case as one rank of its job, and says what a steady step took.
 
     python measure.py < cases.json > figures.json
 
-A case: `flags` of pretrain_pose.py, `world_size`, and whether its weights are drawn (`initialize`),
-which takes minutes for large models. Needs the variables of environment.py.
+A case: `flags` of pretrain_pose.py, `world_size`, `rank`, and whether its weights are drawn
+(`initialize`), which takes minutes for large models. Needs the variables of environment.py.
 """
 
 import json
@@ -29,7 +29,7 @@ from pose_megatron.training import step as steps
 from pose_megatron.training import trainer as trainer_module
 from pose_megatron.training.optimizer import parts
 from tests.fake_gpu.engine_attention import noted_choices, noted_rotations
-from tests.fake_gpu.rank_zero import rank_zero
+from tests.fake_gpu.one_rank import one_rank
 from tests.fake_gpu.tallies import reset, sum_of, tallies
 from tests.fake_gpu.waits import noted_waits
 
@@ -37,10 +37,10 @@ BACKENDS = {0: "math", 1: "flash", 2: "efficient", 3: "cudnn"}  # at::SDPBackend
 CORPUS = ["--split", "100,0,0", "--num-workers", "0", "--train-iters", "4"]
 
 
-def measure(flags: list[str], world_size: int, initialize: bool) -> dict:
+def measure(flags: list[str], world_size: int, rank: int, initialize: bool) -> dict:
     """The second step's figures, once the optimizer has its state."""
     window = int(flags[flags.index("--seq-length") + 1])
-    with tempfile.TemporaryDirectory() as folder, rank_zero(flags, world_size):
+    with tempfile.TemporaryDirectory() as folder, one_rank(flags, world_size, rank):
         prefix = trainers.random_corpus(Path(folder), 1000, 2 * window + 2)
         with mock.patch.object(
             trainer_module, "initialize", trainer_module.initialize if initialize else _nothing

@@ -1,6 +1,6 @@
 """The trainer's steps on CUDA tensors, in every layout: where tensors are, what is sent, what runs.
 
-Expected numbers of calls are by hand, of one step with M micro-batches, on rank 0.
+Expected numbers of calls are by hand, of one step with M micro-batches, on one rank.
 """
 
 import pytest
@@ -12,12 +12,13 @@ L, M = LAYERS["small"], MICRO_BATCHES
 POSE = "--max-position-embeddings 4096 --rope-scaling yarn"
 
 
-def case(world_size: int, more: str = "", precision: str = "--bf16") -> dict:
+def case(world_size: int, more: str = "", precision: str = "--bf16", rank: int = 0) -> dict:
     words = flags("small", WINDOW, f"{POSE} {precision} {more}")
-    return {"flags": words, "world_size": world_size, "initialize": True}
+    return {"flags": words, "world_size": world_size, "rank": rank, "initialize": True}
 
 
 PIPELINE = f"--pipeline-model-parallel-size 2 --global-batch-size {M}"
+OF_FOUR = f"--pipeline-model-parallel-size 4 --global-batch-size {M}"
 CASES = {
     "alone": case(1),
     "alone, rotated by pieces": case(1, "--fused-rotary off"),
@@ -28,12 +29,21 @@ CASES = {
     "context": case(2, "--context-parallel-size 2"),
     "data": case(2, "--overlap-grad-reduce --overlap-param-gather"),
 }
-# Layers x micro-batches that rank 0 runs; under context parallelism each layer attends twice.
-ATTENDS = dict.fromkeys(CASES, L) | {
-    "pipeline": L // 2 * M,
-    "interleaved": L // 2 * M,
-    "context": 2 * L,
+LAST = ", last rank"
+CASES |= {
+    name + LAST: CASES[name] | {"rank": 1}
+    for name in ("tensor", "pipeline", "interleaved", "context", "data")
 }
+CASES["pipeline of four, third stage"] = case(4, OF_FOUR, rank=2)
+# Layers x micro-batches of a rank; under context parallelism each layer attends twice.
+ATTENDS = dict.fromkeys(CASES, L)
+for end in ("", LAST):
+    ATTENDS |= {
+        "pipeline" + end: L // 2 * M,
+        "interleaved" + end: L // 2 * M,
+        "context" + end: 2 * L,
+    }
+ATTENDS["pipeline of four, third stage"] = L // 4 * M
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +52,7 @@ def found(measured):
 
 
 def sent(figures: dict, call: str) -> int:
-    """How often rank 0 called NCCL so, in groups of two."""
+    """How often the rank called NCCL so, in groups of two."""
     return int(figures["nccl"].get(f"nccl {call} 2", 0))
 
 
@@ -51,7 +61,7 @@ def test_all_that_a_step_works_on_is_on_the_gpu(found, name):
     figures = found[name]
     assert figures["updated"]
     for what, devices in figures["devices"].items():
-        assert devices == ["cuda:0"], what
+        assert devices == [f"cuda:{CASES[name]['rank']}"], what
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name != "float32"])
@@ -79,31 +89,44 @@ def test_the_kernel_rotates_instead_of_its_pieces(found):
     assert fused < pieces - 10 * L
 
 
-def test_tensor_parallel_ranks_gather_and_scatter(found):
+@pytest.mark.parametrize("end", ["", LAST])
+def test_tensor_parallel_ranks_gather_and_scatter(found, end):
     # Forward and backward, 6 and 4 a layer; the embedding and the output layer have the rest.
-    assert sent(found["tensor"], "all_gather") == 6 * L + 3
-    assert sent(found["tensor"], "reduce_scatter") == 4 * L + 2
+    assert sent(found["tensor" + end], "all_gather") == 6 * L + 3
+    assert sent(found["tensor" + end], "reduce_scatter") == 4 * L + 2
 
 
-def test_a_pipelines_first_stage_sends_activations_and_receives_gradients(found):
-    assert (sent(found["pipeline"], "send"), sent(found["pipeline"], "recv")) == (M, M)
+@pytest.mark.parametrize("end", ["", LAST])
+def test_a_pipelines_ends_send_and_receive_once_a_micro_batch(found, end):
+    # Of activations and gradients the first stage sends the ones, and the last the others.
+    figures = found["pipeline" + end]
+    assert (sent(figures, "send"), sent(figures, "recv")) == (M, M)
 
 
-def test_two_chunks_of_it_send_three_times(found):
-    # Activations of both chunks, and gradients of the second's input.
-    interleaved = found["interleaved"]
+def test_a_stage_in_between_sends_and_receives_both(found):
+    nccl = found["pipeline of four, third stage"]["nccl"]
+    for call in ("send", "recv"):
+        assert sum(n for name, n in nccl.items() if name.startswith(f"nccl {call} ")) == 2 * M
+
+
+@pytest.mark.parametrize("end", ["", LAST])
+def test_two_chunks_of_it_send_three_times(found, end):
+    # Of the first stage: activations of both chunks, and gradients of the second's input.
+    interleaved = found["interleaved" + end]
     assert (sent(interleaved, "send"), sent(interleaved, "recv")) == (3 * M, 3 * M)
 
 
-def test_context_parallel_ranks_gather_keys_and_values(found):
+@pytest.mark.parametrize("end", ["", LAST])
+def test_context_parallel_ranks_gather_keys_and_values(found, end):
     activation = WINDOW * 256 // 2 * 2  # tokens x width of half as many heads, bfloat16
-    figures = found["context"]
+    figures = found["context" + end]
     assert figures["nccl"]["bytes all_gather 2"] >= 2 * L * activation
     assert sent(figures, "all_gather") >= 2 * L and sent(figures, "reduce_scatter") >= 2 * L
 
 
-def test_data_parallel_ranks_share_gradients_and_weights(found):
-    figures = found["data"]
+@pytest.mark.parametrize("end", ["", LAST])
+def test_data_parallel_ranks_share_gradients_and_weights(found, end):
+    figures = found["data" + end]
     nccl, parameters = figures["nccl"], figures["parameters"]
     assert nccl["bytes reduce_scatter 2"] == pytest.approx(4 * parameters, rel=0.01)  # float32
     assert nccl["bytes all_gather 2"] == pytest.approx(2 * parameters, rel=0.01)  # bfloat16

@@ -32,7 +32,7 @@ def models(on_fake_gpu, tmp_path_factory):
 
 def case(more: str = "", world_size: int = 1) -> dict:
     words = flags("small", WINDOW, f"--bf16 {POSE} {more}")
-    return {"flags": words, "world_size": world_size, "initialize": True}
+    return {"flags": words, "world_size": world_size, "rank": 0, "initialize": True}
 
 
 CASES = {
