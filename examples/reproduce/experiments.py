@@ -82,6 +82,7 @@ def lengths(table: str, profile: Profile) -> list[int]:
 def experiments(profile: Profile) -> Iterator[Experiment]:
     """All of them, in the order of the tables."""
     main, second = profile.factors
+    further = farther(main)
 
     def one(table: str, name: str, factor: int = main, **more) -> Experiment:
         return Experiment(table, name, factor, **more)
@@ -98,14 +99,19 @@ def experiments(profile: Profile) -> Iterator[Experiment]:
         )
         yield one("table-1", "PoSE" + of, factor)
 
-    def recall(name: str, scaling: str, **more) -> Experiment:
-        return one("figure-2b", name, scaling=scaling, family="recall", **more)
+    def recall(name: str, scaling: str, factor: int = main, **more) -> Experiment:
+        return one("figure-2b", name, factor, scaling=scaling, family="recall", **more)
 
     yield recall("as it was", "none", trained=False)
+    # far distances are all new to it: three times the steps
+    none, steps = ", no interpolation", {"share": 3.0}
+    yield recall("plain windows" + none, "none", flags=plain, **steps)
+    yield recall("PoSE" + none, "none", **steps)
+    yield recall("PoSE, 3 chunks" + none, "none", flags=["--pose-num-chunks", "3"], **steps)
+    yield recall(f"PoSE to {further} L" + none, "none", further, **steps)
     yield recall("linear, not trained", "linear", trained=False)
-    for told, scaling in (("no interpolation", "none"), ("linear", "linear")):
-        yield recall(f"plain windows, {told}", scaling, flags=plain)
-        yield recall(f"PoSE, {told}", scaling)
+    yield recall("plain windows, linear", "linear", flags=plain)
+    yield recall("PoSE, linear", "linear")
 
     for family in ("llama", "gptj"):
         for scaling in ("linear", "ntk", "yarn"):
@@ -136,9 +142,15 @@ def experiments(profile: Profile) -> Iterator[Experiment]:
         yield one("recipes", name, scaling="yarn", **more)
 
 
+def farther(factor: int) -> int:
+    """A quarter farther than what is wanted: distances near a target are rarely drawn."""
+    return factor * 5 // 4
+
+
 def recipes(profile: Profile) -> dict[str, dict]:
     """Other ways than two chunks, by name: in what their experiments differ."""
-    target = profile.factors[0] * profile.window
+    main = profile.factors[0]
+    target = main * profile.window
     half = profile.iters * profile.batch // 2
     return {
         "plain windows": {"flags": ["--position-sampler", "full"]},
@@ -151,6 +163,7 @@ def recipes(profile: Profile) -> dict[str, dict]:
         "a growing target": {
             "flags": ["--pose-target-schedule", f"0:{target // 4}", f"{half}:{target}"]
         },
+        f"a target of {farther(main)} L": {"factor": farther(main)},
         "a third of the steps": {"share": 1 / 3},
         "three times the steps": {"share": 3.0},
     }

@@ -16,7 +16,7 @@ class Profile:
         micro_batch: of them at once in a process.
         seeds: of each extension.
         factors: T / L of the main comparison, and of the far one (the paper's Table 2).
-        documents: held-out ones that are measured, and texts with pairs to recall.
+        documents: held-out ones that are measured; texts with pairs to recall are four times that.
         ranks: processes of a training.
         measure: flags of every measurement.
         cost: flags of benchmarks/full_length.py.

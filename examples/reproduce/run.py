@@ -94,6 +94,10 @@ class Reproduction:
             return
         shape = [*profile.shape, "--untie-embeddings-and-output-weights"]
         shape += ["--make-vocab-size-divisible-by", "64"]
+        if (
+            family == "recall"
+        ):  # turns faster, so that beyond its window it fails as large models do
+            shape += ["--rotary-base", "1000"]
         commands = []
         if family == "gptj":
             # fresh weights come in as a checkpoint of transformers does
@@ -230,7 +234,8 @@ class Run:
         measure = ["tools/evaluate_perplexity.py", "--max-documents", str(profile.documents)]
         measure += ["--stride", str(profile.window)]
         if experiment.recalls:
-            measure = ["examples/reproduce/evaluate_recall.py", "--trials", str(profile.documents)]
+            texts = str(4 * profile.documents)
+            measure = ["examples/reproduce/evaluate_recall.py", "--trials", texts]
         measured = map(str, lengths(experiment.table, profile))
         return [
             *("python", *measure, "--load", self.model, "--name", experiment.name),

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from claims import Claim, claims
+from claims import Claim, Figure, claims
 from cost import cost_rows, cost_verdicts
 from experiments import TITLES, Experiment
 from profiles import Profile
@@ -20,6 +20,8 @@ from pose_megatron.evaluation.claims import (
     mean_of,
     write_verdicts,
 )
+from pose_megatron.evaluation.replicas import batches
+from pose_megatron.evaluation.shares import interval
 
 
 def write(
@@ -107,15 +109,15 @@ class Tables:
     def decides(self, claim: Claim) -> bool:
         """Whether there are the results that a claim is about."""
         sides = filter(None, (claim.one, claim.other))
-        return all((claim.table, name) in self._results for name, _ in sides)
+        return all((claim.table, side.name) in self._results for side in sides)
 
     def verdict(self, claim: Claim) -> Verdict:
-        if self._experiments[claim.table, claim.one[0]].recalls:
+        if self._experiments[claim.table, claim.one.name].recalls:
             return self._verdict_on_recall(claim)
         assert claim.other
-        same = claim.one[0] == claim.other[0]
+        same = claim.one.name == claim.other.name
         losses = self._by_document if same else self._by_seed
-        one, other = (losses(claim.table, *side) for side in (claim.one, claim.other))
+        one, other = (losses(claim.table, side) for side in (claim.one, claim.other))
         if not same:  # a model without seeds is the same for each
             n = max(len(one), len(other))
             one, other = (some * n if len(some) == 1 else some for some in (one, other))
@@ -124,24 +126,27 @@ class Tables:
         return at_most(claim.text, _size(found) if claim.alike else found, claim.limit, numbers)
 
     def _verdict_on_recall(self, claim: Claim) -> Verdict:
-        found = self._missed(claim.table, *claim.one)
+        found = self._missed(claim.table, claim.one)
         if claim.other:
-            found = difference_of_shares(found, self._missed(claim.table, *claim.other))
+            found = difference_of_shares(found, self._missed(claim.table, claim.other))
         numbers = f"{found.mean:.0%} ({found.low:.0%} to {found.high:.0%})"
         return at_most(claim.text, found, claim.limit, numbers)
 
-    def _missed(self, table: str, name: str, length: int) -> Interval:
+    def _missed(self, table: str, side: Figure) -> Interval:
         """The share of pairs that are not recalled."""
-        found = share_recalled([rows[length] for rows in self._results[table, name]])
+        found = share_recalled([beyond(row, side.beyond) for row in self._seeds(table, side)])
         return Interval(1 - found.mean, 1 - found.high, 1 - found.low, found.n)
 
-    def _by_seed(self, table: str, name: str, length: int) -> list[float]:
-        return [rows[length]["loss"] for rows in self._results[table, name]]
+    def _by_seed(self, table: str, side: Figure) -> list[float]:
+        return [row["loss"] for row in self._seeds(table, side)]
 
-    def _by_document(self, table: str, name: str, length: int) -> list[float]:
+    def _by_document(self, table: str, side: Figure) -> list[float]:
         """Means over seeds."""
-        each = [rows[length]["by_document"] for rows in self._results[table, name]]
+        each = [row["by_document"] for row in self._seeds(table, side)]
         return [statistics.fmean(some) for some in zip(*each, strict=True)]
+
+    def _seeds(self, table: str, side: Figure) -> list[dict]:
+        return [rows[side.length] for rows in self._results[table, side.name]]
 
 
 def share_recalled(seeds: Sequence[dict]) -> Interval:
@@ -153,6 +158,18 @@ def share_recalled(seeds: Sequence[dict]) -> Interval:
         spread = mean_of(shares)
         low, high = min(low, max(spread.low, 0.0)), max(high, min(spread.high, 1.0))
     return Interval(statistics.fmean(shares), low, high, len(shares))
+
+
+def beyond(row: dict, tokens: int) -> dict:
+    """A result of passkeys with the share of those alone that stand more than `tokens` back."""
+    texts = [
+        [found for depth, found, _ in some if (1 - depth) * row["context_length"] > tokens]
+        for some in batches(row["answers"], row["needles"])
+    ]
+    texts = [text for text in texts if text]
+    answers = [found for text in texts for found in text]
+    low, high = interval(texts)
+    return row | {"passkey": sum(answers) / len(answers), "low": low, "high": high}
 
 
 def recalled(seeds: Sequence[dict]) -> dict:

@@ -21,15 +21,14 @@ def interval(answers: Sequence[Sequence[bool]]) -> tuple[float, float]:
     answers as have the same spread between haystacks (Kish's design effect).
 
     Args:
-        answers: by haystack, as many of each.
+        answers: by haystack, at least one of each.
     """
     n = float(sum(map(len, answers)))
-    found = sum(map(sum, answers))
-    share, each = found / n, len(answers[0])
-    if each > 1 and len(answers) > 1 and 0 < share < 1:
-        means = [sum(some) / each for some in answers]
-        between = sum((mean - share) ** 2 for mean in means) / (len(means) - 1)
-        n /= max(between * each / (share * (1 - share)), 1.0)
+    share = sum(map(sum, answers)) / n
+    if n > len(answers) > 1 and 0 < share < 1:
+        apart = (len(some) * (sum(some) / len(some) - share) ** 2 for some in answers)
+        between = sum(apart) / (len(answers) - 1)
+        n /= max(between / (share * (1 - share)), 1.0)
     return wilson(share, n)
 
 
