@@ -20,7 +20,6 @@ from pose_megatron.evaluation.claims import (
     mean_of,
     write_verdicts,
 )
-from pose_megatron.evaluation.replicas import batches
 from pose_megatron.evaluation.shares import interval
 
 
@@ -134,7 +133,10 @@ class Tables:
 
     def _missed(self, table: str, side: Figure) -> Interval:
         """The share of pairs that are not recalled."""
-        found = share_recalled([beyond(row, side.beyond) for row in self._seeds(table, side)])
+        rows = self._seeds(table, side)
+        if side.beyond:
+            rows = [beyond(row, side.beyond) for row in rows]
+        found = share_recalled(rows)
         return Interval(1 - found.mean, 1 - found.high, 1 - found.low, found.n)
 
     def _by_seed(self, table: str, side: Figure) -> list[float]:
@@ -162,14 +164,13 @@ def share_recalled(seeds: Sequence[dict]) -> Interval:
 
 def beyond(row: dict, tokens: int) -> dict:
     """A result of passkeys with the share of those alone that stand more than `tokens` back."""
-    texts = [
-        [found for depth, found, _ in some if (1 - depth) * row["context_length"] > tokens]
-        for some in batches(row["answers"], row["needles"])
-    ]
-    texts = [text for text in texts if text]
-    answers = [found for text in texts for found in text]
-    low, high = interval(texts)
-    return row | {"passkey": sum(answers) / len(answers), "low": low, "high": high}
+    by_text: dict[int, list[bool]] = {}
+    for i, (depth, found, _) in enumerate(row["answers"]):
+        if (1 - depth) * row["context_length"] > tokens:
+            by_text.setdefault(i // row["needles"], []).append(found)
+    low, high = interval([*by_text.values()])
+    share = statistics.fmean(found for some in by_text.values() for found in some)
+    return row | {"passkey": share, "low": low, "high": high}
 
 
 def recalled(seeds: Sequence[dict]) -> dict:

@@ -17,6 +17,7 @@ from pose_megatron.config.model import resolve_scaling
 from pose_megatron.errors import ConfigError
 
 FIRST_LOSS = 2.0
+REACH = {"as it was": 64, "PoSE, no interpolation": 256, "PoSE, 3 chunks, no interpolation": 448}
 COSTS = ("Seconds of a step", "Peak memory of a step, MiB")
 
 
@@ -41,9 +42,9 @@ def dry_run(root, *flags):
 @pytest.mark.parametrize(
     "profile, own, trainings",
     [
-        ("cpu", [], 3 + 3 * 35),
-        ("gpu", [], 3 + 3 * 35),
-        ("paper", ["--model", "llama", "--train", "a", "--test", "b"], 28),
+        ("cpu", [], 3 + 3 * 38),
+        ("gpu", [], 3 + 3 * 38),
+        ("paper", ["--model", "llama", "--train", "a", "--test", "b"], 29),
     ],
 )
 def test_every_command_is_one_that_the_tools_take(root, profile, own, trainings):
@@ -102,7 +103,7 @@ def test_full_length_trains_on_as_many_tokens(root, modules):
 
 def made_up(folder, experiment, seed, lengths, loss, answered):
     """A run's results with losses of two documents around the given one; shares are known to
-    `answered` either way."""
+    `answered` either way. In each of 96 texts pairs that stand up to REACH back are recalled."""
     file = folder / f"{experiment.key}-{seed}.jsonl"
     recalled = [
         {
@@ -110,12 +111,15 @@ def made_up(folder, experiment, seed, lengths, loss, answered):
             "metric": "passkey",
             "needle": "a pair",
             "needles": 8,
-            "trials": 24,
+            "trials": 96,
             "context_length": n,
             "passkey": loss - FIRST_LOSS + 0.5,  # a share
             "low": loss - FIRST_LOSS + 0.5 - answered,
             "high": loss - FIRST_LOSS + 0.5 + answered,
-            "answers": [[0.5, True, 0.1], [0.6, False, 2.0]],
+            "answers": [
+                [i / 8, (1 - i / 8) * n <= REACH.get(experiment.name, n), 0.1] for i in range(8)
+            ]
+            * 96,
         }
         for n in lengths
     ]
@@ -159,6 +163,7 @@ def test_every_claim_has_its_models_and_verdicts_follow_the_losses(tmp_path, mod
         ("recipes", "LongRecipe"): FIRST_LOSS + 0.1,
         ("table-1", "random positions to 8 L"): FIRST_LOSS + 0.1,
         ("figure-2b", "PoSE, no interpolation"): FIRST_LOSS + 0.45,  # 95 % recalled
+        ("figure-2b", "as it was"): FIRST_LOSS + 0.5,
     }
     profile, runs = results(tmp_path, modules, named)
     tables = summary.Tables(profile, runs)
@@ -181,6 +186,12 @@ def test_every_claim_has_its_models_and_verdicts_follow_the_losses(tmp_path, mod
     assert found["PoSE, linear: it misses at most 10% of pairs at 8 L"] == "does not hold"
     text = "the base model misses at least 50% more of the pairs at 8 L than at L"
     assert found[text] == "does not hold"
+    # by what they answer, of far pairs alone
+    far = "there it misses at least 80% more of those more than 2 L back than at L"
+    assert found[far] == "holds"
+    far = "no interpolation: it misses at most 10% of those more than 7 L back"
+    assert found[f"beyond the paper: PoSE, {far}"] == "does not hold"
+    assert found[f"beyond the paper: PoSE to 10 L, {far}"] == "holds"
     assert len(found) == len(all_claims)
 
 
@@ -205,7 +216,7 @@ def test_what_is_recalled_is_a_mean_over_seeds(tmp_path, modules):
     # of 0.801, 0.802 and 0.803; 4.303 is Student's quantile for two degrees of freedom
     assert row["passkey"] == pytest.approx(0.802)
     assert row["high"] - row["passkey"] == pytest.approx(4.3027 * 0.001 / math.sqrt(3), rel=1e-4)
-    assert (row["seeds"], len(row["answers"])) == (3, 6)
+    assert (row["seeds"], len(row["answers"])) == (3, 3 * 96 * 8)
     base = rows["as it was"]  # one model: by its answers
     assert [base[key] for key in ("passkey", "low", "high")] == pytest.approx([0.5, 0.4999, 0.5001])
 

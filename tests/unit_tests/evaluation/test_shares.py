@@ -2,7 +2,7 @@
 
 import pytest
 
-from pose_megatron.evaluation.shares import effective_length, interval
+from pose_megatron.evaluation.shares import effective_length, interval, wilson
 
 
 @pytest.mark.parametrize(
@@ -26,6 +26,11 @@ def test_answers_that_are_alike_in_a_haystack_count_less():
     assert low == pytest.approx(alone[0], abs=0.01) and high == pytest.approx(alone[1], abs=0.01)
     mixed = interval([[True, False] * 4] * 20)  # never more than so many independent ones
     assert mixed == pytest.approx(interval([[True], [False]] * 80))
+
+
+def test_haystacks_with_unequal_numbers_of_answers_weigh_as_many():
+    # by hand: 2 * (1 - 2/3)^2 + 1 * (0 - 2/3)^2 = 2/3, against 2/3 * 1/3: 3 answers are worth 1
+    assert interval([[True, True], [False]]) == pytest.approx(wilson(2 / 3, 1))
 
 
 def test_the_effective_length_is_where_all_up_to_it_hold():
