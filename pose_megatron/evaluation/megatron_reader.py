@@ -88,7 +88,7 @@ class MegatronReader(Reader):
         part = next(data_iterator)
         self._place.before = part.before
         if model.post_process:
-            model.output_layer.labels = part.labels
+            model.output_layer.labels, model.output_layer.first = part.labels, part.first
         output = model(part.tokens, part.position_ids, None)
         if model.pre_process:
             self.progress(part.tokens.numel() * self.multiple)
@@ -97,12 +97,18 @@ class MegatronReader(Reader):
 
 @dataclass(frozen=True)
 class _Part:
-    """This context rank's part of a chunk: tokens, labels and position_ids [b, s], and how many
-    tokens of the rank stand before it."""
+    """This context rank's part of a chunk.
+
+    Attributes:
+        tokens, labels, position_ids: [b, s].
+        first: the first column of labels that holds one, found before a GPU would be waited for.
+        before: how many tokens of the rank stand before it.
+    """
 
     tokens: Tensor
     labels: Tensor
     position_ids: Tensor
+    first: int
     before: int
 
 
@@ -112,10 +118,12 @@ def _parts(chunks, start: int, padded: int, parts: int) -> Iterator[_Part]:
     for tokens, labels in chunks:
         missing = (0, padded - tokens.size(1))
         positions = torch.arange(start, start + padded, device=device()).expand(len(tokens), -1)
+        own = F.pad(labels, missing, value=UNASKED)[:, here]
         yield _Part(
             F.pad(tokens, missing)[:, here].to(device()),
-            F.pad(labels, missing, value=UNASKED)[:, here].to(device()),
+            own.to(device()),
             positions[:, here],
+            first_asked(own),
             start // parts,
         )
         start += tokens.size(1)
@@ -140,9 +148,11 @@ class ScoringHead(torch.nn.Module):
 
     Attributes:
         labels: of the micro-batch in hand, int64 [b, s].
+        first: its first column that holds one; s where none does.
     """
 
     labels: Tensor
+    first: int
 
     def __init__(self, layer: torch.nn.Module, vocab_size: int):
         super().__init__()
@@ -157,8 +167,7 @@ class ScoringHead(torch.nn.Module):
         """Hidden states [s, b, h] -> loss and best token as float64 [s, b, 2]."""
         group = parallel_state.get_tensor_model_parallel_group()
         scores = torch.zeros(*hidden.shape[:2], 2, dtype=torch.float64, device=hidden.device)
-        first = first_asked(self.labels)
-        for start in range(first, len(hidden), _SCORED_AT_ONCE):
+        for start in range(self.first, len(hidden), _SCORED_AT_ONCE):
             here = slice(start, start + _SCORED_AT_ONCE)
             logits, _ = self.layer(hidden[here], weight=weight)
             first_id = group.rank() * logits.size(-1)
