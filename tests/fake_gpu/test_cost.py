@@ -7,6 +7,7 @@ from functools import cache
 
 import pytest
 
+from tests.fake_gpu import waits
 from tests.fake_gpu.environment import ROOT
 from tests.shapes import flags
 
@@ -84,5 +85,5 @@ def test_matrix_products_are_three_for_each_forward(found, name):
 @pytest.mark.parametrize("name", ALL)
 def test_the_host_waits_for_the_loss_and_the_norm_only(found, name):
     figures = found[name]
-    assert sum(figures["waits"].values()) == 2, figures["lines"]
-    assert planned(name)["host_waits_per_step"] == 2
+    assert sum(figures["waits"].values()) == waits.expected(), figures["lines"]
+    assert planned(name)["host_waits_per_step"] == waits.expected()
