@@ -79,7 +79,9 @@ def claims(profile: Profile) -> Iterator[Claim]:
     at_first = Figure(base, window)
     text = f"the base model misses at least {LOST:.0%} more of the pairs at {main} L than at L"
     yield recall(text, at_first, -LOST, Figure(base, at))
-    text = f"there it misses at least {LOST_FAR:.0%} more of those more than 2 L back than at L"
+    text = (
+        f"the base model misses at least {LOST_FAR:.0%} more of the pairs over 2 L back than at L"
+    )
     yield recall(text, at_first, -LOST_FAR, Figure(base, at, 2 * window))
     for how in ("no interpolation", "linear"):
         pose, plain = f"PoSE, {how}", f"plain windows, {how}"
@@ -90,7 +92,7 @@ def claims(profile: Profile) -> Iterator[Claim]:
     last = main - 1
     for how in ("PoSE", "PoSE, 3 chunks", f"PoSE to {farther(main)} L"):
         pose = Figure(f"{how}, no interpolation", at, last * window)
-        text = f"{pose.name}: it misses at most {MISSED:.0%} of those more than {last} L back"
+        text = f"{pose.name}: it misses at most {MISSED:.0%} of pairs over {last} L back"
         yield recall(f"beyond the paper: {text}", pose, MISSED)
 
     for family in ("llama", "gptj"):

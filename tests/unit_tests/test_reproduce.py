@@ -187,9 +187,9 @@ def test_every_claim_has_its_models_and_verdicts_follow_the_losses(tmp_path, mod
     text = "the base model misses at least 50% more of the pairs at 8 L than at L"
     assert found[text] == "does not hold"
     # by what they answer, of far pairs alone
-    far = "there it misses at least 80% more of those more than 2 L back than at L"
+    far = "the base model misses at least 80% more of the pairs over 2 L back than at L"
     assert found[far] == "holds"
-    far = "no interpolation: it misses at most 10% of those more than 7 L back"
+    far = "no interpolation: it misses at most 10% of pairs over 7 L back"
     assert found[f"beyond the paper: PoSE, {far}"] == "does not hold"
     assert found[f"beyond the paper: PoSE to 10 L, {far}"] == "holds"
     assert len(found) == len(all_claims)
