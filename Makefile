@@ -1,6 +1,6 @@
 # make quickstart   the whole job on a laptop: text in, PoSE training, a longer window out
 # make real-model   the same for SmolLM2-135M, a real pretrained model, beside its controls, an hour
-# make reproduce    the paper's tables in small, with seeds and verdicts, under 2 hours
+# make reproduce    the paper's tables in small, with seeds and verdicts, about 2 hours
 # make test         all tests          make unit   the ones that take seconds
 #                   WORKERS=2 of their files side by side
 # make bench        the benchmarks, half an hour; OUT=folder for the figures

@@ -57,7 +57,7 @@ _SMALL = Profile(
 )
 
 PROFILES = {
-    # two CPU cores, under two hours
+    # two CPU cores, about two hours
     "cpu": _SMALL,
     # one GPU; not run yet
     "gpu": replace(
