@@ -82,7 +82,6 @@ def lengths(table: str, profile: Profile) -> list[int]:
 def experiments(profile: Profile) -> Iterator[Experiment]:
     """All of them, in the order of the tables."""
     main, second = profile.factors
-    further = farther(main)
 
     def one(table: str, name: str, factor: int = main, **more) -> Experiment:
         return Experiment(table, name, factor, **more)
@@ -108,7 +107,8 @@ def experiments(profile: Profile) -> Iterator[Experiment]:
     yield recall("plain windows" + none, "none", flags=plain, **steps)
     yield recall("PoSE" + none, "none", **steps)
     yield recall("PoSE, 3 chunks" + none, "none", flags=["--pose-num-chunks", "3"], **steps)
-    yield recall(f"PoSE to {further} L" + none, "none", further, **steps)
+    beyond = farther(main)
+    yield recall(f"PoSE to {beyond} L" + none, "none", beyond, **steps)
     yield recall("linear, not trained", "linear", trained=False)
     yield recall("plain windows, linear", "linear", flags=plain)
     yield recall("PoSE, linear", "linear")

@@ -94,9 +94,8 @@ class Reproduction:
             return
         shape = [*profile.shape, "--untie-embeddings-and-output-weights"]
         shape += ["--make-vocab-size-divisible-by", "64"]
-        if (
-            family == "recall"
-        ):  # turns faster, so that beyond its window it fails as large models do
+        if family == "recall":
+            # turns faster, so that beyond its window it fails as large models do
             shape += ["--rotary-base", "1000"]
         commands = []
         if family == "gptj":
