@@ -135,7 +135,7 @@ def summary(answers: Sequence[Answer], needles: int) -> dict:
         "high": high,
         "digits": sum(answer.right for answer in answers) / n,
         "loss": sum(answer.loss for answer in answers) / n,
-        "answers": [[round(a.depth, 4), a.found, round(a.loss, 4)] for a in answers],
+        "answers": [[a.depth, a.found, round(a.loss, 4)] for a in answers],
     }
 
 

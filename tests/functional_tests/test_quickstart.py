@@ -153,7 +153,7 @@ def test_passkeys_of_the_extended_model(quickstart, tmp_path):
     ]
     for row in rows:
         depths = sorted(depth for depth, _, _ in row["answers"])  # of two needles in five texts
-        assert depths == pytest.approx([i / 9 for i in range(10)], abs=1e-4)
+        assert depths == pytest.approx([i / 9 for i in range(10)])
         assert row["passkey"] == sum(found for _, found, _ in row["answers"]) / 10
         assert row["low"] <= row["passkey"] <= row["high"] and 0 < row["loss"] < 30
     done = run(
