@@ -35,7 +35,7 @@ class Record:
     def __init__(self, path: str | None, conditions: Mapping[str, Any], files: Iterable[Path]):
         self.path = path
         self.conditions = json.loads(json.dumps(dict(conditions)))
-        self._files = fingerprint(files)
+        self._files = fingerprint(file for file in files if not _is_record(file))
         self._parts = f"{path}.parts" if path else None
         parts = [row for row in _lines(self._parts) if self._is_ours(row)]
         found = [{_key(row["part"]): row["found"] for row in parts}]
@@ -88,6 +88,11 @@ class Record:
     def _is_ours(self, row: Mapping[str, Any]) -> bool:
         conditions = _without(row, {"part", "found", "files"})
         return conditions == self.conditions and row.get("files") == self._files
+
+
+def _is_record(file: Path) -> bool:
+    """Whether it is OUTPUT or OUTPUT.parts, which may lie in a model's folder."""
+    return file.suffix == ".parts" or Path(f"{file}.parts").is_file()
 
 
 def fingerprint(files: Iterable[Path]) -> str:

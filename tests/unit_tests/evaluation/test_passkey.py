@@ -236,3 +236,20 @@ def test_a_killed_run_is_gone_on_with_from_its_last_haystack(tmp_path):
     assert answers(None, made, 300, record()) == again
     row = summary(again, 2)
     assert row["passkey"] == sum(a.found for a in again) / 8 and len(row["answers"]) == 8
+
+
+def test_results_in_a_models_folder_do_not_make_it_another_model(tmp_path):
+    made = haystacks(encode, filler(encode), 300, trials=2)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(b"one")
+
+    def record():
+        path = str(tmp_path / "results.jsonl")
+        return Record(path, {"metric": "passkey"}, [*tmp_path.iterdir()])
+
+    first = answers(reader(250), made, 300, record())
+    record().finish({"context_length": 300})
+    assert answers(None, made, 300, record()) == first  # nothing is read
+    weights.write_bytes(b"another")
+    with pytest.raises(TypeError):
+        answers(None, made, 300, record())
