@@ -50,6 +50,14 @@ def house(tmp_path_factory, stdlib_documents):
     return furnished(tmp_path_factory.mktemp("house"), model, stdlib_documents)
 
 
+@pytest.fixture(scope="module")
+def house_of_experts(tmp_path_factory, stdlib_documents):
+    torch.manual_seed(0)
+    experts = MixtralConfig(**SHAPE, num_local_experts=4, num_experts_per_tok=2)
+    folder = tmp_path_factory.mktemp("experts")
+    return furnished(folder, MixtralForCausalLM(experts), stdlib_documents)
+
+
 def words(house, program, load, output, *more):
     command = [f"tools/evaluate_{program}.py", "--load", house / load, *LENGTHS]
     if program == "perplexity":
@@ -141,16 +149,12 @@ def test_every_layout_gives_the_same_figures(house, alone, tmp_path, measure, ra
     ids=str,
 )
 def test_experts_over_ranks_give_the_figures_of_transformers(
-    tmp_path, stdlib_documents, measure, ranks, layout
+    house_of_experts, tmp_path, measure, ranks, layout
 ):
-    torch.manual_seed(0)
-    experts = MixtralConfig(**SHAPE, num_local_experts=4, num_experts_per_tok=2)
-    house = furnished(tmp_path, MixtralForCausalLM(experts), stdlib_documents)
     program, more = MEASURES[measure]
-    expected, _ = run(house, program, "hf", tmp_path / "theirs", *more)
-    found, _ = run(
-        house, program, "megatron", tmp_path / "ours", *more, *map(str, layout), ranks=ranks
-    )
+    expected, _ = run(house_of_experts, program, "hf", tmp_path / "theirs", *more)
+    ours = [tmp_path / "ours", *more, *map(str, layout)]
+    found, _ = run(house_of_experts, program, "megatron", *ours, ranks=ranks)
     assert_alike(found, expected, folder=False)
 
 
